@@ -1,0 +1,21 @@
+"""What every test runs under, set before jax is first imported."""
+
+import os
+
+# Eight devices, so that a wrong PartitionSpec fails here and not on a pod. Programs for one device are not affected.
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 " + os.environ.get("XLA_FLAGS", "")
+os.environ["JAX_PLATFORMS"] = "cpu"
+# Transformers and tokenizers: nothing from the network, and no warning about threads in forked workers.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import hypothesis
+import jaxtyping
+
+# Checks the shapes and dtypes in signatures while tests run.
+jaxtyping.install_import_hook(["m1jax", "pallas_kernels"], "beartype.beartype")
+
+# Compiling makes the first example slow and the rest fast, which no deadline per example can describe;
+# derandomize: a red run must be red again when somebody looks.
+hypothesis.settings.register_profile("m1jax", deadline=None, derandomize=True, max_examples=20, database=None)
+hypothesis.settings.load_profile("m1jax")
