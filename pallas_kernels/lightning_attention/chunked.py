@@ -1,0 +1,156 @@
+"""Lightning attention in chunks, in plain XLA: any device, memory linear in T.
+
+Inside a chunk of C tokens the recurrence is a masked matrix product; from chunk to chunk only the state is carried:
+
+    o  = ((q k^T) * within) v + into * (q S)         within_ij = lam^(i-j) for i >= j,  into_i = lam^(i+1)
+    S' = keep * S + (onto * k)^T v                   onto_j = lam^(C-1-j),              keep   = lam^C
+
+Each weight is the exponential of a number <= 0; factored as lam^i lam^-j they would overflow float32 once slope * C > 88.
+A segment's start inside the chunk, or padding at its end, only changes these four weights.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import _compat
+from pallas_kernels.lightning_attention.segments import is_real
+
+CHUNK = 128
+
+
+def unsupported(q: jax.Array, k: jax.Array, v: jax.Array) -> str | None:
+    """Why this implementation cannot run for these arguments: never, it always can."""
+    del q, k, v
+    return None
+
+
+def forward(q, k, v, log_decay, initial_state, segment_ids):
+    """(o [B,T,H,V] in q's dtype, final_state [B,H,K,V] float32); arguments as in `lightning_attention`."""
+
+    def step(start, size, carry, weights):
+        o, state = carry
+        qc, kc, vc = (_chunk(x, start, size) for x in (q, k, v))
+        within, into, onto, keep = weights
+        scores = _dot("bhik,bhjk->bhij", qc, kc) * within
+        oc = _dot("bhij,bhjv->bhiv", scores, vc) + into[..., None] * _dot("bhik,bhkv->bhiv", qc, state)
+        state = keep[..., None, None] * state + _dot("bhjk,bhjv->bhkv", onto[..., None] * kc, vc)
+        return _store(o, oc, start), state
+
+    axes = _compat.varying_axes(q, k, v, log_decay, initial_state, segment_ids)
+    o = _compat.vary_over(jnp.zeros((*q.shape[:3], v.shape[3]), q.dtype), axes)
+    return _over_chunks(step, (o, _initial(q, v, initial_state, axes)), q.shape[1], log_decay, segment_ids)
+
+
+def backward(q, k, v, log_decay, initial_state, segment_ids, do, d_final_state):
+    """(dq, dk, dv in their inputs' dtypes, d_initial_state float32) for the gradients `do` and `d_final_state`.
+
+    The states are recomputed from the left for dq; their gradients run from the right for dk and dv.
+    """
+
+    def from_left(start, size, carry, weights):
+        dq, state = carry
+        kc, vc, doc = (_chunk(x, start, size) for x in (k, v, do))
+        within, into, onto, keep = weights
+        d_scores = _dot("bhiv,bhjv->bhij", doc, vc) * within
+        dqc = _dot("bhij,bhjk->bhik", d_scores, kc) + into[..., None] * _dot("bhiv,bhkv->bhik", doc, state)
+        state = keep[..., None, None] * state + _dot("bhjk,bhjv->bhkv", onto[..., None] * kc, vc)
+        return _store(dq, dqc, start), state
+
+    def from_right(start, size, carry, weights):
+        dk, dv, d_state = carry
+        qc, kc, vc, doc = (_chunk(x, start, size) for x in (q, k, v, do))
+        within, into, onto, keep = weights
+        scores = _dot("bhik,bhjk->bhij", qc, kc) * within
+        d_scores = _dot("bhiv,bhjv->bhij", doc, vc) * within
+        dkc = _dot("bhij,bhik->bhjk", d_scores, qc) + onto[..., None] * _dot("bhjv,bhkv->bhjk", vc, d_state)
+        dvc = _dot("bhij,bhiv->bhjv", scores, doc) + onto[..., None] * _dot("bhjk,bhkv->bhjv", kc, d_state)
+        d_state = keep[..., None, None] * d_state + _dot("bhik,bhiv->bhkv", into[..., None] * qc, doc)
+        return _store(dk, dkc, start), _store(dv, dvc, start), d_state
+
+    axes = _compat.varying_axes(q, k, v, log_decay, initial_state, segment_ids, do, d_final_state)
+    dq, dk, dv = (_compat.vary_over(jnp.zeros(x.shape, x.dtype), axes) for x in (q, k, v))
+    length = q.shape[1]
+    dq, _ = _over_chunks(from_left, (dq, _initial(q, v, initial_state, axes)), length, log_decay, segment_ids)
+    d_final_state = _compat.vary_over(d_final_state, axes)
+    dk, dv, d_initial_state = _over_chunks(
+        from_right, (dk, dv, d_final_state), length, log_decay, segment_ids, reverse=True
+    )
+    return dq, dk, dv, d_initial_state
+
+
+def _over_chunks(step, carry, length, log_decay, segment_ids, reverse=False):
+    """Folds `step(start, size, carry, weights)` over the chunks of a row; the last chunk may be shorter."""
+    whole, rest = divmod(length, CHUNK)
+
+    def weights(start, size):
+        if segment_ids is None:
+            return _weights(log_decay, size)
+        before = lax.dynamic_slice_in_dim(segment_ids, jnp.maximum(start - 1, 0), 1, axis=1)
+        return _segment_weights(log_decay, lax.dynamic_slice_in_dim(segment_ids, start, size, axis=1), before)
+
+    uniform = _weights(log_decay, CHUNK) if segment_ids is None and whole else None
+
+    def body(i, carry):
+        start = (whole - 1 - i if reverse else i) * CHUNK
+        return step(start, CHUNK, carry, uniform or weights(start, CHUNK))
+
+    if rest and reverse:
+        carry = step(whole * CHUNK, rest, carry, weights(whole * CHUNK, rest))
+    if whole:
+        carry = lax.fori_loop(0, whole, body, carry)
+    if rest and not reverse:
+        carry = step(whole * CHUNK, rest, carry, weights(whole * CHUNK, rest))
+    return carry
+
+
+def _weights(log_decay, size):
+    """within [1,H,C,C], into [1,H,C], onto [1,H,C] and keep [1,H] of a chunk of one segment."""
+    position = jnp.arange(size)
+    distance = position[:, None] - position
+    within = jnp.where(distance >= 0, jnp.exp(log_decay[:, None, None] * jnp.maximum(distance, 0)), 0.0)
+    into = jnp.exp(log_decay[:, None] * (position + 1))
+    onto = jnp.exp(log_decay[:, None] * (size - 1 - position))
+    return within[None], into[None], onto[None], jnp.exp(log_decay * size)[None]
+
+
+def _segment_weights(log_decay, segment_ids, before):
+    """The same with a leading B, for a chunk whose ids are [B,C] and whose incoming state belongs to segment `before` [B,1]."""
+    within, into, _, _ = _weights(log_decay, segment_ids.shape[1])
+    real = is_real(segment_ids)
+    count = real.sum(1, keepdims=True)
+    # Ids do not go down, so the last real token's is the largest; without a real token the state stays with its segment.
+    last = jnp.where(real, segment_ids, before).max(1, keepdims=True)
+    same = (segment_ids[:, :, None] == segment_ids[:, None, :]) & real[:, :, None]
+    within = jnp.where(same[:, None], within, 0.0)
+    into = jnp.where(((segment_ids == before) & real)[:, None], into, 0.0)
+    to_end = jnp.maximum(count - 1 - jnp.arange(segment_ids.shape[1]), 0)
+    onto = jnp.where(((segment_ids == last) & real)[:, None], jnp.exp(log_decay[:, None] * to_end[:, None]), 0.0)
+    keep = jnp.where(last == before, jnp.exp(log_decay * count), 0.0)
+    return within, into, onto, keep
+
+
+def _initial(q, v, initial_state, axes):
+    if initial_state is None:
+        initial_state = jnp.zeros((q.shape[0], q.shape[2], q.shape[3], v.shape[3]), jnp.float32)
+    return _compat.vary_over(initial_state, axes)
+
+
+def _chunk(x, start, size):
+    """Tokens start : start + size of x [B,T,H,D], as [B,H,size,D]."""
+    x = lax.dynamic_slice_in_dim(x, start, size, axis=1).swapaxes(1, 2)
+    # XLA:CPU multiplies bfloat16 some 30 times slower than float32.
+    return x.astype(jnp.float32) if _compat.target_platform() == "cpu" else x
+
+
+def _store(out, chunk, start):
+    return lax.dynamic_update_slice_in_dim(out, chunk.swapaxes(1, 2).astype(out.dtype), start, axis=1)
+
+
+def _dot(formula, a, b):
+    """A product accumulated in float32. Where one operand is in bfloat16, so is the other; float32 is never cut to TF32."""
+    dtype = jnp.bfloat16 if jnp.bfloat16 in (a.dtype, b.dtype) else jnp.float32
+    precision = lax.Precision.HIGHEST if dtype == jnp.float32 else None
+    return jnp.einsum(
+        formula, a.astype(dtype), b.astype(dtype), precision=precision, preferred_element_type=jnp.float32
+    )

@@ -1,0 +1,22 @@
+"""One token for each of a set of sequences whose states live in a pool: portable XLA."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def unsupported(q: jax.Array, k: jax.Array, v: jax.Array) -> str | None:
+    """Why this implementation cannot run for these arguments: never, it always can."""
+    del q, k, v
+    return None
+
+
+def decode(q, k, v, log_decay, pool, slots):
+    """(o [N,H,V] in q's dtype, pool [P,H,K,V] float32); arguments as in `lightning_attention_decode`."""
+    idle = slots < 0
+    state = pool.at[slots].get(mode="fill", fill_value=0.0)
+    update = k.astype(jnp.float32)[..., :, None] * v.astype(jnp.float32)[..., None, :]
+    state = jnp.exp(log_decay)[:, None, None] * state + update
+    o = jnp.einsum("nhk,nhkv->nhv", q.astype(jnp.float32), state, precision=lax.Precision.HIGHEST)
+    pool = pool.at[jnp.where(idle, pool.shape[0], slots)].set(state, mode="drop", unique_indices=True)
+    return jnp.where(idle[:, None, None], 0.0, o).astype(q.dtype), pool
