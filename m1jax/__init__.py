@@ -1,1 +1,7 @@
-"""MiniMax-M1 in JAX: model, training with CISPO, inference and conversion."""
+"""MiniMax-M1 in JAX: the model, its kernels, its reinforcement learning (arXiv 2506.13585)."""
+
+from m1jax.config import ModelConfig
+from m1jax.errors import UserError
+from m1jax.model import Cache, MiniMaxM1
+
+__all__ = ["Cache", "MiniMaxM1", "ModelConfig", "UserError"]

@@ -3,6 +3,8 @@
 Imports JAX alone and knows nothing of M1: it takes mathematics (log decays, states), not model facts.
 """
 
+from pallas_kernels.expert_mlp import expert_mlp
 from pallas_kernels.lightning_attention import PADDING, lightning_attention, lightning_attention_decode
+from pallas_kernels.softmax_attention import softmax_attention
 
-__all__ = ["PADDING", "lightning_attention", "lightning_attention_decode"]
+__all__ = ["PADDING", "expert_mlp", "lightning_attention", "lightning_attention_decode", "softmax_attention"]

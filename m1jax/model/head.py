@@ -1,0 +1,46 @@
+"""From hidden states to words: float32 logits, and log-probabilities without ever holding [batch, time, vocab]."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+CHUNK_ELEMENTS = 2**26  # logits alive at once in log_probs: 256 MiB of float32, whatever time and vocabulary are
+
+
+def logits(hidden: Float[Array, "... hidden"], lm_head: Float[Array, "vocab hidden"]) -> Float[Array, "... vocab"]:
+    """Float32 product: the report (section 3.2, figure 3) needs it for sampler and trainer to agree."""
+    return jnp.einsum("...d,vd->...v", hidden.astype(jnp.float32), lm_head.astype(jnp.float32), precision="highest")
+
+
+def log_probs(
+    hidden: Float[Array, "batch time hidden"],
+    lm_head: Float[Array, "vocab hidden"],
+    targets: Int[Array, "batch time"],
+    temperature: float | Float[Array, ""] = 1.0,
+) -> tuple[Float[Array, "batch time"], Float[Array, "batch time"]]:
+    """Log-probability of each target and entropy of its distribution, in nats, float32.
+
+    Works through time in chunks whose logits are recomputed for the gradient, so that memory does not grow with
+    time x vocabulary (80k tokens x 200,064 words would be 64 GB).
+    """
+    batch, time, width = hidden.shape
+    chunk = min(time, max(1, CHUNK_ELEMENTS // (batch * lm_head.shape[0])))
+    padded = -(-time // chunk) * chunk
+
+    def chunks(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, [(0, 0), (0, padded - time)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(batch, padded // chunk, chunk, *x.shape[2:]), 1, 0)
+
+    @jax.checkpoint
+    def one(hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+        scores = logits(hidden, lm_head) / temperature
+        normaliser = jax.nn.logsumexp(scores, axis=-1)
+        chosen = jnp.take_along_axis(scores, targets[..., None], axis=-1)[..., 0]
+        mean = jnp.sum(jnp.exp(scores - normaliser[..., None]) * scores, axis=-1)
+        return chosen - normaliser, normaliser - mean
+
+    _, parts = jax.lax.scan(lambda _, xs: (None, one(*xs)), None, (chunks(hidden), chunks(targets)))
+    log_prob, entropy = (jnp.moveaxis(part, 0, 1).reshape(batch, padded)[:, :time] for part in parts)
+    return log_prob, entropy
