@@ -1,0 +1,62 @@
+"""The built-in tokenizer, and tokenizers read from a directory."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from m1jax.chat import Tokenizer, render
+from m1jax.chat.tokenizer import SPECIAL_TOKENS
+from m1jax.errors import UserError
+
+
+@given(st.text())
+def test_every_text_survives(string):
+    tokenizer = Tokenizer.tiny()
+    ids = tokenizer.encode(string)
+    assert tokenizer.decode(ids) == string
+    if not any(token in string for token in SPECIAL_TOKENS):
+        assert bytes(ids) == string.encode()
+
+
+def test_special_tokens():
+    tokenizer = Tokenizer.tiny()
+    assert tokenizer.encode("".join(SPECIAL_TOKENS)) == list(range(256, 263))
+    assert tokenizer.vocab_size == 263
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (257, 258)
+    assert tokenizer.decode([97, tokenizer.eos_id], skip_special_tokens=True) == "a"
+    assert tokenizer.decode("é".encode()[:1]) == "\ufffd"
+
+
+def test_saved_and_read_again(tmp_path):
+    tokenizer = Tokenizer.tiny()
+    tokenizer.save(tmp_path / "new" / "directory")
+    again = Tokenizer.from_dir(tmp_path / "new" / "directory")
+    prompt = render([{"role": "user", "content": "1 + 1 = ?"}])
+    assert again.encode(prompt) == tokenizer.encode(prompt)
+    assert again.decode(again.encode(prompt)) == prompt
+
+
+def test_transformers_reads_what_we_save(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    tokenizer = Tokenizer.tiny()
+    tokenizer.save(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    messages = [{"role": "user", "content": "é\n"}, {"role": "assistant", "content": "<think>\n\n</think>2"}]
+    assert theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == render(messages)
+    prompt = render(messages)
+    assert theirs.encode(prompt) == tokenizer.encode(prompt)
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (tokenizer.bos_id, tokenizer.eos_id)
+
+
+def test_directories_that_hold_no_tokenizer_of_ours(tmp_path):
+    with pytest.raises(UserError, match=r"tokenizer\.json does not exist: copy"):
+        Tokenizer.from_dir(tmp_path)
+    (tmp_path / "tokenizer.json").write_text('{"model": ')
+    with pytest.raises(UserError, match=r"tokenizer\.json is not a readable tokenizer"):
+        Tokenizer.from_dir(tmp_path)
+    model = {"type": "BPE", "vocab": {"a": 0}, "merges": []}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": model}))
+    with pytest.raises(UserError, match=r"tokenizer\.json: the tokenizer has no token '<beginning_of_sentence>'"):
+        Tokenizer.from_dir(tmp_path)
