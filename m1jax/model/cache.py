@@ -31,7 +31,7 @@ class Cache(NamedTuple):
     each period. Only softmax layers grow with ``max_length``.
     """
 
-    lengths: Int[Array, "batch"]
+    lengths: Int[Array, " batch"]
     layers: tuple[LightningCache | SoftmaxCache, ...]
 
     @classmethod

@@ -20,7 +20,7 @@ def linear(x: Float[Array, "... inputs"], weight: Float[Array, "outputs inputs"]
 
 
 def rms_norm(
-    x: Float[Array, "... channels"], weight: Float[Array, "channels"], eps: float
+    x: Float[Array, "... channels"], weight: Float[Array, " channels"], eps: float
 ) -> Float[Array, "... channels"]:
     """RMSNorm (Zhang & Sennrich 2019) as the authors round it: float32 inside, cast back, then times the weight."""
     x32 = x.astype(jnp.float32)
@@ -51,5 +51,7 @@ def rotary(
 
 
 def _inverse_frequencies(rotary_dim: int, theta: float) -> np.ndarray:
+    """theta^(-2i / rotary_dim), float32 [rotary_dim / 2]: each of the three operations rounded to float32."""
     exponents = np.arange(0, rotary_dim, 2, dtype=np.float32) / np.float32(rotary_dim)
-    return np.float32(1.0) / np.power(np.float32(theta), exponents)
+    # Through float64, because numpy's own float32 power is off by an ulp where the authors' is rounded correctly.
+    return np.float32(1.0) / np.power(float(theta), exponents.astype(np.float64)).astype(np.float32)

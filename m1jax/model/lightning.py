@@ -51,7 +51,7 @@ class LightningAttention(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "batch time hidden"],
-        log_decay: Float[Array, "heads"],
+        log_decay: Float[Array, " heads"],
         cache: LightningCache | None,
         segment_ids: Int[Array, "batch time"] | None,
     ) -> tuple[Float[Array, "batch time hidden"], LightningCache]:

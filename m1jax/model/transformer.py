@@ -68,7 +68,7 @@ class Block(nnx.Module):
     def __call__(
         self,
         h: Float[Array, "batch time hidden"],
-        log_decay: Float[Array, "heads"],
+        log_decay: Float[Array, " heads"],
         cache: LightningCache | SoftmaxCache | None,
         context: Context,
     ) -> tuple[Float[Array, "batch time hidden"], Any, Float[Array, "batch time"] | None]:
@@ -130,7 +130,7 @@ class MiniMaxM1(nnx.Module):
         cache: Cache | None = None,
         *,
         segment_ids: Int[Array, "batch time"] | None = None,
-        lengths: Int[Array, "batch"] | None = None,
+        lengths: Int[Array, " batch"] | None = None,
         last_only: bool = False,
     ) -> Any:
         """Logits of the next token at every position, [batch, time, vocab] float32; with a cache ``(logits, cache)``.
@@ -161,7 +161,7 @@ class MiniMaxM1(nnx.Module):
         cache: Cache | None = None,
         *,
         segment_ids: Int[Array, "batch time"] | None = None,
-        lengths: Int[Array, "batch"] | None = None,
+        lengths: Int[Array, " batch"] | None = None,
         remat: bool = False,
         aux_loss_over: Literal["sequence", "batch"] = "sequence",
     ) -> HiddenStates:
