@@ -6,8 +6,8 @@ import jax
 def target_platform() -> str:
     """The platform that the program being traced is meant for: "cpu", "gpu" or "tpu".
 
-    The ambient mesh (`jax.set_mesh`, `jax.sharding.use_abstract_mesh`, `jax.shard_map`) decides, so that a program can be
-    compiled for a chip that is not here; without one, the default device or backend does.
+    The ambient mesh (`jax.set_mesh`, `jax.sharding.use_abstract_mesh`, `jax.shard_map`) decides, so that a program can
+    be compiled for a chip that is not here; without one, the default device or backend does.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     platform = device.platform if device is not None else None
@@ -24,6 +24,6 @@ def varying_axes(*arrays: jax.Array | None) -> frozenset[str]:
 
 
 def vary_over(array: jax.Array, axes: frozenset[str]) -> jax.Array:
-    """Marks an array as differing over `axes`, as `shard_map` demands of a carry whose update does (a no-op elsewhere)."""
+    """Marks an array as differing over `axes`: `shard_map` demands it of a carry whose update differs."""
     missing = tuple(sorted(axes - varying_axes(array)))
     return jax.lax.pcast(array, missing, to="varying") if missing else array

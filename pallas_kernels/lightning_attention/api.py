@@ -61,13 +61,11 @@ def lightning_attention(
     if segment_ids is not None:
         _check("segment_ids", segment_ids, (batch, length), "[B,T]", ("int32",))
         if _is_known(segment_ids) and (np.diff(np.asarray(segment_ids), axis=1) < 0).any():
-            raise ValueError(
-                "segment_ids must not go down along T (PADDING, the largest id, stands at the end of a row)"
-            )
+            raise ValueError("segment_ids must not go down along T (PADDING, the largest id, stands last)")
     name = _choose(implementation, IMPLEMENTATIONS, "chunked", q, k, v)
     arrays = (q, k, v, log_decay, initial_state, segment_ids)
     axes = _compat.varying_axes(*arrays)
-    return _attention(name, *(x if x is None else _compat.vary_over(jnp.asarray(x), axes) for x in arrays))
+    return _attention_jit(name, *(x if x is None else _compat.vary_over(jnp.asarray(x), axes) for x in arrays))
 
 
 def lightning_attention_decode(
@@ -119,7 +117,7 @@ def _decode(q, k, v, log_decay, pool, slots, name):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(name, q, k, v, log_decay, initial_state, segment_ids):
-    return _module(name).forward(q, k, v, log_decay, initial_state, segment_ids)
+    return _folded(name, "forward")(q, k, v, log_decay, initial_state, segment_ids)
 
 
 def _attention_forward(name, *arrays):
@@ -127,11 +125,40 @@ def _attention_forward(name, *arrays):
 
 
 def _attention_backward(name, arrays, cotangents):
-    dq, dk, dv, d_initial_state = _module(name).backward(*arrays, *cotangents)
+    dq, dk, dv, d_initial_state = _folded(name, "backward")(*arrays, *cotangents)
     return dq, dk, dv, None, None if arrays[4] is None else d_initial_state, None
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
+_attention_jit = jax.jit(_attention, static_argnums=0)  # else each call outside jit would compile its loops anew
+
+
+def _merge(x):
+    return x if x is None else x.reshape(-1, *x.shape[2:])
+
+
+@functools.cache
+def _folded(name: str, direction: str):
+    """An implementation's forward or backward, for which `vmap` means a larger batch: kernels need no batching rule."""
+
+    @jax.custom_batching.custom_vmap
+    def function(*arrays):
+        return getattr(_module(name), direction)(*arrays)
+
+    @function.def_vmap
+    def fold(size, batched, *arrays):  # pyright: ignore[reportUnusedFunction]
+        if batched[3]:  # Another decay for each: no single batch.
+            axes = [0 if b else None for b in batched]
+            outputs = [function(*(x if a is None else x[i] for x, a in zip(arrays, axes))) for i in range(size)]
+            return jax.tree.map(lambda *x: jnp.stack(x), *outputs), (True,) * len(outputs[0])
+        q, k, v, log_decay, *rest = (
+            x if x is None or b or i == 3 else jnp.broadcast_to(x, (size, *x.shape))
+            for i, (x, b) in enumerate(zip(arrays, batched))
+        )
+        outputs = function(*map(_merge, (q, k, v)), log_decay, *map(_merge, rest))
+        return tuple(x.reshape(size, -1, *x.shape[1:]) for x in outputs), (True,) * len(outputs)
+
+    return function
 
 
 def _module(name: str) -> ModuleType:
@@ -157,7 +184,7 @@ def _check_tokens(axes: str, q, k, v):
         raise ValueError(f"q must be {key}, no axis empty: got {q.shape}")
     if q.dtype not in (jnp.float32, jnp.bfloat16):
         raise TypeError(f"q must be float32 or bfloat16: got {q.dtype}")
-    _check("k", k, q.shape, f"{key} like q", (q.dtype.name,))
+    _check("k", k, q.shape, f"{key}, like q", (q.dtype.name,))
     _check(
         "v", v, (*q.shape[:-1], v.shape[-1] if v.ndim else 0), f"{value} like q but for its last axis", (q.dtype.name,)
     )

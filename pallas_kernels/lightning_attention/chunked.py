@@ -5,8 +5,8 @@ Inside a chunk of C tokens the recurrence is a masked matrix product; from chunk
     o  = ((q k^T) * within) v + into * (q S)         within_ij = lam^(i-j) for i >= j,  into_i = lam^(i+1)
     S' = keep * S + (onto * k)^T v                   onto_j = lam^(C-1-j),              keep   = lam^C
 
-Each weight is the exponential of a number <= 0; factored as lam^i lam^-j they would overflow float32 once slope * C > 88.
-A segment's start inside the chunk, or padding at its end, only changes these four weights.
+Each weight is the exponential of a number <= 0; factored as lam^i lam^-j they would overflow float32 once slope * C
+exceeds 88. A segment's start inside the chunk, or padding at its end, only changes these four weights.
 """
 
 import jax
@@ -115,11 +115,11 @@ def _weights(log_decay, size):
 
 
 def _segment_weights(log_decay, segment_ids, before):
-    """The same with a leading B, for a chunk whose ids are [B,C] and whose incoming state belongs to segment `before` [B,1]."""
+    """The same with B in front, for a chunk whose ids are [B,C]; the incoming state is of segment `before` [B,1]."""
     within, into, _, _ = _weights(log_decay, segment_ids.shape[1])
     real = is_real(segment_ids)
     count = real.sum(1, keepdims=True)
-    # Ids do not go down, so the last real token's is the largest; without a real token the state stays with its segment.
+    # Ids do not go down, so the last real token's is the largest; without any the state stays with its segment.
     last = jnp.where(real, segment_ids, before).max(1, keepdims=True)
     same = (segment_ids[:, :, None] == segment_ids[:, None, :]) & real[:, :, None]
     within = jnp.where(same[:, None], within, 0.0)
@@ -148,7 +148,7 @@ def _store(out, chunk, start):
 
 
 def _dot(formula, a, b):
-    """A product accumulated in float32. Where one operand is in bfloat16, so is the other; float32 is never cut to TF32."""
+    """A product accumulated in float32. Beside bfloat16 the other operand is bfloat16 too; float32 is never TF32."""
     dtype = jnp.bfloat16 if jnp.bfloat16 in (a.dtype, b.dtype) else jnp.float32
     precision = lax.Precision.HIGHEST if dtype == jnp.float32 else None
     return jnp.einsum(

@@ -62,10 +62,10 @@ def backward(q, k, v, log_decay, initial_state, segment_ids, do, d_final_state):
 
 
 def _decay_and_real(q, log_decay, segment_ids):
-    """What each token multiplies the state by, [T,B,H] (0 where a segment starts, 1 where there is no token), and real [T,1 or B,1]."""
+    """[T,B,H], what a token multiplies the state by (0 where a segment starts, 1 in padding); [T,B,1], 0 in padding."""
     batch, length, heads, _ = q.shape
     if segment_ids is None:
-        return jnp.broadcast_to(jnp.exp(log_decay), (length, batch, heads)), jnp.ones((length, 1, 1), jnp.float32)
+        return jnp.broadcast_to(jnp.exp(log_decay), (length, batch, heads)), jnp.ones((length, batch, 1), jnp.float32)
     real = is_real(segment_ids)
     starts = jnp.concatenate([jnp.zeros_like(real[:, :1]), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1)
     decay = jnp.where(starts[..., None], 0.0, jnp.exp(log_decay))
