@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from m1jax.config import ModelConfig
 from m1jax.model.cache import LightningCache
 from m1jax.model.layers import init_normal, linear, rms_norm
-from pallas_kernels import lightning_attention
+from pallas_kernels import PADDING, lightning_attention, lightning_attention_decode
 
 NORM_EPS = 1e-6  # the authors' code gives this one norm its own epsilon, whatever config.rms_norm_eps says
 
@@ -59,9 +59,13 @@ class LightningAttention(nnx.Module):
         batch, time, _ = x.shape
         qkv = jax.nn.silu(linear(x, self.qkv_proj[...]))
         q, k, v = jnp.split(qkv.reshape(batch, time, self.num_heads, -1), 3, axis=-1)
-        out, state = lightning_attention(
-            q, k, v, log_decay, initial_state=None if cache is None else cache.state, segment_ids=segment_ids
-        )
+        if cache is not None and time == 1:
+            rows = jnp.arange(batch)
+            slots = rows if segment_ids is None else jnp.where(segment_ids[:, 0] == PADDING, -1, rows)
+            out, state = lightning_attention_decode(q[:, 0], k[:, 0], v[:, 0], log_decay, cache.state, slots)
+        else:
+            initial = None if cache is None else cache.state
+            out, state = lightning_attention(q, k, v, log_decay, initial_state=initial, segment_ids=segment_ids)
         out = rms_norm(out.reshape(batch, time, -1), self.norm[...], NORM_EPS)
         gate = jax.nn.sigmoid(linear(x, self.output_gate[...]))
         return linear(out * gate, self.out_proj[...]), LightningCache(state)

@@ -13,6 +13,7 @@ import functools
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
