@@ -1,0 +1,1 @@
+"""Commands that join several parts; those of one part stand in that part."""
