@@ -60,7 +60,7 @@ def lightning_attention(
         _check("initial_state", initial_state, (batch, heads, key_size, v.shape[-1]), "[B,H,K,V]", ("float32",))
     if segment_ids is not None:
         _check("segment_ids", segment_ids, (batch, length), "[B,T]", ("int32",))
-        if _is_known(segment_ids) and (np.diff(np.asarray(segment_ids), axis=1) < 0).any():
+        if _is_known(segment_ids) and (np.asarray(segment_ids)[:, 1:] < np.asarray(segment_ids)[:, :-1]).any():
             raise ValueError("segment_ids must not go down along T (PADDING, the largest id, stands last)")
     name = _choose(implementation, IMPLEMENTATIONS, "chunked", q, k, v)
     arrays = (q, k, v, log_decay, initial_state, segment_ids)
@@ -192,8 +192,8 @@ def _check_tokens(axes: str, q, k, v):
 
 def _check_log_decay(log_decay, heads):
     _check("log_decay", log_decay, (heads,), "[H]", ("float32",))
-    if _is_known(log_decay) and not (np.asarray(log_decay) <= 0).all():
-        raise ValueError(f"log_decay must be <= 0 (minus the slope of each head): got {log_decay}")
+    if _is_known(log_decay) and not ((np.asarray(log_decay) <= 0) & np.isfinite(log_decay)).all():
+        raise ValueError(f"log_decay must be finite and <= 0 (minus the slope of each head): got {log_decay}")
 
 
 def _check(name, array, shape, meaning, dtypes):

@@ -22,15 +22,15 @@ def unsupported(q: jax.Array, k: jax.Array, v: jax.Array) -> str | None:
 
 def forward(q, k, v, log_decay, initial_state, segment_ids):
     """(o [B,T,H,V] in q's dtype, final_state [B,H,K,V] float32); arguments as in `lightning_attention`."""
-    decay, real = _decay_and_real(q, log_decay, segment_ids)
+    loss, real = _loss_and_real(q, log_decay, segment_ids)
 
     def step(state, token):
-        q, k, v, decay, real = token
-        state = decay[..., None, None] * state + real[..., None, None] * (k[..., :, None] * v[..., None, :])
+        q, k, v, loss, real = token
+        state = _decayed(state, loss) + real[..., None, None] * (k[..., :, None] * v[..., None, :])
         return state, real[..., None] * _times(q, state)
 
     state = _initial(q, k, v, initial_state, segment_ids)
-    state, o = lax.scan(step, state, (*map(_time_first, (q, k, v)), decay, real))
+    state, o = lax.scan(step, state, (*map(_time_first, (q, k, v)), loss, real))
     return jnp.moveaxis(o, 0, 1).astype(q.dtype), state
 
 
@@ -39,19 +39,19 @@ def backward(q, k, v, log_decay, initial_state, segment_ids, do, d_final_state):
 
     The states are recomputed from the left for dq; their gradients run from the right for dk and dv.
     """
-    decay, real = _decay_and_real(q, log_decay, segment_ids)
-    tokens = (*map(_time_first, (q, k, v, do)), decay, real)
+    loss, real = _loss_and_real(q, log_decay, segment_ids)
+    tokens = (*map(_time_first, (q, k, v, do)), loss, real)
 
     def from_left(state, token):
-        _, k, v, do, decay, real = token
-        state = decay[..., None, None] * state + real[..., None, None] * (k[..., :, None] * v[..., None, :])
+        _, k, v, do, loss, real = token
+        state = _decayed(state, loss) + real[..., None, None] * (k[..., :, None] * v[..., None, :])
         return state, real[..., None] * _times(do, state.mT)
 
     def from_right(d_state, token):
-        q, k, v, do, decay, real = token
+        q, k, v, do, loss, real = token
         d_state = d_state + real[..., None, None] * (q[..., :, None] * do[..., None, :])
         dk, dv = real[..., None] * _times(v, d_state.mT), real[..., None] * _times(k, d_state)
-        return decay[..., None, None] * d_state, (dk, dv)
+        return _decayed(d_state, loss), (dk, dv)
 
     state = _initial(q, k, v, initial_state, segment_ids)
     _, dq = lax.scan(from_left, state, tokens)
@@ -61,16 +61,22 @@ def backward(q, k, v, log_decay, initial_state, segment_ids, do, d_final_state):
     return dq, dk, dv, d_initial_state
 
 
-def _decay_and_real(q, log_decay, segment_ids):
-    """[T,B,H], what a token multiplies the state by (0 where a segment starts, 1 in padding); [T,B,1], 0 in padding."""
+def _loss_and_real(q, log_decay, segment_ids):
+    """[T,B,H], lam - 1 of a token (-1 where a segment starts, 0 in padding); [T,B,1], 0 in padding, else 1."""
     batch, length, heads, _ = q.shape
     if segment_ids is None:
-        return jnp.broadcast_to(jnp.exp(log_decay), (length, batch, heads)), jnp.ones((length, batch, 1), jnp.float32)
+        loss, real = jnp.expm1(log_decay), jnp.ones((length, batch, 1), jnp.float32)
+        return jnp.broadcast_to(loss, (length, batch, heads)), real
     real = is_real(segment_ids)
     starts = jnp.concatenate([jnp.zeros_like(real[:, :1]), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1)
-    decay = jnp.where(starts[..., None], 0.0, jnp.exp(log_decay))
-    decay = jnp.where(real[..., None], decay, 1.0)
-    return jnp.moveaxis(decay, 1, 0), jnp.moveaxis(real, 1, 0)[..., None].astype(jnp.float32)
+    loss = jnp.where(starts[..., None], -1.0, jnp.expm1(log_decay))
+    loss = jnp.where(real[..., None], loss, 0.0)
+    return jnp.moveaxis(loss, 1, 0), jnp.moveaxis(real, 1, 0)[..., None].astype(jnp.float32)
+
+
+def _decayed(state, loss):
+    """lam S, from lam - 1. Near 1, lam itself rounds by up to 3e-8 each step, always to the same side."""
+    return state + loss[..., None, None] * state
 
 
 def _initial(q, k, v, initial_state, segment_ids):
