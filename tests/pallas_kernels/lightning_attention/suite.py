@@ -97,10 +97,13 @@ def problem(case: Case):
     random = np.random.default_rng(0)
     value_size = case.key_size if case.value_size is None else case.value_size
     tokens, state = (case.batch, case.length, case.heads), (case.batch, case.heads, case.key_size, value_size)
-    shapes = (*((*tokens, case.key_size),) * 2, (*tokens, value_size), state, (*tokens, value_size), state)
-    arrays = [random.standard_normal(s, np.float32).astype(ml_dtypes.bfloat16).astype(np.float32) for s in shapes]
-    if not case.initial:
-        arrays[3] = np.zeros_like(arrays[3])
+
+    def normal(*shape):
+        return random.standard_normal(shape, np.float32).astype(ml_dtypes.bfloat16).astype(np.float32)
+
+    q, k, v, do = (normal(*tokens, size) for size in (case.key_size, case.key_size, value_size, value_size))
+    initial_state, d_final_state = normal(*state) * case.initial, normal(*state)
+    arrays = (q, k, v, initial_state, do, d_final_state)
     return arrays, float64_recurrence(*arrays, case.log_decay, case.segment_ids)
 
 

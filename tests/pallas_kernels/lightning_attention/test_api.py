@@ -50,7 +50,7 @@ SHAPES_AND_DTYPES = [
 ]
 
 
-@pytest.mark.parametrize("changes, error, message", SHAPES_AND_DTYPES)
+@pytest.mark.parametrize(("changes", "error", "message"), SHAPES_AND_DTYPES)
 def test_shapes_and_dtypes_are_checked_while_tracing(changes, error, message):
     with pytest.raises(error, match=re.escape(message)):
         jax.eval_shape(lambda a: lightning_attention(**a), arguments(**changes))
@@ -79,7 +79,7 @@ def test_implementations_that_cannot_run_say_why():
 
 
 @pytest.mark.parametrize(
-    "changes, error, message",
+    ("changes", "error", "message"),
     [
         ({"q": jnp.zeros((B, 1, H, K))}, ValueError, "q must be [N,H,K]"),
         ({"pool": jnp.zeros((6, H, K))}, ValueError, "pool must be [P,H,K,V]"),
