@@ -1,0 +1,98 @@
+"""Lightning attention on NVIDIA Hopper (H100, H200): fused scans in Pallas' Mosaic GPU dialect.
+
+The gradient of lightning attention is lightning attention: with S_t = lam S_{t-1} + k_t^T v_t running forward and
+G_t = lam G_{t+1} + q_t^T do_t running backward in time,
+
+    o_t = q_t S_t        dq_t = do_t S_t^T        dv_t = k_t G_t        dk_t = v_t G_t^T
+
+so one kernel (`hopper_scan`) is all there is: forward walks once (q, k, v); backward walks once forward in time as (do, v, k) for
+dq, and once backward as (k, q, do) for dv and (v, do, q) for dk in one launch.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import _compat
+from pallas_kernels.lightning_attention.hopper_decode import decode
+from pallas_kernels.lightning_attention.hopper_scan import Role, scan
+from pallas_kernels.lightning_attention.segments import PADDING
+
+__all__ = ["backward", "decode", "forward", "unsupported"]
+
+_HOPPER = ("H100", "H200", "H800", "H20", "GH200")
+
+
+def unsupported(q: jax.Array, k: jax.Array, v: jax.Array) -> str | None:
+    """Why this implementation cannot run for these arguments ([B,T,H,D], or [N,H,D] to decode), or None."""
+    if _compat.target_platform() != "gpu":
+        return f"hopper needs an NVIDIA Hopper GPU; this program runs on {_compat.target_platform()}"
+    kind = _device_kind()
+    if not any(name in kind for name in _HOPPER):
+        return f"hopper needs an NVIDIA Hopper GPU; this one is {kind!r}"
+    if q.ndim == 4 and q.dtype != jnp.bfloat16:
+        return f"hopper takes bfloat16: its matrix units would round {q.dtype} to 10 bits (TF32) unasked"
+    if q.shape[-1] != v.shape[-1] or q.shape[-1] not in (64, 128):
+        return f"hopper takes heads of size 64 or 128, keys and values alike: got {q.shape[-1]} and {v.shape[-1]}"
+    return None
+
+
+def forward(q, k, v, log_decay, initial_state, segment_ids, *, interpret=False):
+    """(o [B,T,H,V] bfloat16, final_state [B,H,K,V] float32); arguments as in `lightning_attention`."""
+    length = q.shape[1]
+    (q, k, v), segment_ids = _padded((q, k, v), segment_ids)
+    (o,), (state,) = scan(
+        (q, k, v),
+        [Role(q=0, k=1, v=2)],
+        log_decay,
+        [initial_state],
+        segment_ids,
+        length=length,
+        reverse=False,
+        splits=q.shape[-1] // 64,
+        interpret=interpret,
+    )
+    return o[:, :length], state
+
+
+def backward(q, k, v, log_decay, initial_state, segment_ids, do, d_final_state, *, interpret=False):
+    """(dq, dk, dv bfloat16, d_initial_state float32) for the gradients `do` and `d_final_state`; states are recomputed."""
+    length = q.shape[1]
+    (q, k, v, do), segment_ids = _padded((q, k, v, do), segment_ids)
+    transposed = lambda state: None if state is None else state.mT
+    (dq,), _ = scan(
+        (do, v, k),
+        [Role(q=0, k=1, v=2, final=False)],
+        log_decay,
+        [transposed(initial_state)],
+        segment_ids,
+        length=length,
+        reverse=False,
+        splits=q.shape[-1] // 64,
+        interpret=interpret,
+    )
+    (dv, dk), (d_initial_state,) = scan(
+        (q, k, v, do),
+        [Role(q=1, k=0, v=3), Role(q=2, k=3, v=0, final=False)],
+        log_decay,
+        [d_final_state, transposed(d_final_state)],
+        segment_ids,
+        length=length,
+        reverse=True,
+        interpret=interpret,
+    )
+    return dq[:, :length], dk[:, :length], dv[:, :length], d_initial_state
+
+
+def _padded(arrays, segment_ids):
+    """With zeros behind the tokens up to a multiple of 8, which the copy engine wants (a copy, if there are any)."""
+    missing = -arrays[0].shape[1] % 8
+    if missing:
+        arrays = [jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0))) for x in arrays]
+        if segment_ids is not None:
+            segment_ids = jnp.pad(segment_ids, ((0, 0), (0, missing)), constant_values=PADDING)
+    return arrays, segment_ids
+
+
+def _device_kind() -> str:
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.device_kind if device is not None else jax.devices()[0].device_kind

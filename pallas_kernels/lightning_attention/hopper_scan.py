@@ -1,0 +1,433 @@
+"""One scan over the tokens on a Hopper GPU (Pallas, Mosaic GPU): what forward and backward are both made of.
+
+    forward in time:  S <- lam S + k_t^T v_t,  o_t = q_t S          backward in time:  o_t = q_t S', S <- lam S', S' = S + k_t^T v_t
+
+A thread block owns one head (or half of its value columns) of one row and walks through the row's chunks of 64 tokens. Its
+float32 state lives in registers from the first chunk to the last and never goes to memory. Per chunk, with n real tokens and
+0 <= i < 64 (forward in time; backwards in time the two weights w, u change places and i >= j becomes i <= j):
+
+    o_i = sum_{j <= i} lam^(i-j) (q_i k_j) v_j + w_i q_i S       w_i = lam^(i+1)
+    S   = lam^n S + sum_j u_j k_j^T v_j                          u_j = lam^(n-1-j)
+
+Decays are only ever raised to non-negative powers, so no slope overflows. docs/kernels-hopper.md tells the design and counts
+its bytes and operations.
+"""
+
+import dataclasses
+import functools
+import types
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.lightning_attention.segments import is_real
+
+CHUNK = 64
+_META = 128  # int32 per chunk: CHUNK bounds of rows, the chunk's own bound, its count of real tokens, unused.
+_TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+
+
+@dataclasses.dataclass(frozen=True)
+class Role:
+    """Which of a scan's arrays a block reads as q, k and v and whether it returns its last state."""
+
+    q: int
+    k: int
+    v: int
+    final: bool = True
+
+
+def scan(
+    arrays: Sequence[jax.Array],
+    roles: Sequence[Role],
+    log_decay: jax.Array,
+    initial: Sequence[jax.Array | None],
+    segment_ids: jax.Array | None,
+    *,
+    length: int,
+    reverse: bool,
+    splits: int = 1,
+    interpret=False,
+) -> tuple[list[jax.Array], list[jax.Array]]:
+    """Lightning attention, forward or backward in time, in several roles at once over the same arrays.
+
+    Args:
+      arrays: bfloat16 [B,T,H,D], D in (64, 128), T a multiple of 8.
+      roles: one, or two that run side by side, a block each, so that an array both read comes from memory once.
+      log_decay: [H] float32.
+      initial: for each role the state [B,H,D,D] float32 before the first token of the walk, or None for zeros.
+      segment_ids: [B,T] int32 as in `lightning_attention`, or None.
+      length: how many of the T tokens are there; zeros must stand behind them.
+      reverse: walk from the last token to the first.
+      splits: among how many blocks (1, or 2 where D is 128) a head's value columns are divided.
+      interpret: run in Pallas' CPU interpreter (True or InterpretGPUParams).
+
+    Returns:
+      For each role the outputs [B,T,H,D] bfloat16, and for each role that asks for it the state [B,H,D,D] float32 after
+      the walk's last token.
+    """
+    batch, _, heads, size = arrays[0].shape
+    width = size // splits
+    chunks = pl.cdiv(length, CHUNK)
+    metadata = None if segment_ids is None else _metadata(segment_ids, reverse)
+    given = [s for s in initial if s is not None]
+    inputs = (*arrays, log_decay, *given, *(() if metadata is None else (metadata,)))
+    tokens = jax.ShapeDtypeStruct(arrays[0].shape, jnp.bfloat16)
+    state = jax.ShapeDtypeStruct((batch, heads, size, size), jnp.float32)
+    finals = sum(role.final for role in roles)
+    state_groups = width // 64
+    stages = 4 if width == 64 else 3
+    state_buffers = 2 if width == 64 else 1
+    ops = operations(interpret)
+
+    def body(*refs):
+        refs = list(refs)
+        take = lambda n: [refs.pop(0) for _ in range(n)]
+        array_refs, (decay_ref,) = take(len(arrays)), take(1)
+        given_refs = take(len(given))
+        initial_refs = [None if s is None else given_refs.pop(0) for s in initial]
+        (meta_ref,) = take(1) if metadata is not None else (None,)
+        output_refs, final_refs = take(len(roles)), take(finals)
+        final_refs = [final_refs.pop(0) if role.final else None for role in roles]
+        q_smem, k_smem, v_smem, s_smem, u_smem, o_smem, meta_smem, full, empty, s_full, s_empty = refs
+
+        part, head, row = lax.axis_index("part"), lax.axis_index("head"), lax.axis_index("row")
+        group = lax.axis_index("group")
+        log_lam = decay_ref[head]
+        columns = pl.ds(part * width, width) if splits > 1 else pl.ds(0, width)
+
+        def chunk_of(step):
+            return chunks - 1 - step if reverse else step
+
+        def in_role(function):
+            """Runs function(i) for the role i of this block; with one role, without a branch."""
+            if len(roles) == 1:
+                function(0)
+            else:
+                for i in range(len(roles)):
+                    pl.when(part == i)(functools.partial(function, i))
+
+        def real_tokens(step, slot):
+            """How many of the chunk's tokens are there (a scalar)."""
+            if meta_ref is not None:
+                return meta_smem[slot, CHUNK + 1]
+            return jnp.minimum(length - chunk_of(step) * CHUNK, CHUNK)
+
+        def state_is_seen(bound, step):
+            """Does a segment with this bound reach into the chunk from the chunk before it in the walk?"""
+            start = chunk_of(step) * CHUNK
+            return bound >= start + CHUNK if reverse else bound < start
+
+        def powers(n, leaving):
+            """[64] lam^(i+1), or, leaving the chunk in the other direction, lam^(n-1-i) (1 beyond the real tokens)."""
+            i = ops.iota((CHUNK,), 0, rows=True)
+            exponent = jnp.maximum(n - 1 - i, 0) if leaving else i + 1
+            return jnp.exp(log_lam * exponent.astype(jnp.float32))
+
+        def produce():
+            def fetch(step, slot):
+                rows = pl.ds(chunk_of(step) * CHUNK, CHUNK)
+
+                def from_role(i):
+                    role = roles[i]
+                    for source, target in ((role.q, q_smem), (role.k, k_smem)):
+                        plgpu.copy_gmem_to_smem(array_refs[source].at[row, rows, head], target.at[slot], full.at[slot])
+                    source = array_refs[role.v].at[row, rows, head, columns]
+                    plgpu.copy_gmem_to_smem(source, v_smem.at[slot], full.at[slot])
+
+                in_role(from_role)
+                if meta_ref is not None:
+                    plgpu.copy_gmem_to_smem(meta_ref.at[row, chunk_of(step)], meta_smem.at[slot], full.at[slot])
+
+            @pl.loop(0, min(stages, chunks))
+            def _(step):
+                fetch(step, step)
+
+            @pl.loop(stages, max(chunks, stages))
+            def _(step):
+                slot = lax.rem(step, jnp.int32(stages))
+                plgpu.barrier_wait(empty.at[slot])
+                fetch(step, slot)
+
+            for step in range(max(chunks - stages, 0), chunks):
+                plgpu.barrier_wait(empty.at[step % stages])
+
+        def keep_state(index):
+            mine = pl.ds(64 * index, 64)
+            here = pl.ds(part * width + 64 * index, 64) if splits > 1 else mine
+
+            def load_initial(i):
+                ref = initial_refs[i]
+                return ops.zeros((size, 64)) if ref is None else ops.load(ref.at[row, head, :, here])
+
+            if len(roles) == 1:
+                state = load_initial(0)
+            elif all(ref is None for ref in initial_refs):
+                state = ops.zeros((size, 64))
+            else:
+                first, second = (functools.partial(load_initial, i) for i in range(2))
+                state = lax.cond(part == 0, first, second)
+
+            def advance(step, state):
+                slot = lax.rem(step, jnp.int32(stages))
+                buffer = lax.rem(step, jnp.int32(state_buffers))
+                plgpu.barrier_wait(s_empty.at[buffer])
+                s_smem[buffer, :, mine] = state.astype(jnp.bfloat16)
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(s_full.at[buffer])
+                plgpu.barrier_wait(full.at[slot])
+                n = real_tokens(step, slot)
+                weights = powers(n, leaving=not reverse)
+                i = ops.iota((CHUNK,), 0, rows=True)
+                kept = jnp.exp(log_lam * n.astype(jnp.float32))
+                if meta_ref is not None:
+                    bound = meta_smem[slot, CHUNK]
+                    token = chunk_of(step) * CHUNK + i
+                    weights = jnp.where(token <= bound if reverse else token >= bound, weights, 0.0)
+                    weights = jnp.where(i < n, weights, 0.0)
+                    kept = jnp.where(state_is_seen(bound, step), kept, 0.0)
+                v = v_smem[slot, :, mine].astype(jnp.float32)
+                u_smem[:, mine] = (v * ops.down(weights, (CHUNK, 64))).astype(jnp.bfloat16)
+                plgpu.commit_smem()
+
+                state = ops.onto(kept * state, k_smem.at[slot], u_smem.at[:, mine], transpose_a=True)
+                plgpu.barrier_arrive(empty.at[slot])
+                return state
+
+            state = lax.fori_loop(0, chunks, advance, state)
+            for buffer in range(state_buffers):
+                plgpu.barrier_wait(s_empty.at[buffer])
+
+            def write_final(i):
+                if final_refs[i] is not None:
+                    final_refs[i][row, head, :, here] = state
+
+            in_role(write_final)
+
+        def write_outputs():
+            r, c = (ops.iota((CHUNK, CHUNK), axis) for axis in (0, 1))
+            age = c - r if reverse else r - c
+            decay = jnp.where(age >= 0, jnp.exp(log_lam * jnp.maximum(age, 0).astype(jnp.float32)), 0.0)
+            for buffer in range(state_buffers):
+                plgpu.barrier_arrive(s_empty.at[buffer])
+
+            @pl.loop(0, chunks)
+            def _(step):
+                slot = lax.rem(step, jnp.int32(stages))
+                buffer = lax.rem(step, jnp.int32(state_buffers))
+                start = chunk_of(step) * CHUNK
+                plgpu.barrier_wait(full.at[slot])
+
+                n = real_tokens(step, slot)
+                weights = powers(n, leaving=reverse)
+                bound = None
+                if meta_ref is not None:
+                    bound = ops.load(meta_smem.at[slot, pl.ds(0, CHUNK)], rows=True)
+                    weights = jnp.where(state_is_seen(bound, step), weights, 0.0)
+
+                def look_back(within, before):
+                    ops.wgmma(within, q_smem.at[slot], k_smem.at[slot], transpose_b=True)
+                    plgpu.barrier_wait(s_full.at[buffer])
+                    ops.wgmma(before, q_smem.at[slot], s_smem.at[buffer])
+                    products = ops.result(within, in_flight=1) * decay
+                    if bound is not None:
+                        across = ops.down(bound, (CHUNK, CHUNK)) - start
+                        seen = c <= jnp.minimum(across, n - 1) if reverse else c >= across
+                        products = jnp.where(seen, products, 0.0)
+                    return products.astype(jnp.bfloat16), ops.result(before) * ops.down(weights, (CHUNK, width))
+
+                products, older = ops.fresh(look_back, (CHUNK, CHUNK), (CHUNK, width))
+                plgpu.barrier_arrive(s_empty.at[buffer])
+
+                o = ops.onto(older, products, v_smem.at[slot])
+                plgpu.barrier_arrive(empty.at[slot])
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                o_smem[...] = o.astype(jnp.bfloat16)
+                plgpu.commit_smem()
+
+                def to_role(i):
+                    plgpu.copy_smem_to_gmem(o_smem, output_refs[i].at[row, pl.ds(start, CHUNK), head, columns])
+
+                in_role(to_role)
+
+            plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(group == 0)
+        def _():
+            plgpu.set_max_registers(184 if state_groups == 2 else 232, action="increase")
+            write_outputs()
+
+        for index in range(state_groups):
+
+            @pl.when(group == 1 + index)
+            def _(index=index):
+                plgpu.set_max_registers(144 if state_groups == 2 else 232, action="increase")
+                keep_state(index)
+
+        @pl.when(group == 1 + state_groups)
+        def _():
+            plgpu.set_max_registers(40, action="decrease")
+            produce()
+
+    tiled = functools.partial(plgpu.SMEM, dtype=jnp.bfloat16, transforms=_TILED)
+    outputs = plgpu.kernel(
+        body,
+        out_type=[*[tokens] * len(roles), *[state] * finals],
+        scratch_types=[
+            tiled((stages, CHUNK, size)),
+            tiled((stages, CHUNK, size)),
+            tiled((stages, CHUNK, width)),
+            tiled((state_buffers, size, width)),
+            tiled((CHUNK, width)),
+            tiled((CHUNK, width)),
+            plgpu.SMEM((stages, _META), jnp.int32),
+            plgpu.Barrier(num_arrivals=3 if metadata is None else 4, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=1 + state_groups, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=state_groups, num_barriers=state_buffers),
+            plgpu.Barrier(num_barriers=state_buffers),
+        ],
+        grid=(splits * len(roles), heads, batch),
+        grid_names=("part", "head", "row"),
+        num_threads=2 + state_groups,
+        thread_name="group",
+        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
+        interpret=interpreter(interpret),
+    )(*inputs)
+    return list(outputs[: len(roles)]), list(outputs[len(roles) :])
+
+
+def _metadata(segment_ids: jax.Array, reverse: bool) -> jax.Array:
+    """[B, chunks, 128] int32: what the kernel must know of a chunk's segments.
+
+    A token's bound is the first (backwards in time: last) token of its segment; of the segment that the walk begins with,
+    which goes on from the initial state, the token before it (behind it); of padding, one that lets nothing pass. The
+    chunk's own bound is that of the last real token the walk meets up to the chunk's end.
+    """
+    batch, length = segment_ids.shape
+    chunks = pl.cdiv(length, CHUNK)
+    far = jnp.int32(2**30)
+    real = is_real(segment_ids)
+    place = jnp.arange(length, dtype=jnp.int32)
+    change = segment_ids[:, 1:] != segment_ids[:, :-1]
+    edge = jnp.ones((batch, 1), bool)
+    if reverse:
+        ends = jnp.where(jnp.concatenate([change, edge], axis=1), place, far)
+        count = jnp.sum(real, axis=1, dtype=jnp.int32)[:, None]
+        bound = lax.cummin(ends, axis=1, reverse=True)
+        bound = jnp.where(bound == count - 1, far, bound)
+        bound = jnp.where(real, bound, -1)
+        first = jnp.minimum(jnp.arange(chunks, dtype=jnp.int32) * CHUNK, length - 1)
+        chunk_bound = jnp.where(real[:, first], bound[:, first], far)
+    else:
+        starts = jnp.where(jnp.concatenate([~edge, change], axis=1), place, -1)
+        starts = lax.cummax(jnp.where(real, starts, -1), axis=1)
+        bound = jnp.where(real, starts, far)
+        last = jnp.minimum(jnp.arange(1, chunks + 1, dtype=jnp.int32) * CHUNK, length) - 1
+        chunk_bound = starts[:, last]
+    n = jnp.pad(real, ((0, 0), (0, chunks * CHUNK - length))).reshape(batch, chunks, CHUNK).sum(-1, dtype=jnp.int32)
+    fill = -1 if reverse else far
+    bound = jnp.pad(bound, ((0, 0), (0, chunks * CHUNK - length)), constant_values=fill)
+    bound = bound.reshape(batch, chunks, CHUNK)
+    rest = jnp.zeros((batch, chunks, _META - CHUNK - 2), jnp.int32)
+    return jnp.concatenate([bound, chunk_bound[..., None], n[..., None], rest], axis=-1)
+
+
+class _Chip:
+    """The operations that Pallas' interpreter does not know in the form that the chip wants."""
+
+    def iota(self, shape, axis, rows=False):
+        return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=self._layout(rows))
+
+    def zeros(self, shape, dtype=jnp.float32, columns=False):
+        return plgpu.layout_cast(jnp.zeros(shape, dtype), self._layout(columns=columns))
+
+    def load(self, ref, rows=False, columns=False):
+        return _load(ref, self._layout(rows, columns))
+
+    def down(self, values, shape):
+        """[rows] -> [rows, columns]."""
+        return lax.broadcast_in_dim(values, shape, [0])
+
+    def along(self, values, shape):
+        """[columns] -> [rows, columns]."""
+        return lax.broadcast_in_dim(values, shape, [1])
+
+    def fresh(self, function, *shapes):
+        """function(*accumulators), which start at zero."""
+        return pl.run_scoped(function, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
+
+    def onto(self, value, a, b, **transposes):
+        """value + a b."""
+        return pl.run_state(lambda acc: self.wgmma(acc, a, b, **transposes))(plgpu.ACC.init(value))
+
+    def wgmma(self, acc, a, b, transpose_a=False, transpose_b=False):
+        """Starts acc += a b."""
+        plgpu.wgmma(acc, _transposed(a) if transpose_a else a, _transposed(b) if transpose_b else b)
+
+    def result(self, acc, in_flight=0):
+        """The accumulator once no more than `in_flight` products are still running."""
+        return plgpu.wgmma_accumulator_load(acc, wait_n=in_flight)
+
+    def _layout(self, rows=False, columns=False):
+        """Of a matrix, or of a vector of one value per row or column of it."""
+        layout = plgpu.Layout.WGMMA
+        return layout.reduce(1) if rows else layout.reduce(0) if columns else layout
+
+
+class _Emulated(_Chip):
+    """The same for the interpreter: products are computed at once from what shared memory holds."""
+
+    def iota(self, shape, axis, rows=False):
+        return lax.broadcasted_iota(jnp.int32, shape, axis)
+
+    def zeros(self, shape, dtype=jnp.float32, columns=False):
+        return jnp.zeros(shape, dtype)
+
+    def load(self, ref, rows=False, columns=False):
+        return ref[...]
+
+    def fresh(self, function, *shapes):
+        return function(*(types.SimpleNamespace(value=0.0) for _ in shapes))
+
+    def onto(self, value, a, b, **transposes):
+        acc = types.SimpleNamespace(value=value)
+        self.wgmma(acc, a, b, **transposes)
+        return acc.value
+
+    def wgmma(self, acc, a, b, transpose_a=False, transpose_b=False):
+        a, b = (x if isinstance(x, jax.Array) else x[...] for x in (a, b))
+        plgpu.commit_smem()  # The chip reads through the copy engine's proxy; these loads did not.
+        a, b = (x.T if transpose else x for x, transpose in ((a, transpose_a), (b, transpose_b)))
+        acc.value += jnp.dot(a.astype(jnp.float32), b.astype(jnp.float32), precision=lax.Precision.HIGHEST)
+
+    def result(self, acc, in_flight=0):
+        return acc.value
+
+
+def operations(interpret):
+    return _Emulated() if interpret else _Chip()
+
+
+def interpreter(interpret):
+    """What `plgpu.kernel` wants to be told: the GPU interpreter's parameters, or None."""
+    if interpret is not True:
+        return interpret or None
+    if jax.__version_info__ < (0, 11):
+        from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+    else:
+        InterpretGPUParams = plgpu.InterpretGPUParams
+    return InterpretGPUParams(detect_races=True)
+
+
+def _load(ref, layout):
+    if jax.__version_info__ < (0, 11):
+        return plgpu.load(ref, (), layout=layout, optimized=False)
+    return plgpu.load(ref, layout=layout, optimized=False)
+
+
+def _transposed(ref):
+    return plgpu.transpose_ref(ref, (1, 0)) if jax.__version_info__ < (0, 11) else ref.transpose((1, 0))
