@@ -1,0 +1,115 @@
+"""What stops a run before it harms itself: a loss or gradient that is not finite, a batch kept for whoever looks into it,
+and the wish of the cluster (SIGTERM) to stop.
+
+The step itself never applies a bad update (`apply_if_finite`), because its old state is donated: once the host has read the
+statistics, there would be nothing left to go back to. What happens next is the host's choice (`NonFiniteGuard`).
+"""
+
+import json
+import os
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.experimental import multihost_utils
+
+from m1jax.errors import UserError
+
+OnNonFinite = Literal["stop", "skip"]
+
+
+def apply_if_finite(new: Any, old: Any, loss: jax.Array, grads: Any) -> tuple[Any, jax.Array]:
+    """The new state where loss and all gradients are finite, else the old one. For use inside the jitted step.
+
+    Args:
+        new, old: pytrees of one structure (parameters, optimizer state).
+        loss: scalar.
+        grads: pytree of gradients, before clipping.
+
+    Returns:
+        The state to go on with, and float32 1 if the update was left out, else 0.
+    """
+    finite = jnp.isfinite(loss) & jnp.isfinite(optax.global_norm(grads))
+    return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old), 1.0 - finite.astype(jnp.float32)
+
+
+class NonFiniteGuard:
+    """Reacts on the host to an update that `apply_if_finite` left out: keeps the batch, then stops or goes on.
+
+    Args:
+        directory: where batches are kept, as `nonfinite/step-N.npz` (`step-N.process-K.npz` with several processes: each
+            writes the rows it holds) beside a `step-N.json` with the statistics.
+        on_nonfinite: "stop" raises at the first; "skip" goes on without the update.
+        patience: with "skip", so many left out one after the other stop the run all the same: it is broken, not unlucky.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], on_nonfinite: OnNonFinite = "stop", *, patience: int = 10):
+        if on_nonfinite not in ("stop", "skip"):
+            raise UserError(f"on_nonfinite must be 'stop' or 'skip', not {on_nonfinite!r}")
+        self._directory = Path(directory) / "nonfinite"
+        self._stop, self._patience, self._in_a_row = on_nonfinite == "stop", patience, 0
+
+    def check(self, step: int, skipped: float, batch: Mapping[str, Any], stats: Mapping[str, Any]) -> bool:
+        """Call after each update with its batch. Returns whether it was left out.
+
+        Raises:
+            UserError: it was, and the configuration (or `patience`) says stop. The batch is saved by then.
+        """
+        if not float(skipped):
+            self._in_a_row = 0
+            return False
+        self._in_a_row += 1
+        path = self._save(step, batch, stats)
+        figures = ", ".join(f"{name} {float(stats[name])}" for name in ("loss", "grad_norm") if name in stats)
+        found = f"update {step}: the loss or a gradient is not finite ({figures}); parameters are as before it"
+        if self._stop:
+            raise UserError(f"{found}. Its batch: {path}. on_nonfinite='skip' would go on without it")
+        if self._in_a_row >= self._patience:
+            raise UserError(f"{found}; {self._in_a_row} updates in a row were. The last batch: {path}")
+        return True
+
+    def _save(self, step: int, batch: Mapping[str, Any], stats: Mapping[str, Any]) -> Path:
+        self._directory.mkdir(parents=True, exist_ok=True)
+        several = jax.process_count() > 1
+        path = self._directory / (f"step-{step}" + (f".process-{jax.process_index()}" if several else "") + ".npz")
+        np.savez_compressed(path, **{name: _local(value) for name, value in batch.items()})
+        if jax.process_index() == 0:
+            figures = {name: float(value) for name, value in stats.items() if np.ndim(value) == 0}
+            (self._directory / f"step-{step}.json").write_text(json.dumps(figures, indent=1) + "\n")
+        return path
+
+
+def stop_requested(step: int) -> bool:
+    """Whether the cluster asked to stop (SIGTERM to any process) and this is the update after which all stop together.
+
+    Call it once per update with increasing step numbers, on every process; save a checkpoint and leave when it says so.
+    In a single process without `jax.distributed`, use `install_sigterm` before.
+    """
+    if jax.distributed.is_initialized():
+        return multihost_utils.reached_preemption_sync_point(step)
+    return _terminated
+
+
+def install_sigterm() -> None:
+    """Makes SIGTERM a request that `stop_requested` reports. With `jax.distributed`, JAX listens by itself."""
+    def note(_signal: int, _frame: Any) -> None:
+        global _terminated
+        _terminated = True
+
+    if not jax.distributed.is_initialized():
+        signal.signal(signal.SIGTERM, note)
+
+
+_terminated = False
+
+
+def _local(value: Any) -> np.ndarray:
+    """An array of this process; of a global one, the rows that this process holds, in order."""
+    if not isinstance(value, jax.Array) or value.is_fully_addressable:
+        return np.asarray(value)
+    return np.asarray(multihost_utils.global_array_to_host_local_array(value, value.sharding.mesh, value.sharding.spec)  # pyright: ignore)
