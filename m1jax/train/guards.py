@@ -1,8 +1,7 @@
-"""What stops a run before it harms itself: a loss or gradient that is not finite, a batch kept for whoever looks into it,
-and the wish of the cluster (SIGTERM) to stop.
+"""What stops a run before it harms itself: a loss or gradient that is not finite, and the wish of the cluster (SIGTERM).
 
-The step itself never applies a bad update (`apply_if_finite`), because its old state is donated: once the host has read the
-statistics, there would be nothing left to go back to. What happens next is the host's choice (`NonFiniteGuard`).
+The step itself never applies a bad update (`apply_if_finite`), because its old state is donated: once the host has read
+the statistics, there would be nothing left to go back to. What happens next is the host's choice (`NonFiniteGuard`).
 """
 
 import json
@@ -42,10 +41,10 @@ class NonFiniteGuard:
     """Reacts on the host to an update that `apply_if_finite` left out: keeps the batch, then stops or goes on.
 
     Args:
-        directory: where batches are kept, as `nonfinite/step-N.npz` (`step-N.process-K.npz` with several processes: each
-            writes the rows it holds) beside a `step-N.json` with the statistics.
+        directory: where batches are kept, as `nonfinite/step-N.npz` (`step-N.process-K.npz` with several processes:
+            each writes the rows it holds) beside a `step-N.json` with the statistics.
         on_nonfinite: "stop" raises at the first; "skip" goes on without the update.
-        patience: with "skip", so many left out one after the other stop the run all the same: it is broken, not unlucky.
+        patience: with "skip", so many left out one after the other stop the run: it is broken, not unlucky.
     """
 
     def __init__(self, directory: str | os.PathLike[str], on_nonfinite: OnNonFinite = "stop", *, patience: int = 10):
@@ -97,6 +96,7 @@ def stop_requested(step: int) -> bool:
 
 def install_sigterm() -> None:
     """Makes SIGTERM a request that `stop_requested` reports. With `jax.distributed`, JAX listens by itself."""
+
     def note(_signal: int, _frame: Any) -> None:
         global _terminated
         _terminated = True
@@ -112,4 +112,5 @@ def _local(value: Any) -> np.ndarray:
     """An array of this process; of a global one, the rows that this process holds, in order."""
     if not isinstance(value, jax.Array) or value.is_fully_addressable:
         return np.asarray(value)
-    return np.asarray(multihost_utils.global_array_to_host_local_array(value, value.sharding.mesh, value.sharding.spec)  # pyright: ignore)
+    rows = multihost_utils.global_array_to_host_local_array(value, value.sharding.mesh, value.sharding.spec)
+    return np.asarray(rows)
