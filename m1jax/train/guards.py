@@ -1,4 +1,4 @@
-"""What stops a run before it harms itself: a loss or gradient that is not finite, and the wish of the cluster (SIGTERM).
+"""What stops a run before it does harm: a loss or gradient that is not finite, and the wish of the cluster (SIGTERM).
 
 The step itself never applies a bad update (`apply_if_finite`), because its old state is donated: once the host has read
 the statistics, there would be nothing left to go back to. What happens next is the host's choice (`NonFiniteGuard`).
@@ -14,7 +14,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.experimental import multihost_utils
 
 from m1jax.errors import UserError
@@ -33,7 +32,7 @@ def apply_if_finite(new: Any, old: Any, loss: jax.Array, grads: Any) -> tuple[An
     Returns:
         The state to go on with, and float32 1 if the update was left out, else 0.
     """
-    finite = jnp.isfinite(loss) & jnp.isfinite(optax.global_norm(grads))
+    finite = jax.tree.reduce(jnp.logical_and, jax.tree.map(lambda g: jnp.isfinite(g).all(), (loss, grads)))
     return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old), 1.0 - finite.astype(jnp.float32)
 
 
@@ -76,7 +75,8 @@ class NonFiniteGuard:
         self._directory.mkdir(parents=True, exist_ok=True)
         several = jax.process_count() > 1
         path = self._directory / (f"step-{step}" + (f".process-{jax.process_index()}" if several else "") + ".npz")
-        np.savez_compressed(path, **{name: _local(value) for name, value in batch.items()})
+        arrays: dict[str, Any] = {name: _local(value) for name, value in batch.items()}
+        np.savez_compressed(path, **arrays)
         if jax.process_index() == 0:
             figures = {name: float(value) for name, value in stats.items() if np.ndim(value) == 0}
             (self._directory / f"step-{step}.json").write_text(json.dumps(figures, indent=1) + "\n")
