@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
+import numbers
 import warnings
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -59,6 +61,10 @@ class ModelConfig:
     eos_token_id: int | None = None
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if not _has_type(value, str(field.type)):
+                raise UserError(f"config: {field.name} = {value!r} should be of type {field.type}")
         sizes = (
             "vocab_size hidden_size intermediate_size num_heads num_kv_heads head_dim num_experts experts_per_token "
             "max_position_embeddings"
@@ -66,6 +72,9 @@ class ModelConfig:
         for name in sizes.split():
             if getattr(self, name) < 1:
                 raise UserError(f"config: {name} = {getattr(self, name)}, but it must be at least 1")
+        for name in ("rms_norm_eps", "rope_theta"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"config: {name} = {getattr(self, name)}, but it must be positive")
         unknown = sorted(set(self.layer_types) - {LIGHTNING, SOFTMAX})
         if unknown or not self.layer_types:
             raise UserError(f"config: layer_types must hold 'lightning' and 'softmax', one per layer; found {unknown}")
@@ -119,7 +128,7 @@ class ModelConfig:
         Raises:
             UserError: another model's config, a missing or an unknown key, or a value that M1 does not have.
         """
-        model_type = values.get("model_type")
+        model_type = values.get("model_type") if isinstance(values, Mapping) else None
         if model_type in ("minimax_m1", "minimax_text_01"):
             return _read(values, _OFFICIAL_KEYS, _OFFICIAL_FIXED, _read_official_layers)
         if model_type == "minimax":
@@ -173,6 +182,15 @@ class ModelConfig:
                 "partial_rotary_factor": self.rotary_dim / self.head_dim,
             },
         }
+
+
+def _has_type(value: Any, wanted: str) -> bool:
+    """Whether a value read from a file has the type that a field's annotation names."""
+    if wanted.startswith("tuple") or isinstance(value, bool):
+        return isinstance(value, tuple)
+    if wanted == "float":
+        return isinstance(value, numbers.Real) and math.isfinite(value)
+    return isinstance(value, numbers.Integral) or (value is None and "None" in wanted)
 
 
 def _hybrid(num_layers: int) -> tuple[str, ...]:
@@ -316,7 +334,13 @@ def _read(
     if missing or "num_hidden_layers" not in values:
         raise UserError(f"config: missing {', '.join(missing or ['num_hidden_layers'])}")
     fields = {field: values[key] for key, field in keys.items() if key in values}
+    for key in sorted(structure):
+        if not isinstance(values[key], Mapping if key == "rope_parameters" else list | tuple):
+            raise UserError(f"config: {key} = {values[key]!r} is of the wrong type")
     if fields.get("head_dim") is None:
+        for name in ("hidden_size", "num_heads"):
+            if not _has_type(fields[name], "int") or fields[name] < 1:
+                raise UserError(f"config: {name} = {fields[name]!r} should be a positive integer")
         fields["head_dim"] = fields["hidden_size"] // fields["num_heads"]
     fields.setdefault("rotary_dim", fields["head_dim"])
     fields |= read_layers(values, fields)
@@ -340,6 +364,13 @@ def _read_transformers_layers(values: Mapping[str, Any], fields: Mapping[str, An
     if unknown:
         raise UserError(f"config: layer_types holds {unknown}; expected 'linear_attention' and 'full_attention'")
     rope = values["rope_parameters"]
+    for name, value in (
+        ("head_dim", fields["head_dim"]),
+        ("rope_parameters.rope_theta", rope.get("rope_theta")),
+        ("rope_parameters.partial_rotary_factor", rope.get("partial_rotary_factor", 1.0)),
+    ):
+        if not _has_type(value, "float"):
+            raise UserError(f"config: {name} = {value!r} should be a number")
     if rope.get("rope_type", "default") != "default":
         raise UserError(f"config: rope_type {rope['rope_type']!r}; MiniMax-M1 has unscaled RoPE ('default') only")
     return {
