@@ -12,9 +12,13 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import hypothesis
 import jaxtyping
 
-# Checks the shapes and dtypes in the signatures of what works on arrays while tests run. Not elsewhere: what users call
-# says itself what is wrong with their arguments, and is tested for it.
-jaxtyping.install_import_hook(["m1jax.model", "m1jax.rl.losses"], "beartype.beartype")
+# Checks the shapes and dtypes in the signatures of what works on arrays while tests run. Not those of what users call:
+# that says itself what is wrong with an argument, and is tested for it.
+CHECKED = [
+    "m1jax.rl.losses",
+    *(f"m1jax.model.{name}" for name in ("cache", "head", "layers", "lightning", "moe", "softmax")),
+]
+jaxtyping.install_import_hook(CHECKED, "beartype.beartype")
 
 # Compiling makes the first example slow and the rest fast, which no deadline per example can describe;
 # derandomize: a red run must be red again when somebody looks.
