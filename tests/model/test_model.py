@@ -1,0 +1,193 @@
+"""The model's parts against direct formulas, and its training path: head, rematerialisation, one scan over periods."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from m1jax import MiniMaxM1, ModelConfig
+from m1jax.model import head
+from m1jax.model.layers import rotary
+from m1jax.model.lightning import alibi_slopes, log_decays
+from m1jax.model.moe import MoE, Routing, balancing_loss
+from pallas_kernels import PADDING
+from tests.model.conftest import random_tokens, small_config, small_model
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+def test_rope_equals_the_authors_up_to_ten_million():
+    golden = np.load(GOLDEN / "rope.npz")
+    positions = jnp.array(golden["positions"], jnp.int32)[None]
+    x = jnp.zeros((1, positions.size, 1, 128)).at[..., :32].set(1.0).at[..., 64:].set(2.0)
+    out = rotary(x, positions, rotary_dim=64, theta=1e7)[0, :, 0]
+    np.testing.assert_allclose(out[:, :32], golden["cos"][:, :32], atol=1e-6)
+    np.testing.assert_allclose(out[:, 32:64], golden["sin"][:, :32], atol=1e-6)
+    np.testing.assert_array_equal(out[:, 64:], 2.0)
+
+
+def test_slopes_are_alibis_for_any_head_count():
+    np.testing.assert_allclose(alibi_slopes(4), [2.0**-2, 2.0**-4, 2.0**-6, 2.0**-8])
+    np.testing.assert_allclose(alibi_slopes(6), [2.0**-2, 2.0**-4, 2.0**-6, 2.0**-8, 2.0**-1, 2.0**-3])
+    decays = log_decays(ModelConfig.preset("m1-456b"))
+    assert decays.dtype == np.float32
+    assert decays.shape == (80, 64)
+    np.testing.assert_allclose(decays[0, 0], -(2.0**-0.125) * (1 + 1e-5), rtol=1e-6)
+    np.testing.assert_allclose(decays[79, 63], -(2.0**-8) * 1e-5, rtol=1e-6)
+    assert np.all(log_decays(small_config("L")) < 0)  # a single layer has no depth to divide by
+
+
+def test_log_probs_equal_those_of_the_full_logits(model, monkeypatch):
+    tokens, targets = random_tokens(0, 2, 13), random_tokens(1, 2, 13)
+    weight = jax.random.normal(jax.random.key(0), (2, 13))
+
+    def chunked(lm_head, hidden):
+        log_prob, entropy = head.log_probs(hidden, lm_head, targets, temperature=0.7)
+        return jnp.sum(weight * (log_prob + 0.1 * entropy)), (log_prob, entropy)
+
+    def full(lm_head, hidden):
+        log_p = jax.nn.log_softmax(hidden @ lm_head.T / 0.7)
+        log_prob = jnp.take_along_axis(log_p, targets[..., None], -1)[..., 0]
+        entropy = -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
+        return jnp.sum(weight * (log_prob + 0.1 * entropy)), (log_prob, entropy)
+
+    hidden = model.hidden_states(tokens).hidden
+    monkeypatch.setattr("m1jax.model.head.CHUNK_ELEMENTS", 4 * 2 * 64)  # chunks of 4 in 13 steps
+    ours = jax.value_and_grad(chunked, argnums=(0, 1), has_aux=True)(model.lm_head[...], hidden)
+    theirs = jax.value_and_grad(full, argnums=(0, 1), has_aux=True)(model.lm_head[...], hidden)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), ours, theirs)
+
+
+def test_log_probs_never_hold_all_logits():
+    """The compiled program for 64k tokens x 200k words (52 GB of logits) works in under 2 GB."""
+    shapes = [jax.ShapeDtypeStruct((1, 65_536, 24), jnp.float32), jax.ShapeDtypeStruct((200_064, 24), jnp.float32)]
+
+    def loss(hidden, lm_head):
+        return jnp.sum(head.log_probs(hidden, lm_head, jnp.zeros((1, 65_536), jnp.int32))[0])
+
+    compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*shapes).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 2e9
+
+
+def test_rematerialisation_changes_nothing(model):
+    graph, parameters = nnx.split(model)
+    tokens = random_tokens(0, 2, 16)
+
+    def loss(parameters, remat):
+        out = nnx.merge(graph, parameters).hidden_states(tokens, remat=remat)
+        return jnp.sum(out.hidden**2) + jnp.sum(out.aux_loss)
+
+    gradients = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+    plain, recomputed = (gradients(parameters, remat) for remat in (False, True))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), plain, recomputed)
+
+
+def test_the_program_does_not_grow_with_depth():
+    def size(pattern: str) -> int:
+        config = small_config(pattern)
+        model = nnx.eval_shape(lambda: MiniMaxM1(config, rngs=nnx.Rngs(0)))
+        graph, parameters = nnx.split(model)
+
+        def loss(parameters, tokens):
+            return jnp.sum(nnx.merge(graph, parameters).hidden_states(tokens).hidden)
+
+        lowered = jax.jit(jax.grad(loss)).lower(parameters, jax.ShapeDtypeStruct((1, 8), jnp.int32))
+        return len(lowered.as_text().splitlines())
+
+    assert size("LS" * 40) <= 1.01 * size("LS" * 2)
+
+
+def test_a_scanned_stack_equals_its_layers_unrolled():
+    """Two periods in the scan, against the same layers as one period of twice the length."""
+    scanned, unrolled = small_model("LSLS"), small_model("LSLS")
+    unrolled_config = dataclasses.replace(scanned.config)
+    object.__setattr__(unrolled_config, "period", 4)
+    unrolled = MiniMaxM1(unrolled_config, rngs=nnx.Rngs(1))
+    for name in ("embed_tokens", "norm", "lm_head"):
+        getattr(unrolled, name)[...] = getattr(scanned, name)[...]
+    for number, block in enumerate(unrolled.layers):
+        _, source = nnx.split(scanned.layers[number % 2])
+        nnx.update(block, jax.tree.map(lambda x, i=number // 2: x[i : i + 1], source))
+    tokens = random_tokens(0, 2, 20)
+    np.testing.assert_allclose(unrolled(tokens), scanned(tokens), atol=1e-5)
+
+
+def test_shared_expert_is_mixed_by_its_coefficient():
+    config = small_config(shared_intermediate_size=16)
+    graph, state = nnx.split(MoE(config, rngs=nnx.Rngs(0), dtype=jnp.dtype(jnp.float32)))
+    layer = nnx.merge(graph, jax.tree.map(lambda x: x[0], state))
+    x = jax.random.normal(jax.random.key(1), (2, 5, config.hidden_size))
+    assert layer.shared_mlp is not None
+    assert layer.coefficient is not None
+    shared, share = layer.shared_mlp(x), jax.nn.sigmoid(x @ layer.coefficient[...].T)
+    mixed, _ = layer(x, None)
+    layer.shared_mlp = layer.coefficient = None
+    routed, _ = layer(x, None)
+    np.testing.assert_allclose(mixed, routed * (1 - share) + shared * share, atol=1e-5)
+
+
+def test_experts_against_the_sum_over_all_of_them():
+    config = small_config(experts_per_token=3)
+    graph, state = nnx.split(MoE(config, rngs=nnx.Rngs(0), dtype=jnp.dtype(jnp.float32)))
+    layer = nnx.merge(graph, jax.tree.map(lambda x: x[0], state))
+    x = jax.random.normal(jax.random.key(1), (1, 7, config.hidden_size))
+    out, routing = layer(x, None)
+    np.testing.assert_allclose(jnp.sum(routing.weights, axis=-1), 1.0, rtol=1e-6)
+    every = jnp.einsum(
+        "btef,edf->bted",
+        jax.nn.silu(jnp.einsum("bti,efi->btef", x, layer.w1[...])) * jnp.einsum("bti,efi->btef", x, layer.w3[...]),
+        layer.w2[...],
+    )
+    chosen = jnp.take_along_axis(every, routing.experts[..., None], axis=2)
+    np.testing.assert_allclose(out, jnp.sum(chosen * routing.weights[..., None], axis=2), atol=1e-5)
+
+
+def test_balancing_loss_is_switchs():
+    probabilities = jax.nn.softmax(jax.random.normal(jax.random.key(0), (2, 6, 4)))
+    weights, experts = jax.lax.top_k(probabilities, 2)
+    routing = Routing(probabilities, experts, weights)
+    chosen = jax.nn.one_hot(experts, 4).sum(-2)
+    by_hand = 4 * jnp.sum(chosen.mean((0, 1)) * probabilities.mean((0, 1)))
+    np.testing.assert_allclose(balancing_loss(routing, None, over="batch"), jnp.full((2, 6), by_hand), rtol=1e-6)
+    row = 4 * jnp.sum(chosen[1, :4].mean(0) * probabilities[1, :4].mean(0))
+    ids = jnp.array([[0] * 6, [0] * 4 + [PADDING] * 2])
+    np.testing.assert_allclose(balancing_loss(routing, ids)[1], [row] * 4 + [0, 0], rtol=1e-6)
+    uniform = Routing(
+        jnp.full((1, 4, 4), 0.25), jnp.array([[[0, 1], [2, 3], [0, 1], [2, 3]]]), jnp.full((1, 4, 2), 0.5)
+    )
+    np.testing.assert_allclose(balancing_loss(uniform, None), 2.0)
+
+
+def test_bfloat16_compute_keeps_float32_where_m1_needs_it():
+    model = small_model("LS")
+    half = MiniMaxM1(model.config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    assert half.layers[0].moe.gate.dtype == jnp.float32
+    assert half.layers[0].moe.w1.dtype == jnp.bfloat16
+    nnx.update(half, jax.tree.map(lambda ours, other: other.astype(ours.dtype), nnx.state(half), nnx.state(model)))
+    tokens = random_tokens(0, 1, 12)
+    logits, cache = half(tokens, half.init_cache(1, 12))
+    assert logits.dtype == jnp.float32
+    assert cache.layers[0].state.dtype == jnp.float32
+    assert cache.layers[1].keys.dtype == jnp.bfloat16
+    expected = model(tokens)
+    assert jnp.linalg.norm(logits - expected) < 0.05 * jnp.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("changes", [{"rotary_dim": 0}, {"rotary_dim": 16}, {"head_dim": 8, "rotary_dim": 4}])
+def test_gradients_reach_every_parameter(changes):
+    model = small_model("LS", shared_intermediate_size=8, **changes)
+    graph, parameters = nnx.split(model)
+    tokens = random_tokens(0, 4, 32)
+
+    def loss(parameters):
+        model = nnx.merge(graph, parameters)
+        out = model.hidden_states(tokens)
+        return -jnp.mean(model.log_probs(out.hidden, tokens)[0]) + jnp.mean(out.aux_loss)
+
+    for path, gradient in jax.tree.leaves_with_path(jax.jit(jax.grad(loss))(parameters)):
+        assert jnp.all(jnp.isfinite(gradient)), jax.tree_util.keystr(path)
+        assert jnp.any(gradient != 0), jax.tree_util.keystr(path)
