@@ -1,0 +1,35 @@
+"""Verifiable tasks: two built-in families with a chain of thought, the user's own problems, and those of
+reasoning-gym."""
+
+from m1jax.rl.tasks.addition import Addition
+from m1jax.rl.tasks.base import Mixture, Problem, Split, Task, split_response
+from m1jax.rl.tasks.chain import ModularChain
+from m1jax.rl.tasks.reasoning_gym import ReasoningGym
+from m1jax.rl.tasks.user import UserProblems
+
+BUILT_IN = {"addition": Addition, "chain": ModularChain}
+
+
+def get_task(name: str) -> Task:
+    """A task by name: a built-in family, several joined by `+` (`addition+chain`), or a family of reasoning-gym.
+
+    Raises:
+        UserError: no such task, or it needs an extra that is not installed.
+    """
+    parts = [BUILT_IN[part]() if part in BUILT_IN else ReasoningGym(part) for part in name.split("+")]
+    return parts[0] if len(parts) == 1 else Mixture(parts)
+
+
+__all__ = [
+    "BUILT_IN",
+    "Addition",
+    "Mixture",
+    "ModularChain",
+    "Problem",
+    "ReasoningGym",
+    "Split",
+    "Task",
+    "UserProblems",
+    "get_task",
+    "split_response",
+]

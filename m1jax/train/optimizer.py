@@ -1,0 +1,59 @@
+"""AdamW as the report runs it: betas (0.9, 0.95), eps 1e-15 (gradients range from 1e-18 to 1e-5), clipped by global
+norm."""
+
+import dataclasses
+
+import jax
+import optax
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with a warm-up and a linear decay of the learning rate."""
+
+    learning_rate: float
+    """peak learning rate"""
+    warmup_steps: int = 0
+    """updates until the peak is reached"""
+    final_fraction: float = 1.0
+    """learning rate of the last update, as a fraction of the peak (1: no decay)"""
+    weight_decay: float = 0.0
+    """decoupled weight decay of matrices (norm weights and embeddings are left alone)"""
+    clip_norm: float = 1.0
+    """gradients are scaled down to this global norm"""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-15
+
+    def schedule(self, total_steps: int) -> optax.Schedule:
+        """Learning rate over update number 0 .. total_steps - 1."""
+        decay_steps = max(total_steps - self.warmup_steps, 1)
+        decay = optax.linear_schedule(self.learning_rate, self.learning_rate * self.final_fraction, decay_steps)
+        if self.warmup_steps == 0:
+            return decay
+        warmup = optax.linear_schedule(self.learning_rate / self.warmup_steps, self.learning_rate, self.warmup_steps)
+        return optax.join_schedules([warmup, decay], [self.warmup_steps])
+
+    def build(self, total_steps: int) -> optax.GradientTransformation:
+        return optax.chain(
+            optax.clip_by_global_norm(self.clip_norm),
+            optax.adamw(
+                self.schedule(total_steps),
+                b1=self.beta1,
+                b2=self.beta2,
+                eps=self.eps,
+                weight_decay=self.weight_decay,
+                mask=decayed,
+            ),
+        )
+
+
+def decayed(params) -> object:
+    """A pytree of bool like params: true where weight decay applies. By name, because stacked norm weights are matrices
+    in shape."""
+
+    def is_matrix(path, _) -> bool:
+        name = jax.tree_util.keystr(path)
+        return not ("norm" in name or "embed_tokens" in name or "lm_head" in name)
+
+    return jax.tree_util.tree_map_with_path(is_matrix, params)
