@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"errors", "_compat"},
     {"config"},
-    {"sharding"},
+    {"sharding", "flops"},
     {"model"},
     {"inference", "checkpoint", "convert"},
     {"train", "agent"},
