@@ -34,6 +34,8 @@ class Tokenizer:
     def from_dir(cls, directory: str | Path) -> "Tokenizer":
         """Reads `tokenizer.json`, as published beside the weights; raises UserError where it is missing or damaged."""
         path = Path(directory) / "tokenizer.json"
+        if not path.parent.is_dir():
+            raise UserError(f"{directory} is no directory; expected one that holds a model and its tokenizer.json")
         if not path.is_file():
             raise UserError(f"{path} does not exist: copy the tokenizer.json that belongs to the model to {directory}")
         try:

@@ -52,11 +52,12 @@ def main(config: Config) -> None:
 
     import m1jax
     from m1jax.chat import Tokenizer, render
+    from m1jax.inference import generate
 
     tokenizer = Tokenizer.from_dir(config.model)
     model = m1jax.from_pretrained(config.model, dtype=None if config.dtype == "auto" else jnp.dtype(config.dtype))
     system = [] if config.system is None else [{"role": "system", "content": config.system}]
-    results = m1jax.generate(
+    results = generate(
         model,
         [render([*system, {"role": "user", "content": p}]) if config.chat else p for p in config.prompt],
         tokenizer=tokenizer,

@@ -53,6 +53,8 @@ def test_transformers_reads_what_we_save(tmp_path):
 def test_directories_that_hold_no_tokenizer_of_ours(tmp_path):
     with pytest.raises(UserError, match=r"tokenizer\.json does not exist: copy"):
         Tokenizer.from_dir(tmp_path)
+    with pytest.raises(UserError, match="nowhere is no directory"):
+        Tokenizer.from_dir(tmp_path / "nowhere")
     (tmp_path / "tokenizer.json").write_text('{"model": ')
     with pytest.raises(UserError, match=r"tokenizer\.json is not a readable tokenizer"):
         Tokenizer.from_dir(tmp_path)
