@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -35,7 +36,7 @@ class Cache(NamedTuple):
     layers: tuple[LightningCache | SoftmaxCache, ...]
 
     @classmethod
-    def empty(cls, config: ModelConfig, batch: int, max_length: int, dtype: jnp.dtype) -> Cache:
+    def empty(cls, config: ModelConfig, batch: int, max_length: int, dtype: jax.typing.DTypeLike) -> Cache:
         """Room for ``max_length`` tokens of ``batch`` sequences, none of them seen yet.
 
         Raises:

@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 
-def init_normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, dtype: jnp.dtype) -> nnx.Param:
+def init_normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, dtype: jax.typing.DTypeLike) -> nnx.Param:
     """A parameter of that shape drawn from N(0, std^2), the authors' initialisation of every matrix."""
     return nnx.Param(std * jax.random.normal(rngs.params(), shape, dtype))
 

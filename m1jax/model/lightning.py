@@ -11,7 +11,9 @@ from jaxtyping import Array, Float, Int
 from m1jax.config import ModelConfig
 from m1jax.model.cache import LightningCache
 from m1jax.model.layers import init_normal, linear, rms_norm
-from pallas_kernels import PADDING, lightning_attention, lightning_attention_decode
+from m1jax.model.parallel import lightning_attention, lightning_attention_decode
+from m1jax.sharding import constrain
+from pallas_kernels import PADDING
 
 NORM_EPS = 1e-6  # the authors' code gives this one norm its own epsilon, whatever config.rms_norm_eps says
 
@@ -39,7 +41,7 @@ def log_decays(config: ModelConfig) -> np.ndarray:
 class LightningAttention(nnx.Module):
     """Parameters of one lightning layer per period, [periods, out, in], and its forward pass on one period's slice."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jax.typing.DTypeLike) -> None:
         self.num_heads = config.num_heads
         periods, hidden, inner = config.num_periods, config.hidden_size, config.num_heads * config.head_dim
         std = config.initializer_range
@@ -57,6 +59,7 @@ class LightningAttention(nnx.Module):
     ) -> tuple[Float[Array, "batch time hidden"], LightningCache]:
         """S_t = lambda S_{t-1} + k_t^T v_t and o_t = q_t S_t; no positions and no 1/sqrt(d)."""
         batch, time, _ = x.shape
+        x = constrain(x, "batch", "time", None)
         qkv = jax.nn.silu(linear(x, self.qkv_proj[...]))
         q, k, v = jnp.split(qkv.reshape(batch, time, self.num_heads, -1), 3, axis=-1)
         if cache is not None and time == 1:
@@ -68,4 +71,5 @@ class LightningAttention(nnx.Module):
             out, state = lightning_attention(q, k, v, log_decay, initial_state=initial, segment_ids=segment_ids)
         out = rms_norm(out.reshape(batch, time, -1), self.norm[...], NORM_EPS)
         gate = jax.nn.sigmoid(linear(x, self.output_gate[...]))
-        return linear(out * gate, self.out_proj[...]), LightningCache(state)
+        out = linear(out * gate, self.out_proj[...])
+        return constrain(out, "batch", "residual", None), LightningCache(state)

@@ -11,7 +11,8 @@ from jaxtyping import Array, Float, Int
 
 from m1jax.config import ModelConfig
 from m1jax.model.layers import init_normal, linear
-from pallas_kernels import PADDING, expert_mlp
+from m1jax.model.parallel import experts
+from pallas_kernels import PADDING
 
 
 class Routing(NamedTuple):
@@ -25,7 +26,7 @@ class Routing(NamedTuple):
 class SharedMLP(nnx.Module):
     """The expert that every token passes (absent in M1: ``shared_intermediate_size`` is 0)."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jax.typing.DTypeLike) -> None:
         inner, outer = (config.num_periods, config.shared_intermediate_size), config.hidden_size
         std = config.initializer_range
         self.gate_proj = init_normal(rngs, (*inner, outer), std, dtype)
@@ -42,7 +43,7 @@ class MoE(nnx.Module):
     The router ``gate`` is float32 whatever the other parameters are, as in the released checkpoint.
     """
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jax.typing.DTypeLike) -> None:
         self.num_experts, self.k = config.num_experts, config.experts_per_token
         periods, hidden, std = config.num_periods, config.hidden_size, config.initializer_range
         experts, inner = config.num_experts, config.intermediate_size
@@ -66,19 +67,11 @@ class MoE(nnx.Module):
     def __call__(
         self, x: Float[Array, "batch time hidden"], segment_ids: Int[Array, "batch time"] | None
     ) -> tuple[Float[Array, "batch time hidden"], Routing]:
-        batch, time, hidden = x.shape
         routing = self.route(x)
-        experts = routing.experts
+        routes = routing.experts
         if segment_ids is not None:  # an id no expert has: padding costs nothing
-            experts = jnp.where(segment_ids[..., None] == PADDING, self.num_experts, experts)
-        out = expert_mlp(
-            x.reshape(batch * time, hidden),
-            self.w1[...].astype(x.dtype),
-            self.w3[...].astype(x.dtype),
-            self.w2[...].astype(x.dtype),
-            experts.reshape(batch * time, self.k),
-            routing.weights.astype(x.dtype).reshape(batch * time, self.k),
-        ).reshape(x.shape)
+            routes = jnp.where(segment_ids[..., None] == PADDING, self.num_experts, routes)
+        out = experts(x, self.w1[...], self.w3[...], self.w2[...], routes, routing.weights)
         if self.shared_mlp is not None and self.coefficient is not None:
             share = jax.nn.sigmoid(linear(x.astype(jnp.float32), self.coefficient[...]))
             mixed = out.astype(jnp.float32) * (1 - share) + self.shared_mlp(x).astype(jnp.float32) * share

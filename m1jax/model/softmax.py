@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -9,13 +10,14 @@ from jaxtyping import Array, Float, Int
 from m1jax.config import ModelConfig
 from m1jax.model.cache import SoftmaxCache
 from m1jax.model.layers import init_normal, linear, rotary
-from pallas_kernels import softmax_attention
+from m1jax.model.parallel import softmax_attention
+from m1jax.sharding import constrain
 
 
 class SoftmaxAttention(nnx.Module):
     """Parameters of one softmax layer per period, [periods, out, in], and its forward pass on one period's slice."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jax.typing.DTypeLike) -> None:
         self.head_dim, self.rotary_dim, self.theta = config.head_dim, config.rotary_dim, config.rope_theta
         periods, hidden, std = config.num_periods, config.hidden_size, config.initializer_range
         queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
@@ -33,6 +35,7 @@ class SoftmaxAttention(nnx.Module):
     ) -> tuple[Float[Array, "batch time hidden"], SoftmaxCache | None]:
         """Causal attention, scale 1/sqrt(head_dim). With a cache, new keys and values are written at ``positions``."""
         batch, time, _ = x.shape
+        x = constrain(x, "batch", "time", None)
         split = (batch, time, -1, self.head_dim)
         q = linear(x, self.q_proj[...]).reshape(split)
         k = linear(x, self.k_proj[...]).reshape(split)
@@ -50,4 +53,5 @@ class SoftmaxAttention(nnx.Module):
                 cache.values.at[at].set(v.astype(cache.values.dtype), mode="drop", unique_indices=True),
             )
             out = softmax_attention(q, cache.keys, cache.values, q_start=positions[:, 0])
-        return linear(out.reshape(batch, time, -1), self.o_proj[...]), cache
+        out = linear(out.reshape(batch, time, -1), self.o_proj[...])
+        return constrain(out, "batch", "residual", None), cache

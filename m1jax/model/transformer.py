@@ -15,17 +15,19 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.core
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from m1jax.config import LIGHTNING, ModelConfig
 from m1jax.errors import UserError
-from m1jax.model import head
+from m1jax.model import head, parallel
 from m1jax.model.cache import Cache, LightningCache, SoftmaxCache
 from m1jax.model.layers import init_normal, rms_norm
 from m1jax.model.lightning import LightningAttention, log_decays
 from m1jax.model.moe import MoE, balancing_loss
 from m1jax.model.softmax import SoftmaxAttention
+from m1jax.sharding import constrain, gather_weights
 from pallas_kernels import PADDING
 
 
@@ -53,7 +55,7 @@ class Context(NamedTuple):
 class Block(nnx.Module):
     """One layer: attention of its kind, then experts, each with its norm and its pair (alpha, beta)."""
 
-    def __init__(self, config: ModelConfig, kind: str, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
+    def __init__(self, config: ModelConfig, kind: str, *, rngs: nnx.Rngs, dtype: jax.typing.DTypeLike) -> None:
         self.eps = config.rms_norm_eps
         self.mlp_scales = (config.mlp_alpha, config.mlp_beta)
         self.input_layernorm = nnx.Param(jnp.ones((config.num_periods, config.hidden_size), dtype))
@@ -203,23 +205,22 @@ class MiniMaxM1(nnx.Module):
         for name, value in (("cache", None if cache is None else cache.lengths), ("lengths", lengths)):
             if value is not None and value.shape != tokens.shape[:1]:
                 raise UserError(f"{name} is for {value.shape[0]} rows, tokens has {tokens.shape[0]}")
-        if (
-            _concrete(tokens)
-            and not 0 <= (low := int(tokens.min())) <= (high := int(tokens.max())) < self.config.vocab_size
-        ):
-            raise UserError(
-                f"token ids {low}..{high} are not all in the vocabulary 0..{self.config.vocab_size - 1}; "
-                "is this another model's tokenizer?"
-            )
+        if _concrete(tokens):
+            low, high = np.asarray(tokens).min(), np.asarray(tokens).max()
+            if low < 0 or high >= self.config.vocab_size:
+                raise UserError(
+                    f"token ids {low}..{high} are not all in the vocabulary 0..{self.config.vocab_size - 1}; "
+                    "is this another model's tokenizer?"
+                )
         if (
             lengths is not None
             and _concrete(lengths)
-            and not 0 <= int(lengths.min()) <= int(lengths.max()) <= tokens.shape[1]
+            and not np.all((np.asarray(lengths) >= 0) & (np.asarray(lengths) <= tokens.shape[1]))
         ):
             raise UserError(f"lengths must lie between 0 and tokens' time {tokens.shape[1]}, found {lengths}")
         if cache is not None and cache.max_length is not None and _concrete(cache.lengths):
-            new = tokens.shape[1] if lengths is None or not _concrete(lengths) else lengths
-            if (needed := int((cache.lengths + new).max())) > cache.max_length:
+            new = tokens.shape[1] if lengths is None or not _concrete(lengths) else np.asarray(lengths)
+            if (needed := int(np.max(np.asarray(cache.lengths) + new))) > cache.max_length:
                 raise UserError(
                     f"context overflow: {needed} tokens in a cache with room for {cache.max_length}; "
                     "make it larger with init_cache(batch, max_length)"
@@ -232,7 +233,7 @@ def default_dtype() -> jnp.dtype:
 
 
 def _concrete(x: Any) -> bool:
-    return not isinstance(x, jax.core.Tracer)
+    return not isinstance(x, jax.core.Tracer) and getattr(x, "is_fully_addressable", True)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 6, 7))
@@ -264,7 +265,10 @@ def _hidden_states(
     decays = jnp.asarray(log_decays(config)).reshape(config.num_periods, config.period, config.num_heads)
 
     def run_block(block: Block, h: jax.Array, log_decay: jax.Array, cache: Any) -> tuple[jax.Array, Any, Any]:
-        return block(h, log_decay, cache, context)
+        graph, parameters = nnx.split(block)
+        block = nnx.merge(graph, gather_weights(parameters, model.dtype))
+        h, cache, loss = block(h, log_decay, cache, context)
+        return constrain(h, "batch", "residual", None), cache, loss
 
     def run_period(h: jax.Array, period: Any) -> tuple[jax.Array, tuple[Any, Any]]:
         parameters, decays, caches = period
@@ -276,7 +280,7 @@ def _hidden_states(
             losses.append(loss)
         return h, (None if caches is None else tuple(new_caches), None if caches is not None else sum(losses))
 
-    h = jnp.take(model.embed_tokens[...], tokens, axis=0).astype(model.dtype)
+    h = parallel.embed(model.embed_tokens[...], tokens, model.dtype)
     periods = (blocks, decays, None if cache is None else cache.layers)
     if config.num_periods == 1:  # nothing to scan: spare the loop's copies of parameters and caches
         h, outs = run_period(h, jax.tree.map(lambda x: x[0], periods))

@@ -1,0 +1,281 @@
+"""The operations that a compiler cannot spread over a mesh by itself, each run device by device (``jax.shard_map``).
+
+Without an ambient mesh each is the plain operation. With one:
+
+    embed                 vocabulary over tensor
+    lightning, softmax    heads over tensor; where time is cut over sequence, it is exchanged for heads and back
+    experts               tokens gathered over expert and tensor, each device does its experts, sums scattered back
+    log_probs             vocabulary over tensor, time over sequence
+
+Everything else in the model is left to the compiler, held in place by ``sharding.constrain``.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+import pallas_kernels
+from m1jax.sharding import CUT, activation_axes, ambient_mesh
+
+MOE_TOKENS = 16_384  # tokens a device has gathered at once in `experts`: bounds memory at any length
+
+
+def embed(
+    table: Float[Array, "vocab hidden"], tokens: Int[Array, "batch time"], dtype: jax.typing.DTypeLike
+) -> Float[Array, "batch time hidden"]:
+    """Rows of the table, in the compute dtype."""
+    if ambient_mesh() is None:
+        return jnp.take(table, tokens, axis=0).astype(dtype)
+    rows, time, residual = _token_axes(tokens)
+    cut, gather = _gather(rows, 1, CUT)
+
+    def local(table: jax.Array, tokens: jax.Array) -> jax.Array:
+        table = gather(table.astype(dtype))
+        index = tokens - jax.lax.axis_index("tensor") * table.shape[0]
+        mine = (index >= 0) & (index < table.shape[0])
+        found = jnp.where(mine[..., None], table[jnp.where(mine, index, 0)], 0)
+        return _sum(found, "tensor", scatter=1 if "tensor" in residual else None)
+
+    return jax.shard_map(
+        local, in_specs=(P("tensor", cut), P(rows, time)), out_specs=P(rows, residual, None)
+    )(table, tokens)  # fmt: skip
+
+
+def lightning_attention(
+    q: Float[Array, "batch time heads key"],
+    k: Float[Array, "batch time heads key"],
+    v: Float[Array, "batch time heads value"],
+    log_decay: Float[Array, " heads"],
+    *,
+    initial_state: Float[Array, "batch heads key value"] | None = None,
+    segment_ids: Int[Array, "batch time"] | None = None,
+) -> tuple[Float[Array, "batch time heads value"], Float[Array, "batch heads key value"]]:
+    """``pallas_kernels.lightning_attention``, batch over rows, heads over tensor, time over sequence."""
+    if ambient_mesh() is None:
+        return pallas_kernels.lightning_attention(
+            q, k, v, log_decay, initial_state=initial_state, segment_ids=segment_ids
+        )
+    rows, time, _ = _token_axes(q)
+    heads = ("tensor", *time)
+
+    def local(q: Any, k: Any, v: Any, log_decay: Any, initial_state: Any, segment_ids: Any) -> Any:
+        q, k, v = (_time_to_heads(x, time) for x in (q, k, v))
+        o, state = pallas_kernels.lightning_attention(
+            q, k, v, log_decay, initial_state=initial_state, segment_ids=segment_ids
+        )
+        return _heads_to_time(o, time), state
+
+    tokens = P(rows, time, "tensor", None)
+    return jax.shard_map(
+        local,
+        in_specs=(tokens, tokens, tokens, P(heads), P(rows, heads), P(rows, None)),
+        out_specs=(tokens, P(rows, heads)),
+    )(q, k, v, log_decay, initial_state, segment_ids)
+
+
+def lightning_attention_decode(
+    q: Float[Array, "batch heads key"],
+    k: Float[Array, "batch heads key"],
+    v: Float[Array, "batch heads value"],
+    log_decay: Float[Array, " heads"],
+    pool: Float[Array, "rows heads key value"],
+    slots: Int[Array, " batch"],
+) -> tuple[Float[Array, "batch heads value"], Float[Array, "rows heads key value"]]:
+    """``pallas_kernels.lightning_attention_decode``, batch and pool over rows, heads over tensor.
+
+    A row's slot must lie in the part of the pool that its device holds, as it does where row b has slot b.
+    """
+    if ambient_mesh() is None:
+        return pallas_kernels.lightning_attention_decode(q, k, v, log_decay, pool, slots)
+    rows = activation_axes("batch", q.shape[0])
+
+    def local(q: Any, k: Any, v: Any, log_decay: Any, pool: Any, slots: Any) -> Any:
+        first = (jax.lax.axis_index(rows) if rows else 0) * pool.shape[0]
+        slots = jnp.where(slots < 0, slots, slots - first)
+        return pallas_kernels.lightning_attention_decode(q, k, v, log_decay, pool, slots)
+
+    token = P(rows, "tensor")
+    return jax.shard_map(
+        local, in_specs=(token, token, token, P("tensor"), token, P(rows)), out_specs=(token, token)
+    )(q, k, v, log_decay, pool, slots)  # fmt: skip
+
+
+def softmax_attention(
+    q: Float[Array, "batch time heads channels"],
+    k: Float[Array, "batch keys kv_heads channels"],
+    v: Float[Array, "batch keys kv_heads channels"],
+    *,
+    segment_ids: Int[Array, "batch time"] | None = None,
+    q_start: Int[Array, " batch"] | None = None,
+) -> Float[Array, "batch time heads channels"]:
+    """``pallas_kernels.softmax_attention``, batch over rows, heads over tensor, time over sequence.
+
+    Heads instead of time inside, so that packed segments and causality cost what they cost on one device, and every
+    device has the same share of the causal triangle. Key/value heads that are too few to share out are gathered.
+    """
+    if ambient_mesh() is None:
+        return pallas_kernels.softmax_attention(q, k, v, segment_ids=segment_ids, q_start=q_start)
+    rows, time, _ = _token_axes(q)
+    group = q.shape[2] // k.shape[2]
+
+    def keys(x: jax.Array, heads: int) -> jax.Array:
+        """The key/value heads that belong to this device's ``heads`` query heads, at all times."""
+        parts = _size(time)
+        if parts > 1 and q_start is None and x.shape[2] % parts == 0:
+            return _time_to_heads(x, time)
+        if q_start is None:
+            x = _all_gather(x, time, 1)
+        if parts == 1:
+            return x
+        return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(time) * heads // group, max(1, heads // group), 2)
+
+    def local(q: Any, k: Any, v: Any, segment_ids: Any, q_start: Any) -> Any:
+        q = _time_to_heads(q, time)
+        k, v = keys(k, q.shape[2]), keys(v, q.shape[2])
+        return _heads_to_time(pallas_kernels.softmax_attention(q, k, v, segment_ids=segment_ids, q_start=q_start), time)
+
+    tokens = P(rows, time, "tensor", None)
+    cached = P(rows, None if q_start is not None else time, "tensor", None)
+    return jax.shard_map(
+        local, in_specs=(tokens, cached, cached, P(rows, None), P(rows)), out_specs=tokens
+    )(q, k, v, segment_ids, q_start)  # fmt: skip
+
+
+def experts(
+    x: Float[Array, "batch time hidden"],
+    w1: Float[Array, "experts inner hidden"],
+    w3: Float[Array, "experts inner hidden"],
+    w2: Float[Array, "experts hidden inner"],
+    routes: Int[Array, "batch time k"],
+    weights: Float[Array, "batch time k"],
+) -> Float[Array, "batch time hidden"]:
+    """``pallas_kernels.expert_mlp`` on all tokens; weights are cast to x's dtype. Dropless on any mesh.
+
+    Every device sees the tokens of all devices that share its experts, computes those routed to its own experts (the
+    others cost nothing) on its part of their width, and gets the sum for its own tokens back.
+    """
+    weights = weights.astype(x.dtype)
+    if ambient_mesh() is None:
+        flat = (a.reshape(-1, a.shape[-1]) for a in (x, routes, weights))
+        return _expert_mlp(*flat, *(w.astype(x.dtype) for w in (w1, w3, w2))).reshape(x.shape)
+    rows, _, residual = _token_axes(x)
+    shared = tuple(axis for axis in ("expert", "tensor") if axis in rows + residual)
+    repeated = tuple(axis for axis in ("expert", "tensor") if axis not in shared)
+    cut, gather_in = _gather(rows, 2, ("fsdp",))
+    _, gather_out = _gather(rows, 1, ("fsdp",))
+
+    def local(x: Any, routes: Any, weights: Any, w1: Any, w3: Any, w2: Any) -> Any:
+        shape = x.shape
+        w1, w3, w2 = gather_in(w1.astype(x.dtype)), gather_in(w3.astype(x.dtype)), gather_out(w2.astype(x.dtype))
+        first_expert = jax.lax.axis_index("expert") * w1.shape[0]
+
+        def some(x: Any, routes: Any, weights: Any) -> Any:
+            x, routes, weights = (_all_gather(a, shared, 0) for a in (x, routes, weights))
+            out = _expert_mlp(x, routes - first_expert, weights, w1, w3, w2)
+            return _sum(_sum(out, shared, scatter=0), repeated)
+
+        return _in_pieces(some, max(1, MOE_TOKENS // _size(shared)), x, routes, weights).reshape(shape)
+
+    tokens = P(rows, residual, None)
+    return jax.shard_map(
+        local,
+        in_specs=(
+            tokens,
+            tokens,
+            tokens,
+            P("expert", "tensor", cut),
+            P("expert", "tensor", cut),
+            P("expert", cut, "tensor"),
+        ),
+        out_specs=tokens,
+    )(x, routes, weights, w1, w3, w2)
+
+
+def log_probs(
+    function: Any,
+    hidden: Float[Array, "batch time hidden"],
+    lm_head: Float[Array, "vocab hidden"],
+    targets: Int[Array, "batch time"],
+    temperature: Any,
+) -> tuple[Float[Array, "batch time"], Float[Array, "batch time"]]:
+    """``function(hidden, lm_head, targets, temperature, vocab_axis)`` on the part of the vocabulary of each device."""
+    if ambient_mesh() is None:
+        return function(hidden, lm_head, targets, temperature, None)
+    rows, time, _ = _token_axes(hidden)
+    cut, gather = _gather(rows, 1, CUT)
+
+    def local(hidden: Any, lm_head: Any, targets: Any, temperature: Any) -> Any:
+        return function(hidden, gather(lm_head), targets, temperature, "tensor")
+
+    tokens = P(rows, time)
+    return jax.shard_map(
+        local, in_specs=(P(rows, time, None), P("tensor", cut), tokens, P()), out_specs=(tokens, tokens)
+    )(hidden, lm_head, targets, jnp.asarray(temperature, jnp.float32))  # fmt: skip
+
+
+def _expert_mlp(x: Any, routes: Any, weights: Any, w1: Any, w3: Any, w2: Any) -> jax.Array:
+    return pallas_kernels.expert_mlp(x, w1, w3, w2, routes, weights)
+
+
+def _in_pieces(function: Any, size: int, *arrays: jax.Array) -> jax.Array:
+    """``function`` of [batch, time, ...] arrays as tokens [n, ...], so many at a time.
+
+    Each piece is recomputed for its gradient. Where the layer is rematerialised too, that costs nothing: its own
+    recomputation has no use for the experts' output.
+    """
+    flat = [a.reshape(-1, a.shape[-1]) for a in arrays]
+    count = len(flat[0])
+    if count <= size:
+        return function(*flat)
+    pieces = -(-count // size)
+    while count % pieces:  # no piece smaller than the others: collectives inside need one shape
+        pieces += 1
+    split = [a.reshape(pieces, count // pieces, a.shape[-1]) for a in flat]
+    return jax.lax.map(lambda piece: jax.checkpoint(function)(*piece), tuple(split))
+
+
+def _token_axes(x: jax.Array) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    """The axes that batch, time, and time between blocks are cut over, for an array [batch, time, ...]."""
+    batch, time = x.shape[:2]
+    return activation_axes("batch", batch), activation_axes("time", time), activation_axes("residual", time)
+
+
+def _gather(rows: tuple[str, ...], dimension: int, axes: tuple[str, ...]) -> tuple[tuple[str, ...], Any]:
+    """How a weight cut over ``axes`` enters a shard_map, and the function that makes it whole there.
+
+    Along axes that tokens are spread over, its gradient is summed and cut in one reduce-scatter by being gathered
+    inside. Along the others (a batch too small to share out) it must enter whole: its gradient is no sum.
+    """
+    inside = tuple(axis for axis in axes if axis in rows)
+    return inside, functools.partial(_all_gather, axes=inside, dimension=dimension)
+
+
+def _size(axes: tuple[str, ...]) -> int:
+    return jax.lax.axis_size(axes) if axes else 1
+
+
+def _all_gather(x: jax.Array, axes: tuple[str, ...], dimension: int) -> jax.Array:
+    return jax.lax.all_gather(x, axes, axis=dimension, tiled=True) if axes else x
+
+
+def _sum(x: jax.Array, axes: str | tuple[str, ...], scatter: int | None = None) -> jax.Array:
+    if not axes:
+        return x
+    if scatter is None:
+        return jax.lax.psum(x, axes)
+    return jax.lax.psum_scatter(x, axes, scatter_dimension=scatter, tiled=True)
+
+
+def _time_to_heads(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """[B, T/n, H, D] -> [B, T, H/n, D]: every device gets all of time for its part of the heads."""
+    return jax.lax.all_to_all(x, axes, split_axis=2, concat_axis=1, tiled=True) if axes else x
+
+
+def _heads_to_time(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    return jax.lax.all_to_all(x, axes, split_axis=1, concat_axis=2, tiled=True) if axes else x

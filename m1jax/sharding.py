@@ -1,0 +1,262 @@
+"""Meshes, and where every named array lies on them.
+
+A mesh has five axes; one line says how large each is ("fsdp=4,tensor=2"), those not named have size 1:
+
+    data      rows of a batch; parameters are repeated
+    fsdp      rows of a batch; parameters are cut, and gathered layer by layer when they are used
+    expert    rows of a batch outside the expert layers; inside them each device keeps whole experts
+    tensor    heads, the width of experts, the vocabulary
+    sequence  time
+
+``PARAMETERS`` is the one table of where parameters lie; what has their names (gradients, optimizer moments) follows
+them. Activations are held in place by ``constrain``, which does nothing without an ambient mesh (``jax.set_mesh``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from m1jax.config import ModelConfig
+from m1jax.errors import UserError
+
+P = PartitionSpec
+AXES = ("data", "fsdp", "expert", "tensor", "sequence")
+ROWS = ("data", "fsdp", "expert")  # what the rows of a batch are spread over
+CUT = ("fsdp", "expert")  # what a matrix that belongs to no expert is cut over, beside tensor
+
+# Name (the end of the path in the parameter tree) -> one entry per dimension. Layers have the periods in front.
+PARAMETERS: dict[str, PartitionSpec] = {
+    "embed_tokens": P("tensor", CUT),  # [V, D]
+    "lm_head": P("tensor", CUT),  # [V, D]
+    "norm": P(None),  # [D]
+    "input_layernorm": P(None, None),  # [P, D]
+    "post_attention_layernorm": P(None, None),  # [P, D]
+    "attention.qkv_proj": P(None, "tensor", CUT),  # [P, 3HK, D], head by head, so a cut falls between heads
+    "attention.output_gate": P(None, "tensor", CUT),  # [P, HK, D]
+    "attention.norm": P(None, "tensor"),  # [P, HK]
+    "attention.out_proj": P(None, CUT, "tensor"),  # [P, D, HK]
+    "attention.q_proj": P(None, "tensor", CUT),  # [P, HK, D]
+    "attention.k_proj": P(None, "tensor", CUT),  # [P, GK, D]
+    "attention.v_proj": P(None, "tensor", CUT),  # [P, GK, D]
+    "attention.o_proj": P(None, CUT, "tensor"),  # [P, D, HK]
+    "moe.gate": P(None, None, None),  # [P, E, D]
+    "moe.w1": P(None, "expert", "tensor", "fsdp"),  # [P, E, F, D]
+    "moe.w3": P(None, "expert", "tensor", "fsdp"),  # [P, E, F, D]
+    "moe.w2": P(None, "expert", "fsdp", "tensor"),  # [P, E, D, F]
+    "moe.coefficient": P(None, None, None),  # [P, 1, D]
+    "shared_mlp.gate_proj": P(None, "tensor", CUT),  # [P, F, D]
+    "shared_mlp.up_proj": P(None, "tensor", CUT),  # [P, F, D]
+    "shared_mlp.down_proj": P(None, CUT, "tensor"),  # [P, D, F]
+}
+
+# What `constrain` calls the dimensions of activations. Where a size cannot be cut over all axes, it is over the first.
+ACTIVATIONS: dict[str | None, tuple[str, ...]] = {
+    "batch": ROWS,
+    "time": ("sequence",),
+    "residual": ("sequence", "tensor"),  # time between the blocks, where tensor would only repeat it
+    "heads": ("tensor",),
+    None: (),
+}
+
+
+def make_mesh(spec: str = "", devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh that ``spec`` describes, for example "fsdp=4,tensor=2"; all five axes, of type Auto.
+
+    An empty spec takes one device. Neighbouring devices differ in the last axes first: tensor and sequence, which
+    communicate most, get the fastest links.
+
+    Args:
+        spec: ``axis=size`` pairs separated by commas. One size may be -1: whatever devices are left.
+        devices: default all devices of all processes.
+
+    Raises:
+        UserError: an unknown or repeated axis, a size that is no number, or sizes that do not make up the devices.
+    """
+    sizes = parse_mesh(spec)
+    devices = jax.devices() if devices is None else devices
+    fixed = math.prod(size for size in sizes.values() if size > 0)
+    if -1 in sizes.values():
+        if len(devices) % fixed:
+            raise UserError(f"mesh {spec!r}: {fixed} does not divide the {len(devices)} devices, so -1 has no value")
+        sizes = {axis: len(devices) // fixed if size == -1 else size for axis, size in sizes.items()}
+    elif fixed != len(devices) and spec:
+        raise UserError(
+            f"mesh {spec!r} is for {fixed} device{'s' * (fixed > 1)}, but there are {len(devices)}; "
+            f"data=-1 would use the rest"
+        )
+    count = math.prod(sizes.values())
+    return jax.make_mesh(tuple(sizes.values()), AXES, (AxisType.Auto,) * len(AXES), devices=devices[:count])
+
+
+def parse_mesh(spec: str) -> dict[str, int]:
+    """Axis -> size, all five in order, from "fsdp=4,tensor=2". Raises UserError as ``make_mesh`` does."""
+    sizes: dict[str, int] = dict.fromkeys(AXES, 1)
+    seen = set()
+    for part in filter(None, spec.replace(" ", "").split(",")):
+        axis, _, size = part.partition("=")
+        if axis not in AXES or axis in seen:
+            known = "given twice" if axis in seen else f"unknown; there are {', '.join(AXES)}"
+            raise UserError(f"mesh {spec!r}: axis {axis!r} is {known}")
+        if (not size.isdecimal() and size != "-1") or size == "0":
+            raise UserError(f"mesh {spec!r}: the size of {axis} must be a positive number or -1, not {size!r}")
+        seen.add(axis)
+        sizes[axis] = int(size)
+    if list(sizes.values()).count(-1) > 1:
+        raise UserError(f"mesh {spec!r}: only one axis may be -1")
+    return sizes
+
+
+def check_shardable(
+    config: ModelConfig, mesh: Mesh | dict[str, int], *, batch: int | None = None, time: int | None = None
+) -> None:
+    """Refuses a model, or a batch of [batch, time] tokens, that cannot be cut over a mesh.
+
+    Raises:
+        UserError: names the axis, its size, what it does not divide, and the nearest sizes that would work.
+    """
+    sizes = mesh if isinstance(mesh, dict) else dict(mesh.shape)
+    for axis in AXES[::-1]:
+        problem = _problem(config, sizes, axis, batch, time)
+        if problem is not None:
+            limit = 2 * max(config.hidden_size, config.vocab_size, batch or 1, time or 1)
+            works = [n for n in range(1, limit) if _problem(config, sizes | {axis: n}, axis, batch, time) is None]
+            below = [n for n in works if n < sizes[axis]][-1:]
+            above = [n for n in works if n > sizes[axis]][:1]
+            nearest = " or ".join(map(str, below + above))
+            hint = (
+                f"; the nearest that work: {nearest}" if nearest else "; no size of this axis works beside the others"
+            )
+            raise UserError(f"mesh: {axis} = {sizes[axis]} cannot shard this model: {problem}{hint}")
+
+
+def _problem(config: ModelConfig, sizes: dict[str, int], axis: str, batch: int | None, time: int | None) -> str | None:
+    """The first thing that keeps ``axis`` from being cut at its size, the other axes as they are."""
+    for axes, name, value in _cuts(config, batch, time):
+        if axis in axes:
+            cut = math.prod(sizes[a] for a in axes)
+            if value % cut:
+                together = "" if cut == sizes[axis] else f" ({' x '.join(a for a in axes if sizes[a] > 1)} = {cut})"
+                return f"it does not divide {name} = {value}{together}"
+    if axis == "sequence" and sizes["sequence"] > 1:
+        mine, group = config.num_heads // sizes["tensor"] // sizes["sequence"], config.num_heads // config.num_kv_heads
+        if mine % group and group % mine:
+            return f"{mine} query heads a device do not match groups of {group} heads to one key/value head"
+    return None
+
+
+def _cuts(config: ModelConfig, batch: int | None, time: int | None) -> Iterator[tuple[tuple[str, ...], str, int]]:
+    yield ("tensor",), "num_heads", config.num_heads
+    yield ("tensor",), "num_kv_heads", config.num_kv_heads
+    yield ("tensor",), "intermediate_size", config.intermediate_size
+    yield ("tensor",), "vocab_size", config.vocab_size
+    yield ("tensor",), "shared_intermediate_size", config.shared_intermediate_size
+    yield ("expert",), "num_experts", config.num_experts
+    yield CUT, "hidden_size", config.hidden_size
+    yield ("tensor", "sequence"), "num_heads", config.num_heads
+    if batch is not None:
+        yield ROWS, "the batch", batch
+    if time is not None:
+        yield ("sequence",), "the time", time
+
+
+def parameter_specs(tree: Any) -> Any:
+    """The PartitionSpec of every leaf, by the end of its path. Parameters, gradients and optimizer states alike.
+
+    Scalars (step counters, random keys) are repeated everywhere.
+
+    Raises:
+        KeyError: a leaf that is no scalar has a name that ``PARAMETERS`` does not know.
+    """
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: _spec(_name(path), len(leaf.shape)), tree)
+
+
+def parameter_shardings(tree: Any, mesh: Mesh) -> Any:
+    """``parameter_specs`` as shardings on a mesh, for ``jax.jit(..., out_shardings=)``, ``device_put`` or a restore."""
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), parameter_specs(tree), is_leaf=_is_spec)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Where [batch, time] arrays of tokens lie."""
+    return NamedSharding(mesh, P(ROWS, "sequence"))
+
+
+def ambient_mesh() -> jax.sharding.AbstractMesh | None:
+    """The mesh of ``jax.set_mesh`` or ``jax.sharding.use_abstract_mesh``; None without one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty else mesh
+
+
+def activation_axes(name: str | None, size: int) -> tuple[str, ...]:
+    """The ambient mesh's axes that a dimension of that name and size is cut over: the first ones that divide it."""
+    mesh = ambient_mesh()
+    axes: tuple[str, ...] = ()
+    for axis in ACTIVATIONS[name]:
+        if mesh is None or size % math.prod(mesh.shape[a] for a in (*axes, axis)):
+            break
+        axes += (axis,)
+    return axes
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+    """Holds an activation in place: one name of ``ACTIVATIONS`` per dimension. Nothing without an ambient mesh."""
+    if ambient_mesh() is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, P(*map(activation_axes, names, x.shape)))
+
+
+def gather_weights(block: Any, dtype: jax.typing.DTypeLike) -> Any:
+    """One layer's parameters (without the axis of periods), gathered over ``CUT`` in the compute dtype.
+
+    To be called inside what is rematerialised, so that only the cut form is kept for the backward pass. Gradients go
+    back cut. Experts stay as they are (they are gathered where they are used), and so do float32 routers. Nothing
+    without an ambient mesh.
+    """
+    if ambient_mesh() is None:
+        return block
+
+    def gather(path: Any, weight: jax.Array) -> jax.Array:
+        name = _name(path)
+        cut = P(*_spec(name, weight.ndim + 1)[1:])
+        whole = P(*(None if axes == CUT else axes for axes in cut))
+        return weight if whole == cut else _gathered(weight, jax.numpy.dtype(dtype), cut, whole)
+
+    return jax.tree_util.tree_map_with_path(gather, block)
+
+
+def _gathered(weight: jax.Array, dtype: jax.numpy.dtype, cut: PartitionSpec, whole: PartitionSpec) -> jax.Array:
+    @jax.custom_vjp
+    def gather(weight: jax.Array) -> jax.Array:
+        # The first constraint keeps XLA from gathering in float32 and casting afterwards.
+        return _hold(_hold(weight.astype(dtype), cut), whole)
+
+    # Left to itself JAX would ask for the gradient whole before cutting it: an all-reduce instead of a reduce-scatter.
+    gather.defvjp(lambda w: (gather(w), None), lambda _, g: (_hold(g, cut).astype(weight.dtype),))
+    return gather(weight)
+
+
+_hold = jax.lax.with_sharding_constraint
+
+
+def _spec(name: str, ndim: int) -> PartitionSpec:
+    if ndim == 0:
+        return P()
+    parts = name.split(".")
+    for start in range(max(0, len(parts) - 2), len(parts)):  # "attention.norm" before "norm"
+        spec = PARAMETERS.get(".".join(parts[start:]))
+        if spec is not None and len(spec) == ndim:
+            return spec
+    raise KeyError(f"no PartitionSpec for {name} with {ndim} dimensions; add it to m1jax.sharding.PARAMETERS")
+
+
+def _name(path: Any) -> str:
+    keys = (str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", "")))) for key in path)
+    return ".".join(key for key in keys if key not in ("value", "raw_value"))
+
+
+def _is_spec(x: Any) -> bool:
+    return isinstance(x, PartitionSpec)
