@@ -1,0 +1,42 @@
+"""Compiles programs for TPUs that this machine does not have: Mosaic and XLA really compile, and nothing runs.
+
+What does not fit into VMEM or HBM fails here as it would on the chip.
+"""
+
+import importlib.metadata
+import os
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+"""A small slice of each kind of chip."""
+
+# The compiler that belongs to each JAX: with another, memory figures are off threefold.
+LIBTPU = {"0.10": "0.0.42", "0.11": "0.0.44", "0.12": "0.0.50"}
+
+
+def require_libtpu():
+    """Skips the calling test where the TPU compiler is missing, or another than this JAX's."""
+    try:
+        version = importlib.metadata.version("libtpu")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("compiling for TPU needs libtpu (make kernels-toolchain)")
+    wanted = LIBTPU.get(".".join(jax.__version__.split(".")[:2]))
+    if wanted is None or not version.startswith(wanted + "."):
+        pytest.skip(f"JAX {jax.__version__} goes with libtpu {wanted}.*, but {version} is installed")
+    # Several processes may compile at once: no chip is there to be fought for.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+
+
+def compile_for_tpu(function, *arguments: tuple[tuple[int, ...], str], chip: str, **jit_options):
+    """The executable of `function` for one chip; arguments are (shape, dtype)."""
+    require_libtpu()
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip]).devices[:1]
+    mesh = Mesh(np.array(devices), ("chip",))
+    structs = [jax.ShapeDtypeStruct(*x, sharding=NamedSharding(mesh, PartitionSpec())) for x in arguments]
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # tells kernels which chip they are for
+        return jax.jit(function, **jit_options).lower(*structs).compile()
