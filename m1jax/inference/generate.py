@@ -172,13 +172,14 @@ def generate(
         end_ids = [] if eos is None else [eos]
     # Powers of two: a handful of compiled shapes serve prompts of any length.
     time = min(1 << (longest - 1).bit_length(), config.max_position_embeddings - max_new_tokens)
+    keys = _request_keys(seed, len(ids), samples_per_prompt)
     graph, params = nnx.split(model)
     samples = jax.device_get(
         decode(
             graph,
             params,
             *pad_prompts(ids, time),
-            _request_keys(seed, len(ids), samples_per_prompt),
+            keys,
             jnp.asarray(end_ids, jnp.int32),
             jnp.float32(temperature),
             jnp.float32(top_p),

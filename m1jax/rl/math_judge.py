@@ -1,8 +1,8 @@
 """Whether two mathematical answers are equal, by math-verify, with a time limit that always holds.
 
 math-verify's own limits use SIGALRM: they work in the main thread only, and a power tower inside sympy's integers never
-returns to the interpreter to see the signal. So the judging runs in one helper process, which is killed and replaced when
-it takes too long.
+returns to the interpreter to see the signal. So the judging runs in one helper process, which is killed and replaced
+when it takes too long.
 """
 
 import atexit

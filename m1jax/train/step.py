@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from m1jax.train.guards import apply_if_finite
+
 Params = Any
 Batch = Any
 Stats = dict[str, jax.Array]
@@ -71,18 +73,17 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch, int], tuple[TrainState, Stats]]:
     """Build `step(state, batches, count) -> (state, stats)`, jitted, the old state donated.
 
-    stats are those of loss_fn plus `loss` and `grad_norm` (global norm before clipping).
+    stats are those of loss_fn plus `loss`, `grad_norm` (global norm before clipping) and `skipped`: 1 where loss or
+    gradients were not finite and parameters and optimizer state stayed as they were.
     """
 
     @jax.jit(donate_argnums=0)
     def step(state: TrainState, batches: Batch, count: jax.Array) -> tuple[TrainState, Stats]:
         grads, loss, stats = accumulate(loss_fn, state.params, batches, count)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        return TrainState(params, opt_state, state.step + 1), {
-            **stats,
-            "loss": loss,
-            "grad_norm": optax.global_norm(grads),
-        }
+        updated = optax.apply_updates(state.params, updates), opt_state
+        (params, opt_state), skipped = apply_if_finite(updated, (state.params, state.opt_state), loss, grads)
+        stats |= {"loss": loss, "grad_norm": optax.global_norm(grads), "skipped": skipped}
+        return TrainState(params, opt_state, state.step + 1), stats
 
     return step

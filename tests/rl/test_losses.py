@@ -50,7 +50,7 @@ def test_value_and_gradient(batch, bounds):
         )
 
     (value, stats), grad = jax.value_and_grad(loss, has_aux=True)(jnp.asarray(logp, jnp.float32))
-    expected, expected_grad = oracle(*batch, PROMPTS, bounds[1], bounds[0])
+    expected, expected_grad = oracle(*batch, prompts=PROMPTS, max_weight=bounds[1], min_weight=bounds[0])
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     # Equal to the oracle's means: no gradient through the weight, and none missing at a clipped token.
     np.testing.assert_allclose(grad, expected_grad, rtol=1e-5, atol=1e-9)
@@ -67,7 +67,7 @@ def test_value_and_gradient(batch, bounds):
 def test_one_prompt_is_a_token_mean(batch):
     logp, old_logp, advantage, mask = (jnp.asarray(x) for x in batch)
     loss, _ = cispo_loss(logp, old_logp, advantage, mask, max_weight=2.0)
-    np.testing.assert_allclose(loss, oracle(*batch, np.zeros(B), 2.0)[0], rtol=1e-5)
+    np.testing.assert_allclose(loss, oracle(*batch, prompts=np.zeros(B), max_weight=2.0)[0], rtol=1e-5)
 
 
 def test_on_policy_gradient_is_reinforce(batch):

@@ -14,7 +14,7 @@ def _example(rng, length):
 
 
 def test_example_aligns_fields_to_the_predicting_position():
-    columns = packing.example([5, 6, 7], [8, 9], old_logp=[-1.0, -2.0])
+    columns = packing.example([5, 6, 7], [8, 9], old_logp=np.array([-1.0, -2.0]))
     np.testing.assert_array_equal(columns["tokens"], [5, 6, 7, 8])
     np.testing.assert_array_equal(columns["targets"], [6, 7, 8, 9])
     np.testing.assert_array_equal(columns["old_logp"], [0, 0, -1, -2])

@@ -1,0 +1,73 @@
+"""A run's directory: what was asked for, what was measured, where to go on."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from m1jax.errors import UserError
+from m1jax.train.metrics import MetricsLog
+
+
+class Run:
+    """`runs/<name>/`, new or to be continued.
+
+    Args:
+        directory: made if missing.
+        settings: everything that decides the result (configuration and seeds), as dataclasses, dicts and numbers; kept
+            in `config.json`.
+
+    Raises:
+        UserError: the directory holds a run with other settings, or cannot be written.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], settings: Mapping[str, Any]):
+        self.directory = Path(directory)
+        text = json.dumps(_plain(settings), indent=2) + "\n"
+        file = self.directory / "config.json"
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            if file.exists():
+                _compare(json.loads(file.read_text()), json.loads(text), file)
+            else:
+                write_atomically(file, text)
+        except (OSError, json.JSONDecodeError) as error:
+            raise UserError(f"{file}: {error}; choose another name for the run, or remove {directory}") from error
+        self.log = MetricsLog(self.directory)
+
+    def checkpoints_of(self, phase: str) -> Path:
+        return self.directory / "checkpoints" / phase
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """The file appears whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {key: _plain(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return str(value) if isinstance(value, os.PathLike) else value
+
+
+def _compare(old: Any, new: Any, file: Path) -> None:
+    """Raises where the settings differ, naming the first difference."""
+
+    def differences(old: Any, new: Any, at: str) -> list[str]:
+        if isinstance(old, dict) and isinstance(new, dict):
+            keys = sorted(old.keys() | new.keys())
+            return [d for key in keys for d in differences(old.get(key), new.get(key), f"{at}.{key}" if at else key)]
+        return [] if old == new else [f"{at} is {old!r} there and {new!r} now"]
+
+    found = differences(old, new, "")
+    if found:
+        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+        raise UserError(f"{file}: a run with other settings: {found[0]}{more}; choose another name, or remove the run")

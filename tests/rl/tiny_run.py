@@ -1,0 +1,103 @@
+"""A whole training in seconds, as its own program: SFT, then RL, of a model of two layers. The tests kill it.
+
+python tiny_run.py DIRECTORY [EVENT DELAY]      SIGKILL itself DELAY seconds after event number EVENT
+"""
+
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+from flax import nnx
+
+from m1jax import MiniMaxM1, ModelConfig, save_pretrained
+from m1jax.chat import Tokenizer
+from m1jax.checkpoint import Checkpoints
+from m1jax.rl.tasks import get_task
+from m1jax.rl.trainer import RLRecipe, Trainer
+from m1jax.train.metrics import MetricsLog
+from m1jax.train.optimizer import OptimizerConfig
+from m1jax.train.run import Run
+from m1jax.train.sft import SFTRecipe, sft
+
+CONFIG = ModelConfig(
+    vocab_size=263,
+    hidden_size=16,
+    intermediate_size=16,
+    layer_types=("lightning", "softmax"),
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=8,
+    rotary_dim=4,
+    num_experts=2,
+    experts_per_token=1,
+    initializer_range=0.1,
+)
+SFT = SFTRecipe(
+    optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=2),
+    steps=10,
+    batch=4,
+    row_length=64,
+    rows=2,
+    checkpoint_every=4,
+    log_every=3,
+)
+# The format alone is rewarded often enough to give every batch some advantages; 3 does not divide 4 updates, so that
+# checkpoints fall into the middle of generation batches.
+RL = RLRecipe(
+    optimizer=OptimizerConfig(learning_rate=1e-2),
+    iterations=4,
+    prompts=4,
+    samples=4,
+    updates=4,
+    rounds=2,
+    max_prompt_tokens=24,
+    max_new_tokens=16,
+    row_length=40,
+    rows=4,
+    overlong_buffer=8,
+    evaluate_every=2,
+    evaluate_rounds=1,
+    checkpoint_every=3,
+)
+
+
+def train(directory: Path) -> MiniMaxM1:
+    task, tokenizer = get_task("arrows+chain"), Tokenizer.tiny()
+
+    def pair(number: int) -> tuple[list[int], list[int]]:
+        problem = task.problem("train", 1, number)
+        response = problem.demonstration(bool(np.random.default_rng(number).integers(2)))
+        return tokenizer.encode(problem.prompt), [*tokenizer.encode(response), tokenizer.eos_id]
+
+    run = Run(directory, {"sft": SFT, "rl": RL})
+    model = sft(run, MiniMaxM1(CONFIG, rngs=nnx.Rngs(0)), pair, SFT)
+    model = Trainer(run, model, task, tokenizer, RL, seed=0).train()
+    run.log.close()
+    return model
+
+
+def kill_after(event: int, delay: float) -> None:
+    """Events are the starts of checkpoints and the lines of metrics."""
+    count = 0
+
+    def counted(function):
+        def wrapper(*args, **kwargs):
+            nonlocal count
+            count += 1
+            if count == event:
+                threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
+            return function(*args, **kwargs)
+
+        return wrapper
+
+    Checkpoints.save = counted(Checkpoints.save)
+    MetricsLog.append = counted(MetricsLog.append)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 4:
+        kill_after(int(sys.argv[2]), float(sys.argv[3]))
+    save_pretrained(train(Path(sys.argv[1])), Path(sys.argv[1]) / "export")
