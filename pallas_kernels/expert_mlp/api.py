@@ -1,9 +1,18 @@
 """The public op: arguments checked, implementation chosen."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.expert_mlp import ragged, reference
+from pallas_kernels._compat import target_platform, vary_over, varying_axes
+from pallas_kernels.expert_mlp import grouped, ragged, reference
+
+IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
+    "reference": reference.forward,
+    "ragged": ragged.forward,
+    "grouped": grouped.forward,
+}
 
 
 def expert_mlp(
@@ -16,15 +25,44 @@ def expert_mlp(
     *,
     implementation: str = "auto",
 ) -> jax.Array:
+    """Every token through its experts: y = sum_k weights_k * (silu(x w1^T) * (x w3^T)) w2^T, no token dropped.
+
+    Args:
+        x: [N, D] tokens, any float dtype; products are accumulated in float32.
+        w1: [E, F, D] float, the orientation of the official checkpoint, [out, in]; so are
+        w3: [E, F, D] and
+        w2: [E, D, F].
+        routes: [N, k] integers, the experts of each token. An id outside 0..E-1 costs nothing and adds nothing:
+            padding, or an expert that lives on another device.
+        weights: [N, k] float, how much of each expert's output the token takes.
+        implementation: "auto" takes "grouped" on CPU and "ragged" elsewhere. "reference" is the oracle of the tests,
+            "ragged" sorts and uses `jax.lax.ragged_dot`, "grouped" loops over the experts in use (any platform; made
+            for CPU).
+
+    Returns:
+        y [N, D] in x's dtype. Differentiable in x, w1, w3, w2 and weights. Works under jit, vmap, shard_map and
+        meshes with Auto axes.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit (the argument is named), or an implementation that is unknown or
+            cannot run here.
+    """
     _check(x, w1, w3, w2, routes, weights)
-    if implementation == "reference":
-        return reference.forward(x, w1, w3, w2, routes, weights)
-    if implementation in ("auto", "ragged"):
-        return ragged.forward(x, w1, w3, w2, routes, weights)
-    raise ValueError(f"expert_mlp: unknown implementation {implementation!r}; known: auto, reference, ragged")
+    if x.shape[0] == 0 or routes.shape[1] == 0:
+        return jnp.zeros_like(x)
+    if implementation == "auto":
+        implementation = "grouped" if target_platform() == "cpu" else "ragged"
+    if implementation not in IMPLEMENTATIONS:
+        known = ", ".join(("auto", *IMPLEMENTATIONS))
+        raise ValueError(f"expert_mlp: unknown implementation {implementation!r}; known: {known}")
+    # Inside shard_map the gradient of an argument that all devices share is a sum over devices: marking it as varying
+    # here lets JAX insert that sum.
+    axes = varying_axes(x, w1, w3, w2, routes, weights)
+    x, w1, w3, w2, weights = (vary_over(a, axes) for a in (x, w1, w3, w2, weights))
+    return IMPLEMENTATIONS[implementation](x, w1, w3, w2, routes, weights)
 
 
-def _check(x, w1, w3, w2, routes, weights) -> None:
+def _check(x: jax.Array, w1: jax.Array, w3: jax.Array, w2: jax.Array, routes: jax.Array, weights: jax.Array) -> None:
     if x.ndim != 2:
         raise ValueError(f"expert_mlp: x must be [N, D], got {x.shape}")
     if w1.ndim != 3 or w1.shape[2] != x.shape[1]:
@@ -38,5 +76,8 @@ def _check(x, w1, w3, w2, routes, weights) -> None:
         raise ValueError(f"expert_mlp: routes must be [N, k] with N = {x.shape[0]}, got {routes.shape}")
     if weights.shape != routes.shape:
         raise ValueError(f"expert_mlp: weights must have routes' shape {routes.shape}, got {weights.shape}")
+    for name, a in (("x", x), ("w1", w1), ("w3", w3), ("w2", w2), ("weights", weights)):
+        if not jnp.issubdtype(a.dtype, jnp.floating):
+            raise ValueError(f"expert_mlp: {name} must be floating point, got {a.dtype}")
     if not jnp.issubdtype(routes.dtype, jnp.integer):
         raise ValueError(f"expert_mlp: routes must be integers, got {routes.dtype}")

@@ -1,7 +1,8 @@
 """Portable version on `jax.lax.ragged_dot`: assignments sorted by expert, three grouped products.
 
-The choice on GPU and TPU, where ragged_dot becomes a grouped matmul. On CPU it multiplies every expert with every token;
-`grouped.py` is the CPU's."""
+The choice on GPU and TPU, where ragged_dot becomes a grouped matmul. On CPU it multiplies every expert with every
+token; `grouped.py` is the CPU's.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ def forward(
     k = routes.shape[1]
     flat = routes.reshape(-1)
     valid = (flat >= 0) & (flat < E)
-    # Assignments that belong to no expert here go to the end, behind the last group, where ragged_dot leaves them alone.
+    # Assignments that belong to no expert here go to the end, behind the last group: ragged_dot leaves them alone.
     expert = jnp.where(valid, flat, E)
     order = jnp.argsort(expert, stable=True)
     token = order // k
