@@ -5,8 +5,8 @@ G_t = lam G_{t+1} + q_t^T do_t running backward in time,
 
     o_t = q_t S_t        dq_t = do_t S_t^T        dv_t = k_t G_t        dk_t = v_t G_t^T
 
-so one kernel (`hopper_scan`) is all there is: forward walks once (q, k, v); backward walks once forward in time as (do, v, k) for
-dq, and once backward as (k, q, do) for dv and (v, do, q) for dk in one launch.
+so one kernel (`hopper_scan`) is all there is: forward walks once (q, k, v); backward walks once forward in time as
+(do, v, k) for dq, and once backward in time as (k, q, do) for dv and (v, do, q) for dk, both in one launch.
 """
 
 import jax
@@ -20,19 +20,21 @@ from pallas_kernels.lightning_attention.segments import PADDING
 __all__ = ["backward", "decode", "forward", "unsupported"]
 
 _HOPPER = ("H100", "H200", "H800", "H20", "GH200")
+_MULTIPROCESSORS = 132  # of an H100 or H200 (SXM); with fewer, more waves.
 
 
 def unsupported(q: jax.Array, k: jax.Array, v: jax.Array) -> str | None:
     """Why this implementation cannot run for these arguments ([B,T,H,D], or [N,H,D] to decode), or None."""
-    if _compat.target_platform() != "gpu":
-        return f"hopper needs an NVIDIA Hopper GPU; this program runs on {_compat.target_platform()}"
+    platform = _compat.target_platform()
+    if platform != "gpu":
+        return f"it needs an NVIDIA Hopper GPU, and this program is for {platform}"
     kind = _device_kind()
     if not any(name in kind for name in _HOPPER):
-        return f"hopper needs an NVIDIA Hopper GPU; this one is {kind!r}"
+        return f"it needs an NVIDIA Hopper GPU, and this one is {kind!r}"
     if q.ndim == 4 and q.dtype != jnp.bfloat16:
-        return f"hopper takes bfloat16: its matrix units would round {q.dtype} to 10 bits (TF32) unasked"
+        return f"it takes bfloat16: the matrix units would quietly round {q.dtype} to TF32, about three digits"
     if q.shape[-1] != v.shape[-1] or q.shape[-1] not in (64, 128):
-        return f"hopper takes heads of size 64 or 128, keys and values alike: got {q.shape[-1]} and {v.shape[-1]}"
+        return f"it takes heads of size 64 or 128, keys and values alike: got K = {q.shape[-1]}, V = {v.shape[-1]}"
     return None
 
 
@@ -42,45 +44,53 @@ def forward(q, k, v, log_decay, initial_state, segment_ids, *, interpret=False):
     (q, k, v), segment_ids = _padded((q, k, v), segment_ids)
     (o,), (state,) = scan(
         (q, k, v),
+        [Role(q=0, k=1, v=2, final=True)],
+        log_decay,
+        [None if initial_state is None else initial_state.mT],
+        segment_ids,
+        length=length,
+        reverse=False,
+        splits=_splits(q),
+        interpret=interpret,
+    )
+    return o[:, :length], state.mT
+
+
+def backward(q, k, v, log_decay, initial_state, segment_ids, do, d_final_state, *, interpret=False):
+    """(dq, dk, dv bfloat16, d_initial_state float32) for the gradients `do` and `d_final_state`.
+
+    States are recomputed: nothing is kept from forward but its arguments.
+    """
+    length = q.shape[1]
+    (q, k, v, do), segment_ids = _padded((q, k, v, do), segment_ids)
+    (dq,), _ = scan(
+        (do, v, k),
         [Role(q=0, k=1, v=2)],
         log_decay,
         [initial_state],
         segment_ids,
         length=length,
         reverse=False,
-        splits=q.shape[-1] // 64,
-        interpret=interpret,
-    )
-    return o[:, :length], state
-
-
-def backward(q, k, v, log_decay, initial_state, segment_ids, do, d_final_state, *, interpret=False):
-    """(dq, dk, dv bfloat16, d_initial_state float32) for the gradients `do` and `d_final_state`; states are recomputed."""
-    length = q.shape[1]
-    (q, k, v, do), segment_ids = _padded((q, k, v, do), segment_ids)
-    transposed = lambda state: None if state is None else state.mT
-    (dq,), _ = scan(
-        (do, v, k),
-        [Role(q=0, k=1, v=2, final=False)],
-        log_decay,
-        [transposed(initial_state)],
-        segment_ids,
-        length=length,
-        reverse=False,
-        splits=q.shape[-1] // 64,
+        splits=_splits(q),
         interpret=interpret,
     )
     (dv, dk), (d_initial_state,) = scan(
         (q, k, v, do),
-        [Role(q=1, k=0, v=3), Role(q=2, k=3, v=0, final=False)],
+        [Role(q=1, k=0, v=3), Role(q=2, k=3, v=0, final=True)],
         log_decay,
-        [d_final_state, transposed(d_final_state)],
+        [d_final_state.mT, d_final_state],
         segment_ids,
         length=length,
         reverse=True,
         interpret=interpret,
     )
     return dq[:, :length], dk[:, :length], dv[:, :length], d_initial_state
+
+
+def _splits(q) -> int:
+    """How many blocks share a head: two where both halves of all heads find a multiprocessor at once."""
+    batch, _, heads, size = q.shape
+    return 2 if size == 128 and 2 * batch * heads <= _MULTIPROCESSORS else 1
 
 
 def _padded(arrays, segment_ids):

@@ -1,16 +1,18 @@
 """One scan over the tokens on a Hopper GPU (Pallas, Mosaic GPU): what forward and backward are both made of.
 
-    forward in time:  S <- lam S + k_t^T v_t,  o_t = q_t S          backward in time:  o_t = q_t S', S <- lam S', S' = S + k_t^T v_t
+    forward in time:    S = lam S + k_t^T v_t,  o_t = q_t S
+    backward in time:   S = S + k_t^T v_t,      o_t = q_t S,      S = lam S
 
-A thread block owns one head (or half of its value columns) of one row and walks through the row's chunks of 64 tokens. Its
-float32 state lives in registers from the first chunk to the last and never goes to memory. Per chunk, with n real tokens and
-0 <= i < 64 (forward in time; backwards in time the two weights w, u change places and i >= j becomes i <= j):
+A thread block owns one head (or half of its value columns) of one row and walks through the row's chunks of 64 tokens.
+Its float32 state lives in registers from the first chunk to the last and never goes to memory. Per chunk, with n real
+tokens and 0 <= i < 64 (forward in time; backward in time w and u change places and j <= i becomes j >= i):
 
     o_i = sum_{j <= i} lam^(i-j) (q_i k_j) v_j + w_i q_i S       w_i = lam^(i+1)
     S   = lam^n S + sum_j u_j k_j^T v_j                          u_j = lam^(n-1-j)
 
-Decays are only ever raised to non-negative powers, so no slope overflows. docs/kernels-hopper.md tells the design and counts
-its bytes and operations.
+Decays are only ever raised to powers >= 0, so no slope overflows. Warpgroups: one computes outputs, one (or two, of 64
+value columns each) keeps the state, one drives the copy engine. docs/kernels-hopper.md tells why, and counts bytes and
+operations.
 """
 
 import dataclasses
@@ -24,6 +26,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import _compat
 from pallas_kernels.lightning_attention.segments import is_real
 
 CHUNK = 64
@@ -33,12 +36,12 @@ _TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 
 @dataclasses.dataclass(frozen=True)
 class Role:
-    """Which of a scan's arrays a block reads as q, k and v and whether it returns its last state."""
+    """Which of a scan's arrays a block reads as q, k and v, and whether it returns its last state."""
 
     q: int
     k: int
     v: int
-    final: bool = True
+    final: bool = False
 
 
 def scan(
@@ -53,63 +56,79 @@ def scan(
     splits: int = 1,
     interpret=False,
 ) -> tuple[list[jax.Array], list[jax.Array]]:
-    """Lightning attention, forward or backward in time, in several roles at once over the same arrays.
+    """Lightning attention, forward or backward in time.
 
     Args:
       arrays: bfloat16 [B,T,H,D], D in (64, 128), T a multiple of 8.
-      roles: one, or two that run side by side, a block each, so that an array both read comes from memory once.
+      roles: one; or two that run side by side in a pair of blocks, of which each one's k is the other's v, so that both
+        arrays come from memory once.
       log_decay: [H] float32.
-      initial: for each role the state [B,H,D,D] float32 before the first token of the walk, or None for zeros.
+      initial: for each role the transposed state [B,H,V,K] float32 before the first token of the walk; None for zeros.
       segment_ids: [B,T] int32 as in `lightning_attention`, or None.
       length: how many of the T tokens are there; zeros must stand behind them.
       reverse: walk from the last token to the first.
-      splits: among how many blocks (1, or 2 where D is 128) a head's value columns are divided.
-      interpret: run in Pallas' CPU interpreter (True or InterpretGPUParams).
+      splits: with one role and D = 128: among how many blocks (1 or 2) a head's value columns are divided.
+      interpret: run in Pallas' CPU interpreter (True or its InterpretGPUParams).
 
     Returns:
-      For each role the outputs [B,T,H,D] bfloat16, and for each role that asks for it the state [B,H,D,D] float32 after
-      the walk's last token.
+      For each role the outputs [B,T,H,D] bfloat16, and for each role that asks for it the transposed state [B,H,V,K]
+      float32 after the walk's last token.
     """
     batch, _, heads, size = arrays[0].shape
+    two_roles = len(roles) == 2
+    parts = splits * len(roles)
     width = size // splits
     chunks = pl.cdiv(length, CHUNK)
     metadata = None if segment_ids is None else _metadata(segment_ids, reverse)
     given = [s for s in initial if s is not None]
     inputs = (*arrays, log_decay, *given, *(() if metadata is None else (metadata,)))
-    tokens = jax.ShapeDtypeStruct(arrays[0].shape, jnp.bfloat16)
-    state = jax.ShapeDtypeStruct((batch, heads, size, size), jnp.float32)
     finals = sum(role.final for role in roles)
+    # What both blocks of a pair read, in the places 0 and 1, and what each block reads for itself.
+    shared = (roles[0].k, roles[0].v) if two_roles else (roles[0].q, roles[0].k)
+    own = [role.q if two_roles else role.v for role in roles]
+    # On the chip the two blocks form a cluster and each fetches half of what both read, for both.
+    paired = parts == 2 and not interpret
     state_groups = width // 64
-    stages = 4 if width == 64 else 3
-    state_buffers = 2 if width == 64 else 1
+    # What 227 KB of shared memory have room for.
+    stages, state_buffers = (4, 2) if state_groups == 1 else (3, 1)
+    output_registers, state_registers = (232, 232) if state_groups == 1 else (208, 136)
     ops = operations(interpret)
 
     def body(*refs):
         refs = list(refs)
-        take = lambda n: [refs.pop(0) for _ in range(n)]
+
+        def take(n):
+            return [refs.pop(0) for _ in range(n)]
+
         array_refs, (decay_ref,) = take(len(arrays)), take(1)
         given_refs = take(len(given))
         initial_refs = [None if s is None else given_refs.pop(0) for s in initial]
         (meta_ref,) = take(1) if metadata is not None else (None,)
         output_refs, final_refs = take(len(roles)), take(finals)
         final_refs = [final_refs.pop(0) if role.final else None for role in roles]
-        q_smem, k_smem, v_smem, s_smem, u_smem, o_smem, meta_smem, full, empty, s_full, s_empty = refs
+        shared_smem, own_smem, state_smem, weighted_smem, o_smem, meta_smem, full, empty, state_full, state_empty = refs
 
         part, head, row = lax.axis_index("part"), lax.axis_index("head"), lax.axis_index("row")
         group = lax.axis_index("group")
         log_lam = decay_ref[head]
         columns = pl.ds(part * width, width) if splits > 1 else pl.ds(0, width)
 
+        def operands(slot):
+            """The chunk's q, k and v in shared memory."""
+            if two_roles:
+                return own_smem.at[slot], shared_smem.at[slot, part], shared_smem.at[slot, 1 - part]
+            return shared_smem.at[slot, 0], shared_smem.at[slot, 1], own_smem.at[slot]
+
         def chunk_of(step):
             return chunks - 1 - step if reverse else step
 
         def in_role(function):
             """Runs function(i) for the role i of this block; with one role, without a branch."""
-            if len(roles) == 1:
-                function(0)
-            else:
-                for i in range(len(roles)):
+            if two_roles:
+                for i in range(2):
                     pl.when(part == i)(functools.partial(function, i))
+            else:
+                function(0)
 
         def real_tokens(step, slot):
             """How many of the chunk's tokens are there (a scalar)."""
@@ -117,7 +136,7 @@ def scan(
                 return meta_smem[slot, CHUNK + 1]
             return jnp.minimum(length - chunk_of(step) * CHUNK, CHUNK)
 
-        def state_is_seen(bound, step):
+        def goes_on(bound, step):
             """Does a segment with this bound reach into the chunk from the chunk before it in the walk?"""
             start = chunk_of(step) * CHUNK
             return bound >= start + CHUNK if reverse else bound < start
@@ -129,17 +148,19 @@ def scan(
             return jnp.exp(log_lam * exponent.astype(jnp.float32))
 
         def produce():
+            together = {"collective_axes": "part"} if paired else {}
+
             def fetch(step, slot):
                 rows = pl.ds(chunk_of(step) * CHUNK, CHUNK)
+                for place, source in enumerate(shared):
+                    copy = array_refs[source].at[row, rows, head], shared_smem.at[slot, place], full.at[slot]
+                    plgpu.copy_gmem_to_smem(*copy, **together)
 
-                def from_role(i):
-                    role = roles[i]
-                    for source, target in ((role.q, q_smem), (role.k, k_smem)):
-                        plgpu.copy_gmem_to_smem(array_refs[source].at[row, rows, head], target.at[slot], full.at[slot])
-                    source = array_refs[role.v].at[row, rows, head, columns]
-                    plgpu.copy_gmem_to_smem(source, v_smem.at[slot], full.at[slot])
+                def fetch_own(i):
+                    source = array_refs[own[i]].at[row, rows, head, columns]
+                    plgpu.copy_gmem_to_smem(source, own_smem.at[slot], full.at[slot])
 
-                in_role(from_role)
+                in_role(fetch_own)
                 if meta_ref is not None:
                     plgpu.copy_gmem_to_smem(meta_ref.at[row, chunk_of(step)], meta_smem.at[slot], full.at[slot])
 
@@ -153,58 +174,66 @@ def scan(
                 plgpu.barrier_wait(empty.at[slot])
                 fetch(step, slot)
 
+            # A block may not leave while the other of its pair still writes to it.
             for step in range(max(chunks - stages, 0), chunks):
                 plgpu.barrier_wait(empty.at[step % stages])
 
         def keep_state(index):
+            """Columns [64 index, 64 index + 64) of this block's; the state is transposed, [64,K]."""
             mine = pl.ds(64 * index, 64)
             here = pl.ds(part * width + 64 * index, 64) if splits > 1 else mine
 
-            def load_initial(i):
+            def first_state(i):
                 ref = initial_refs[i]
-                return ops.zeros((size, 64)) if ref is None else ops.load(ref.at[row, head, :, here])
+                if ref is None:
+                    return ops.zeros((64, size))
+                # Under shard_map what is read is marked as differing between devices, what is computed from it is not,
+                # and a loop's carry must not change its type: so compute.
+                return ops.load(ref.at[row, head, here]) * 1.0
 
-            if len(roles) == 1:
-                state = load_initial(0)
-            elif all(ref is None for ref in initial_refs):
-                state = ops.zeros((size, 64))
+            if two_roles and given:
+                state = lax.cond(part == 0, lambda: first_state(0), lambda: first_state(1))
             else:
-                first, second = (functools.partial(load_initial, i) for i in range(2))
-                state = lax.cond(part == 0, first, second)
+                state = first_state(0)
 
             def advance(step, state):
                 slot = lax.rem(step, jnp.int32(stages))
                 buffer = lax.rem(step, jnp.int32(state_buffers))
-                plgpu.barrier_wait(s_empty.at[buffer])
-                s_smem[buffer, :, mine] = state.astype(jnp.bfloat16)
-                plgpu.commit_smem()
-                plgpu.barrier_arrive(s_full.at[buffer])
+                _, k, v = operands(slot)
                 plgpu.barrier_wait(full.at[slot])
                 n = real_tokens(step, slot)
                 weights = powers(n, leaving=not reverse)
-                i = ops.iota((CHUNK,), 0, rows=True)
                 kept = jnp.exp(log_lam * n.astype(jnp.float32))
                 if meta_ref is not None:
                     bound = meta_smem[slot, CHUNK]
+                    i = ops.iota((CHUNK,), 0, rows=True)
                     token = chunk_of(step) * CHUNK + i
                     weights = jnp.where(token <= bound if reverse else token >= bound, weights, 0.0)
                     weights = jnp.where(i < n, weights, 0.0)
-                    kept = jnp.where(state_is_seen(bound, step), kept, 0.0)
-                v = v_smem[slot, :, mine].astype(jnp.float32)
-                u_smem[:, mine] = (v * ops.down(weights, (CHUNK, 64))).astype(jnp.bfloat16)
+                    kept = jnp.where(goes_on(bound, step), kept, 0.0)
+                weighted = v[:, mine].astype(jnp.float32) * ops.down(weights, (CHUNK, 64))
+                weighted_smem[:, mine] = weighted.astype(jnp.bfloat16)
                 plgpu.commit_smem()
+                rounded = state.astype(jnp.bfloat16)
 
-                state = ops.onto(kept * state, k_smem.at[slot], u_smem.at[:, mine], transpose_a=True)
+                def publish():
+                    plgpu.barrier_wait(state_empty.at[buffer])
+                    state_smem[buffer, mine] = rounded
+                    plgpu.commit_smem()
+                    plgpu.barrier_arrive(state_full.at[buffer])
+
+                state = ops.onto(kept * state, weighted_smem.at[:, mine], k, transpose_a=True, meanwhile=publish)
+                plgpu.commit_smem()  # Of what it does, only that all four warps have come so far matters here.
                 plgpu.barrier_arrive(empty.at[slot])
                 return state
 
             state = lax.fori_loop(0, chunks, advance, state)
             for buffer in range(state_buffers):
-                plgpu.barrier_wait(s_empty.at[buffer])
+                plgpu.barrier_wait(state_empty.at[buffer])
 
             def write_final(i):
                 if final_refs[i] is not None:
-                    final_refs[i][row, head, :, here] = state
+                    final_refs[i][row, head, here] = state
 
             in_role(write_final)
 
@@ -213,26 +242,26 @@ def scan(
             age = c - r if reverse else r - c
             decay = jnp.where(age >= 0, jnp.exp(log_lam * jnp.maximum(age, 0).astype(jnp.float32)), 0.0)
             for buffer in range(state_buffers):
-                plgpu.barrier_arrive(s_empty.at[buffer])
+                plgpu.barrier_arrive(state_empty.at[buffer])
 
             @pl.loop(0, chunks)
             def _(step):
                 slot = lax.rem(step, jnp.int32(stages))
                 buffer = lax.rem(step, jnp.int32(state_buffers))
                 start = chunk_of(step) * CHUNK
+                q, k, v = operands(slot)
                 plgpu.barrier_wait(full.at[slot])
-
                 n = real_tokens(step, slot)
                 weights = powers(n, leaving=reverse)
                 bound = None
                 if meta_ref is not None:
                     bound = ops.load(meta_smem.at[slot, pl.ds(0, CHUNK)], rows=True)
-                    weights = jnp.where(state_is_seen(bound, step), weights, 0.0)
+                    weights = jnp.where(goes_on(bound, step), weights, 0.0)
 
                 def look_back(within, before):
-                    ops.wgmma(within, q_smem.at[slot], k_smem.at[slot], transpose_b=True)
-                    plgpu.barrier_wait(s_full.at[buffer])
-                    ops.wgmma(before, q_smem.at[slot], s_smem.at[buffer])
+                    ops.wgmma(within, q, k, transpose_b=True)
+                    plgpu.barrier_wait(state_full.at[buffer])
+                    ops.wgmma(before, q, state_smem.at[buffer], transpose_b=True)
                     products = ops.result(within, in_flight=1) * decay
                     if bound is not None:
                         across = ops.down(bound, (CHUNK, CHUNK)) - start
@@ -241,71 +270,81 @@ def scan(
                     return products.astype(jnp.bfloat16), ops.result(before) * ops.down(weights, (CHUNK, width))
 
                 products, older = ops.fresh(look_back, (CHUNK, CHUNK), (CHUNK, width))
-                plgpu.barrier_arrive(s_empty.at[buffer])
-
-                o = ops.onto(older, products, v_smem.at[slot])
+                plgpu.barrier_arrive(state_empty.at[buffer])
+                o = ops.onto(older, products, v)
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # All four warps have come so far, too:
                 plgpu.barrier_arrive(empty.at[slot])
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 o_smem[...] = o.astype(jnp.bfloat16)
                 plgpu.commit_smem()
 
-                def to_role(i):
+                def write(i):
                     plgpu.copy_smem_to_gmem(o_smem, output_refs[i].at[row, pl.ds(start, CHUNK), head, columns])
 
-                in_role(to_role)
+                in_role(write)
 
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(group == 0)
         def _():
-            plgpu.set_max_registers(184 if state_groups == 2 else 232, action="increase")
+            plgpu.set_max_registers(output_registers, action="increase")
             write_outputs()
 
         for index in range(state_groups):
 
             @pl.when(group == 1 + index)
             def _(index=index):
-                plgpu.set_max_registers(144 if state_groups == 2 else 232, action="increase")
+                plgpu.set_max_registers(state_registers, action="increase")
                 keep_state(index)
 
         @pl.when(group == 1 + state_groups)
         def _():
-            plgpu.set_max_registers(40, action="decrease")
+            plgpu.set_max_registers(24, action="decrease")
             produce()
 
     tiled = functools.partial(plgpu.SMEM, dtype=jnp.bfloat16, transforms=_TILED)
+    released = {"num_arrivals": 1 + state_groups, "num_barriers": stages}
+    if paired:
+        grid = {"grid": (heads, batch), "grid_names": ("head", "row"), "cluster": (2,), "cluster_names": ("part",)}
+        empty = plgpu.ClusterBarrier(collective_axes=("part",), **released)
+    else:
+        grid = {"grid": (parts, heads, batch), "grid_names": ("part", "head", "row")}
+        empty = plgpu.Barrier(**released)
     outputs = plgpu.kernel(
         body,
-        out_type=[*[tokens] * len(roles), *[state] * finals],
+        out_type=[
+            *[jax.ShapeDtypeStruct(arrays[0].shape, jnp.bfloat16)] * len(roles),
+            *[jax.ShapeDtypeStruct((batch, heads, size, size), jnp.float32)] * finals,
+        ],
         scratch_types=[
-            tiled((stages, CHUNK, size)),
-            tiled((stages, CHUNK, size)),
+            tiled((stages, 2, CHUNK, size)),
             tiled((stages, CHUNK, width)),
-            tiled((state_buffers, size, width)),
+            tiled((state_buffers, width, size)),
             tiled((CHUNK, width)),
             tiled((CHUNK, width)),
             plgpu.SMEM((stages, _META), jnp.int32),
             plgpu.Barrier(num_arrivals=3 if metadata is None else 4, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=1 + state_groups, num_barriers=stages),
+            empty,
             plgpu.Barrier(num_arrivals=state_groups, num_barriers=state_buffers),
             plgpu.Barrier(num_barriers=state_buffers),
         ],
-        grid=(splits * len(roles), heads, batch),
-        grid_names=("part", "head", "row"),
+        **grid,
         num_threads=2 + state_groups,
         thread_name="group",
+        kernel_name="lightning_attention_backward_in_time" if reverse else "lightning_attention_forward_in_time",
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
         interpret=interpreter(interpret),
     )(*inputs)
-    return list(outputs[: len(roles)]), list(outputs[len(roles) :])
+    axes = _compat.varying_axes(*inputs)
+    outputs = [_compat.vary_over(x, axes) for x in outputs]
+    return outputs[: len(roles)], outputs[len(roles) :]
 
 
 def _metadata(segment_ids: jax.Array, reverse: bool) -> jax.Array:
     """[B, chunks, 128] int32: what the kernel must know of a chunk's segments.
 
-    A token's bound is the first (backwards in time: last) token of its segment; of the segment that the walk begins with,
-    which goes on from the initial state, the token before it (behind it); of padding, one that lets nothing pass. The
-    chunk's own bound is that of the last real token the walk meets up to the chunk's end.
+    A token's bound is the first (backward in time: last) token of its segment; of the segment that the walk begins
+    with, which goes on from the initial state, the token before it (behind it); of padding, one that lets nothing pass.
+    The chunk's own bound is that of the last real token which the walk meets up to the chunk's end.
     """
     batch, length = segment_ids.shape
     chunks = pl.cdiv(length, CHUNK)
@@ -348,6 +387,13 @@ class _Chip:
     def load(self, ref, rows=False, columns=False):
         return _load(ref, self._layout(rows, columns))
 
+    def store(self, ref, value):
+        """To memory, whose sectors a value's layout need not fill."""
+        if hasattr(plgpu, "store"):
+            plgpu.store(ref, value, optimized=False)
+        else:
+            ref[...] = value
+
     def down(self, values, shape):
         """[rows] -> [rows, columns]."""
         return lax.broadcast_in_dim(values, shape, [0])
@@ -360,9 +406,14 @@ class _Chip:
         """function(*accumulators), which start at zero."""
         return pl.run_scoped(function, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
 
-    def onto(self, value, a, b, **transposes):
-        """value + a b."""
-        return pl.run_state(lambda acc: self.wgmma(acc, a, b, **transposes))(plgpu.ACC.init(value))
+    def onto(self, value, a, b, transpose_a=False, meanwhile=lambda: None):
+        """value + a b; runs meanwhile() while the product is computed."""
+
+        def multiply(acc):
+            self.wgmma(acc, a, b, transpose_a=transpose_a)
+            meanwhile()
+
+        return pl.run_state(multiply)(plgpu.ACC.init(value))
 
     def wgmma(self, acc, a, b, transpose_a=False, transpose_b=False):
         """Starts acc += a b."""
@@ -390,12 +441,16 @@ class _Emulated(_Chip):
     def load(self, ref, rows=False, columns=False):
         return ref[...]
 
+    def store(self, ref, value):
+        ref[...] = value
+
     def fresh(self, function, *shapes):
         return function(*(types.SimpleNamespace(value=0.0) for _ in shapes))
 
-    def onto(self, value, a, b, **transposes):
+    def onto(self, value, a, b, transpose_a=False, meanwhile=lambda: None):
         acc = types.SimpleNamespace(value=value)
-        self.wgmma(acc, a, b, **transposes)
+        self.wgmma(acc, a, b, transpose_a=transpose_a)
+        meanwhile()
         return acc.value
 
     def wgmma(self, acc, a, b, transpose_a=False, transpose_b=False):

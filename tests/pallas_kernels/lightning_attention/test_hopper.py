@@ -1,0 +1,131 @@
+"""The Hopper kernels in Pallas' interpreter on CPU, with race detection; test_hopper_compiled.py really compiles them.
+
+The interpreter emulates the copy engine, the barriers and the order of accesses; `hopper_scan._Emulated` stands in for
+the matrix units. Some 100 ms per block and chunk; four times as long on JAX 0.10.2, which also interprets no copies
+beyond an array's end and no arrays that are updated in place.
+"""
+
+import functools
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import lightning_attention, lightning_attention_decode
+from pallas_kernels.lightning_attention import hopper, hopper_scan
+from tests.pallas_kernels.lightning_attention.suite import NAMES, Case, DecodeSuite, Suite, assert_close, problem
+
+OLD = jax.__version_info__ < (0, 11)
+needs_newer_interpreter = pytest.mark.skipif(OLD, reason="JAX 0.10.2 interprets no copy beyond an array's end")
+
+
+def blocks_and_chunks(case: Case) -> int:
+    """What the interpreter has to do, forward and backward."""
+    blocks = 6 if case.key_size == 128 else 4
+    return case.batch * case.heads * -(-case.length // 64) * blocks
+
+
+class TestHopper(Suite):
+    implementation = "hopper"
+    options: ClassVar = {"interpret": True}
+    dtypes = ("bfloat16",)
+    small: ClassVar = {"length": 64, "heads": 2, "key_size": 64}
+
+    def bears(self, case):
+        return self.takes(case) and blocks_and_chunks(case) <= (0 if OLD else 24)
+
+    def check(self, case, dtype, results):
+        if case.length == 1:
+            # q k, one number per head, is rounded to bfloat16 once: up to 2^-8, which no sum over tokens evens out.
+            tolerance = (2**-16 + self.tolerances[dtype] ** 2) ** 0.5
+            for name, result, truth in zip(NAMES, results, problem(case)[1], strict=True):
+                assert_close(name, result, truth, tolerance)
+        else:
+            super().check(case, dtype, results)
+
+    def takes(self, case):
+        if OLD and case.length % 64:
+            return False
+        return case.value_size in (None, case.key_size) and blocks_and_chunks(case) <= 1000
+
+    # The interpreter runs on one device at a time; test_hopper_compiled.py compiles a shard_map.
+    test_shard_map = None  # pyright: ignore[reportAssignmentType]
+    if OLD:  # too slow there for every run
+        test_vmap = test_log_decay_has_no_gradient = None  # pyright: ignore[reportAssignmentType]
+
+
+@pytest.mark.slow
+class TestHopperLonger(TestHopper):
+    def bears(self, case):
+        return self.takes(case) and not super().bears(case)
+
+
+def check(monkeypatch, case):
+    for name in ("forward", "backward"):
+        monkeypatch.setattr(hopper, name, functools.partial(getattr(hopper, name), interpret=True))
+    monkeypatch.setattr(hopper, "unsupported", lambda q, k, v: None)
+    suite = TestHopper()
+    suite.check(case, "bfloat16", suite.run(case, "bfloat16"))
+
+
+def test_two_chunks(monkeypatch):
+    """On every JAX: the state goes from one chunk to the next, with a segment's end, and padding, in either."""
+    case = Case(length=128, heads=1, key_size=64, slopes="layer 40", rows=((30, 70, -28),), initial=True)
+    check(monkeypatch, case)
+
+
+@pytest.mark.skipif(OLD, reason="JAX 0.10.2 interprets no kernel that updates an array in place")
+class TestHopperDecode(DecodeSuite):
+    implementation = "hopper"
+    module = "hopper"
+    options: ClassVar = {"interpret": True}
+    shapes = ((1, 1, 64), (3, 2, 128), (5, 3, 64))
+
+
+@needs_newer_interpreter
+def test_the_ring_goes_round(monkeypatch):
+    """More chunks than stages."""
+    check(monkeypatch, Case(length=328, heads=1, key_size=128, slopes="layer 78", initial=True))
+
+
+@needs_newer_interpreter
+def test_races_are_found(monkeypatch):
+    """Else the tests above would show little: without the fences, products race with what other threads write."""
+    monkeypatch.setattr(hopper_scan.plgpu, "commit_smem", lambda: None)
+    q = jnp.ones((1, 64, 1, 64), jnp.bfloat16)
+    with pytest.raises(Exception, match=r"(?i)race"):
+        jax.block_until_ready(hopper.forward(q, q, q, jnp.zeros(1), None, None, interpret=True))
+
+
+def test_says_why_not():
+    q = jnp.zeros((1, 8, 2, 64), jnp.bfloat16)
+    with pytest.raises(ValueError, match="needs an NVIDIA Hopper GPU, and this program is for cpu"):
+        lightning_attention(q, q, q, jnp.zeros(2), implementation="hopper")
+
+
+@pytest.fixture
+def on_an_h200(monkeypatch):
+    monkeypatch.setattr(hopper._compat, "target_platform", lambda: "gpu")
+    monkeypatch.setattr(hopper, "_device_kind", lambda: "NVIDIA H200")
+
+
+@pytest.mark.usefixtures("on_an_h200")
+def test_says_which_dtypes_and_sizes():
+    q = jnp.zeros((1, 8, 2, 64))
+    with pytest.raises(ValueError, match=r"takes bfloat16.*TF32"):
+        lightning_attention(q, q, q, jnp.zeros(2), implementation="hopper")
+    q, v = jnp.zeros((1, 8, 2, 64), jnp.bfloat16), jnp.zeros((1, 8, 2, 128), jnp.bfloat16)
+    with pytest.raises(ValueError, match=r"size 64 or 128.*got K = 64, V = 128"):
+        lightning_attention(q, q, v, jnp.zeros(2), implementation="hopper")
+    q, pool = jnp.zeros((3, 2, 32)), jnp.zeros((3, 2, 32, 32))
+    with pytest.raises(ValueError, match=r"size 64 or 128.*got K = 32, V = 32"):
+        lightning_attention_decode(q, q, q, jnp.zeros(2), pool, jnp.arange(3), implementation="hopper")
+
+
+def test_says_which_chips(monkeypatch):
+    monkeypatch.setattr(hopper._compat, "target_platform", lambda: "gpu")
+    monkeypatch.setattr(hopper, "_device_kind", lambda: "NVIDIA B200")
+    q = jnp.zeros((1, 8, 2, 64), jnp.bfloat16)
+    with pytest.raises(ValueError, match="NVIDIA B200"):
+        lightning_attention(q, q, q, jnp.zeros(2), implementation="hopper")
