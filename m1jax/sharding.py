@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from m1jax.config import ModelConfig
@@ -90,7 +91,11 @@ def make_mesh(spec: str = "", devices: Sequence[jax.Device] | None = None) -> Me
             f"data=-1 would use the rest"
         )
     count = math.prod(sizes.values())
-    return jax.make_mesh(tuple(sizes.values()), AXES, (AxisType.Auto,) * len(AXES), devices=devices[:count])
+    # Not `jax.make_mesh`, which refuses axes that are no whole dimensions of a TPU's torus.
+    grid = mesh_utils.create_device_mesh(
+        tuple(sizes.values()), devices[:count], allow_split_physical_axes=devices[0].platform == "tpu"
+    )
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def parse_mesh(spec: str) -> dict[str, int]:
@@ -121,7 +126,7 @@ def check_shardable(
     """
     sizes = mesh if isinstance(mesh, dict) else dict(mesh.shape)
     for axis in AXES[::-1]:
-        problem = _problem(config, sizes, axis, batch, time)
+        problem = _problem(config, sizes, axis, batch, time) if sizes[axis] > 1 else None
         if problem is not None:
             limit = 2 * max(config.hidden_size, config.vocab_size, batch or 1, time or 1)
             works = [n for n in range(1, limit) if _problem(config, sizes | {axis: n}, axis, batch, time) is None]
