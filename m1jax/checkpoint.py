@@ -57,6 +57,7 @@ TREE = "tree"
 PARTIAL = ".partial"
 REPLACED = ".replaced"
 FORMAT = 1
+CHUNK_BYTES = 128 * 2**20
 OTHERS_TIMEOUT = 1800  # seconds that process 0 waits for the checksums of the others, and they for its rename
 
 log = logging.getLogger(__name__)
@@ -136,9 +137,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps with a checkpoint, oldest first. Interrupted saves are not among them; damaged ones are."""
-        if not self.directory.is_dir():
-            return []
-        return sorted(int(entry.name) for entry in self.directory.iterdir() if entry.name.isdecimal())
+        return list_steps(self.directory)
 
     def latest(self) -> int | None:
         """The newest step whose files are all there with their sizes, or None. Reads no contents."""
@@ -163,17 +162,7 @@ class Checkpoints:
         path = self.directory / str(step)
         if not path.is_dir():
             raise UserError(f"{self.directory} holds no checkpoint of step {step}; there are: {_listed(self.steps())}")
-        try:
-            text = (path / MANIFEST).read_text()
-            checksum, body = text.split("\n", 1)
-            if int(checksum, 16) != zlib.crc32(body.encode()):
-                raise ValueError("its checksum does not match")
-            values = json.loads(body)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path / MANIFEST} is missing or damaged ({error})") from error
-        if values.pop("format") != FORMAT:
-            raise UserError(f"{path} was written by a newer version of m1jax: format {values.get('format')}")
-        return Info(path=path, **values)
+        return read_info(path)
 
     def problems(self, step: int, *, contents: bool = True) -> list[str]:
         """What is damaged in the checkpoint of ``step``, one line each; empty if nothing is.
@@ -183,25 +172,7 @@ class Checkpoints:
             contents: read every file and compare its CRC-32; otherwise only that files are there with their sizes.
                 Several processes read a share each.
         """
-        try:
-            info = self.info(step)
-        except UserError as error:
-            return [str(error)]
-        found = []
-        for name, (size, _) in sorted(info.files.items()):
-            try:
-                actual = (info.path / name).stat().st_size
-            except OSError:
-                found.append(f"{name} is missing")
-                continue
-            if actual != size:
-                found.append(f"{name} has {actual:,} bytes instead of {size:,}")
-        if contents and not found:
-            mine = sorted(info.files)[jax.process_index() :: jax.process_count()]
-            for name, checksum in zip(mine, _checksums([info.path / name for name in mine])):
-                if checksum != info.files[name][1]:
-                    found.append(f"the contents of {name} have changed since they were written")
-        return found
+        return find_problems(self.directory / str(step), contents=contents)
 
     # -------------------------------------------------------------------------------------------------------- saving
 
@@ -328,11 +299,7 @@ class Checkpoints:
             file.unlink()
         if host:
             sums[ARRAYS] = [(partial / ARRAYS).stat().st_size, *_checksums([partial / ARRAYS])]
-        body = json.dumps(manifest | {"files": sums})
-        with open(partial / MANIFEST, "w") as file:
-            file.write(f"{zlib.crc32(body.encode()):08x}\n{body}")
-            file.flush()
-            os.fsync(file.fileno())
+        _write_manifest(partial, manifest | {"files": sums})
         replaced = self.directory / f"{final.name}{REPLACED}"
         if final.exists():
             final.rename(replaced)
@@ -475,6 +442,88 @@ class Checkpoints:
             if info.config.get(key) != here.get(key)
         ]
         raise UserError(f"{info.path} is a checkpoint of another model: {_shortened(differ)}")
+
+
+# ------------------------------------------------------------------------------------------------- one checkpoint
+
+
+def list_steps(directory: Path) -> list[int]:
+    """Steps with a checkpoint in a directory, oldest first; damaged ones too, interrupted saves not."""
+    if not directory.is_dir():
+        return []
+    return sorted(int(entry.name) for entry in directory.iterdir() if entry.name.isdecimal())
+
+
+def newest_whole(directory: Path) -> Path:
+    """The newest checkpoint of a directory that is whole, as far as the sizes of its files tell; UserError if none."""
+    for step in reversed(list_steps(directory)):
+        if not (problems := find_problems(directory / str(step), contents=False)):
+            return directory / str(step)
+        log.warning("checkpoint %s is damaged and passed over: %s", directory / str(step), _shortened(problems))
+    raise UserError(f"{directory} holds no whole checkpoint")
+
+
+def read_info(path: Path) -> Info:
+    """What is in the checkpoint at ``path``; UserError if its ``checkpoint.json`` is missing or damaged."""
+    try:
+        text = (path / MANIFEST).read_text()
+        checksum, body = text.split("\n", 1)
+        if int(checksum, 16) != zlib.crc32(body.encode()):
+            raise ValueError("its checksum does not match")
+        values = json.loads(body)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path / MANIFEST} is missing or damaged ({error})") from error
+    if (version := values.pop("format")) != FORMAT:
+        raise UserError(f"{path} was written by another version of m1jax (format {version}, this one reads {FORMAT})")
+    return Info(path=path, **values)
+
+
+def find_problems(path: Path, *, contents: bool = True) -> list[str]:
+    """What is damaged in the checkpoint at ``path``; see ``Checkpoints.problems``."""
+    try:
+        info = read_info(path)
+    except UserError as error:
+        return [str(error)]
+    found = []
+    for name, (size, _) in sorted(info.files.items()):
+        try:
+            actual = (info.path / name).stat().st_size
+        except OSError:
+            found.append(f"{name} is missing")
+            continue
+        if actual != size:
+            found.append(f"{name} has {actual:,} bytes instead of {size:,}")
+    if contents and not found:
+        mine = sorted(info.files)[jax.process_index() :: jax.process_count()]
+        for name, checksum in zip(mine, _checksums([info.path / name for name in mine])):
+            if checksum != info.files[name][1]:
+                found.append(f"the contents of {name} have changed since they were written")
+    return found
+
+
+def write_manifest(
+    path: Path, *, step: int, config: ModelConfig, params: dict[str, list[Any]], files: dict[str, list[int]]
+) -> None:
+    """Makes a directory of Orbax files a checkpoint that holds parameters only.
+
+    Args:
+        path: the directory, with the files under ``tree``.
+        step: its number.
+        config: the model's.
+        params: name -> [dtype, shape].
+        files: path -> [size, CRC-32] of every file.
+    """
+    nothing: dict[str, Any] = {"metrics": {}, "meta": None, "state": {}, "keys": {}, "arrays": {}}
+    values = {"format": FORMAT, "step": step, "saved": time.time(), "config": _jsonable(config)}
+    _write_manifest(path, values | nothing | {"params": params, "files": files})
+
+
+def _write_manifest(path: Path, values: dict[str, Any]) -> None:
+    body = json.dumps(values)
+    with open(path / MANIFEST, "w") as file:
+        file.write(f"{zlib.crc32(body.encode()):08x}\n{body}")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 # ------------------------------------------------------------------------------------------------- trees and names
@@ -686,8 +735,15 @@ def _jsonable(config: ModelConfig) -> dict[str, Any]:
 def _context() -> Any:
     import orbax.checkpoint.experimental.v1 as ocp
 
+    def chunks(_: Any, value: Any) -> Any:
+        # Rows before columns: a converter and another mesh then read a part without reading all of it.
+        if value.nbytes <= CHUNK_BYTES:
+            return None
+        return ocp.options.ArrayOptions.Saving.StorageOptions(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,))
+
     context = ocp.Context()
     context.array_options.saving.use_compression = False  # trained weights do not shrink; zstd halves the speed
+    context.array_options.saving.scoped_storage_options_creator = chunks
     return context
 
 

@@ -14,6 +14,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from m1jax import MiniMaxM1, ModelConfig, UserError
 from m1jax.checkpoint import Checkpoints
+from m1jax.convert import inspect
 
 CONFIG = dataclasses.replace(
     ModelConfig.preset("m1-tiny"),
@@ -269,3 +270,32 @@ def test_a_disk_without_room_is_refused_before_writing(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"needs 4 kB, 10 B are free. Nothing was written; saved and whole: 1"):
         checkpoints.save(2, state={"x": jnp.zeros(1000)})
     assert json.loads(json.dumps(checkpoints.steps())) == [1]
+
+
+def test_ls_show_verify(tmp_path, params, capsys):
+    directory = tmp_path / "run" / "checkpoints" / "sft"
+    with Checkpoints(directory, config=CONFIG) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, params=params, arrays={"a": np.ones(3)}, meta={"seed": 5}, metrics={"reward": 0.5})
+    inspect.ls(inspect.ListConfig(tmp_path / "run"))
+    out = capsys.readouterr().out
+    assert "params (43), arrays (1)" in out
+    assert out.count("reward 0.5  complete") == 2
+    inspect.show(inspect.ShowConfig(tmp_path / "run", tensors=True))
+    out = capsys.readouterr().out
+    assert "step 2, saved" in out
+    assert "num_experts = 4" in out
+    assert "seed = 5" in out
+    assert "params  lm_head.weight  float32  [32, 16]" in out
+    inspect.verify(inspect.VerifyConfig(directory))
+    assert capsys.readouterr().out.count("complete") == 2
+    flip(directory / "2")
+    with pytest.raises(UserError, match=r"damaged: .*sft/2: the contents of tree/params"):
+        inspect.verify(inspect.VerifyConfig(tmp_path / "run"))
+    truncate(directory / "2")
+    inspect.ls(inspect.ListConfig(directory))
+    assert "damaged: tree/params" in capsys.readouterr().out
+    (tmp_path / "empty").mkdir()
+    for wrong in (tmp_path / "empty", tmp_path / "nowhere"):
+        with pytest.raises(UserError, match="holds no checkpoints"):
+            inspect.ls(inspect.ListConfig(wrong))

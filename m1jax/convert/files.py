@@ -12,6 +12,7 @@ import json
 import mmap
 import os
 import re
+import shutil
 import struct
 import threading
 from collections.abc import Iterable, Mapping
@@ -21,6 +22,7 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
+from m1jax.convert.names import Merged
 from m1jax.errors import UserError
 
 INDEX = "model.safetensors.index.json"
@@ -193,36 +195,41 @@ class Plan:
             for name, shape, dtype, count in shard:
                 begin = header[name]["data_offsets"][0]  # pyright: ignore[reportIndexIssue]
                 self.entries[name] = Entry(Path(file), dtype, shape, len(self.headers[file]) + begin, count)
+        self._whole = self.entries
+
+    def place_parts(self, merged: Iterable[Merged]) -> None:
+        """Lets the official tensors in merged ones be written by their own names."""
+        self._whole = dict(self.entries)
+        self.entries = unmerged(self.entries, merged)
 
     @property
     def total_size(self) -> int:
         """Bytes of all tensors, the index's ``total_size``."""
-        return sum(entry.count for entry in self.entries.values())
+        return sum(entry.count for entry in self._whole.values())
 
     def index(self) -> bytes | None:
         """The contents of the index file; None for a single file, which has none."""
         if len(self.headers) == 1:
             return None
-        weight_map = {name: entry.file.name for name, entry in self.entries.items()}
+        weight_map = {name: entry.file.name for name, entry in self._whole.items()}
         return json.dumps({"metadata": {"total_size": self.total_size}, "weight_map": weight_map}, indent=2).encode()
 
 
 class Writer:
     """Files of a plan being written into a directory that exists; ``write`` may be called from any thread.
 
-    Space is reserved before anything is written, so a full disk is found at once.
-
     Raises:
-        UserError: there is not enough space.
+        UserError: there is not enough space for all of it.
     """
 
     def __init__(self, directory: Path, plan: Plan) -> None:
         self.directory, self.plan = directory, plan
         self._files: dict[str, int] = {}
+        check_space(directory, sum(plan.sizes.values()))
         try:
             for name, header in plan.headers.items():
                 self._files[name] = os.open(directory / name, os.O_RDWR | os.O_CREAT, 0o666)
-                reserve(self._files[name], plan.sizes[name])
+                os.ftruncate(self._files[name], plan.sizes[name])
                 os.pwrite(self._files[name], header, 0)
         except OSError as error:
             self.close()
@@ -232,21 +239,10 @@ class Writer:
         """Writes one tensor (shape and dtype as planned, in any memory order) at its place."""
         entry = self.plan.entries[name]
         assert (values.shape, values.dtype) == (entry.shape, entry.dtype), name
-        self.write_bytes(name, np.ascontiguousarray(values).reshape(-1).view(np.uint8))
-
-    def write_bytes(self, name: str, data: np.ndarray) -> None:
-        """Writes one tensor given as its bytes."""
-        entry = self.plan.entries[name]
-        view, written = memoryview(data.data), 0
         try:
-            while written < entry.count:
-                written += os.pwrite(self._files[entry.file.name], view[written:], entry.start + written)
+            write_all(self._files[entry.file.name], values, entry.start)
         except OSError as error:
             raise full_disk(error, self.directory, entry.count) from error
-
-    def fileno(self, name: str) -> int:
-        """The descriptor of the file in which a tensor goes."""
-        return self._files[self.plan.entries[name].file.name]
 
     def finish(self) -> None:
         """Writes the index and makes everything durable."""
@@ -272,14 +268,18 @@ class Writer:
         self._files = {}
 
 
-def reserve(descriptor: int, size: int) -> None:
-    """Makes a file ``size`` bytes long with its blocks reserved, where the file system can; keeps what is in it."""
-    try:
-        os.posix_fallocate(descriptor, 0, size)
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-            raise
-        os.ftruncate(descriptor, size)
+def write_all(descriptor: int, values: np.ndarray, start: int) -> None:
+    """``pwrite`` of a whole array's elements, in C order, at ``start``."""
+    view, written = memoryview(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data), 0
+    while written < len(view):
+        written += os.pwrite(descriptor, view[written:], start + written)
+
+
+def check_space(directory: Path, needed: int) -> None:
+    """Raises UserError if ``needed`` bytes do not fit on the disk of ``directory``."""
+    free = shutil.disk_usage(directory).free
+    if needed > free:
+        raise UserError(f"{directory}: the disk is full: {needed:,} bytes are to be written, {free:,} are free")
 
 
 def full_disk(error: OSError, directory: Path, needed: int) -> UserError:
@@ -289,6 +289,27 @@ def full_disk(error: OSError, directory: Path, needed: int) -> UserError:
             f"{directory}: the disk is full ({needed:,} bytes were to be written); free some and start again"
         )
     return UserError(f"{directory}: cannot be written ({error.strerror})")
+
+
+def unmerged(entries: Mapping[str, Entry], merged: Iterable[Merged]) -> dict[str, Entry]:
+    """The official tensors where Transformers' merged ones lie; entries that are none stay.
+
+    Raises:
+        UserError: a merged tensor has another shape than the config says.
+    """
+    out = dict(entries)
+    for whole in merged:
+        entry = entries.get(whole.name)
+        if entry is None or whole.parts[0][0] == whole.name:
+            continue
+        if entry.shape != whole.shape:
+            raise UserError(f"{entry.file}: {whole.name} is {list(entry.shape)}, the config says {list(whole.shape)}")
+        del out[whole.name]
+        count = int(np.prod(whole.part_shape)) * entry.dtype.itemsize
+        for name, first in whole.parts:
+            start = entry.start + first * entry.dtype.itemsize
+            out[name] = Entry(entry.file, entry.dtype, whole.part_shape, start, count)
+    return out
 
 
 def read_json(file: Path) -> dict:

@@ -48,6 +48,43 @@ def tensors(config: ModelConfig, *, merged_experts: bool = False) -> tuple[Tenso
     return tuple(_tensors(config, merged_experts))
 
 
+class Merged(NamedTuple):
+    """One tensor of a file that holds official ones of shape ``part_shape``: their names and first elements in it."""
+
+    name: str
+    shape: tuple[int, ...]
+    part_shape: tuple[int, ...]
+    parts: tuple[tuple[str, int], ...]
+
+
+def transformers_merged(config: ModelConfig) -> tuple[Merged, ...]:
+    """The tensors of Transformers' ``minimax`` as it holds them in memory, in the order of the model.
+
+    Files look like this if written with ``save_pretrained(..., save_original_format=False)``; it loads both. In a layer
+    ``mlp.experts.gate_up_proj`` [E, 2F, D] holds w1 above w3 of each expert, ``mlp.experts.down_proj`` [E, D, F] w2.
+    """
+    hidden, inner, experts = config.hidden_size, config.intermediate_size, range(config.num_experts)
+    out = []
+    for tensor in tensors(config, merged_experts=True):
+        moe, _, name = tensor.name.partition(".block_sparse_moe.")
+        if not name:
+            out.append(Merged(tensor.name, tensor.shape, tensor.shape, ((tensor.name, 0),)))
+        elif name == "gate.weight":
+            out.append(Merged(f"{moe}.mlp.gate.weight", tensor.shape, tensor.shape, ((tensor.name, 0),)))
+        elif name == "experts.w1.weight":
+            parts = [
+                (f"{moe}.block_sparse_moe.experts.{e}.{w}.weight", (2 * e + i) * inner * hidden)
+                for e in experts
+                for i, w in enumerate(("w1", "w3"))
+            ]
+            shape = (len(experts), 2 * inner, hidden)
+            out.append(Merged(f"{moe}.mlp.experts.gate_up_proj", shape, (inner, hidden), tuple(parts)))
+        elif name == "experts.w2.weight":
+            parts = [(f"{moe}.block_sparse_moe.experts.{e}.w2.weight", e * inner * hidden) for e in experts]
+            out.append(Merged(f"{moe}.mlp.experts.down_proj", tensor.shape, (hidden, inner), tuple(parts)))
+    return tuple(out)
+
+
 def _tensors(config: ModelConfig, merged_experts: bool) -> Iterator[Tensor]:
     hidden = config.hidden_size
     yield Tensor("model.embed_tokens.weight", (config.vocab_size, hidden), ("embed_tokens",), ())

@@ -18,8 +18,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from m1jax.config import Layout, ModelConfig
-from m1jax.convert.files import Plan, Weights, Writer, compare, read_json, shortened
-from m1jax.convert.names import Tensor, tensors
+from m1jax.convert.files import Plan, Weights, Writer, compare, read_json, shortened, unmerged
+from m1jax.convert.names import Tensor, tensors, transformers_merged
 from m1jax.errors import UserError
 from m1jax.model import MiniMaxM1
 from m1jax.model.transformer import default_dtype
@@ -189,6 +189,16 @@ def read_config(directory: Path) -> ModelConfig:
         return ModelConfig.from_hf(values)
     except UserError as error:
         raise UserError(f"{directory / CONFIG}: {error}") from error
+
+
+def open_weights(directory: Path, config: ModelConfig) -> Weights:
+    """The official tensors of a directory, all there with the shapes of the config, or a UserError."""
+    weights = Weights(directory)
+    weights.entries = unmerged(weights.entries, transformers_merged(config))
+    expected = {tensor.name: tensor.shape for tensor in tensors(config)}
+    compare(directory, {name: entry.shape for name, entry in weights.entries.items()}, expected)
+    weights.entries = {name: weights.entries[name] for name in expected}
+    return weights
 
 
 def by_path(config: ModelConfig) -> dict[tuple[str | int, ...], list[Tensor]]:

@@ -1,0 +1,289 @@
+"""`m1jax convert`: every way between the three forms, exact to the byte, resumed after a kill, shared by processes."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from m1jax import MiniMaxM1, ModelConfig, UserError, from_pretrained
+from m1jax.checkpoint import Checkpoints
+from m1jax.convert import files, main
+from m1jax.convert.files import Plan, Weights
+from m1jax.convert.main import ConvertConfig
+from m1jax.convert.names import tensors
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch):
+    """Several pieces per tensor and several files, as large models have."""
+    monkeypatch.setattr(main, "PIECE_BYTES", 2000)
+
+
+@pytest.fixture(autouse=True)
+def partial_rotary_is_known():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Transformers' minimax class will not reproduce")
+        yield
+
+
+def convert(src, dst, **options):
+    main.main(ConvertConfig(src, dst, **{"threads": 4, **options}))
+    return dst
+
+
+def contents(directory):
+    weights = Weights(directory)
+    return {name: (e.dtype, e.shape, weights.array(name).tobytes()) for name, e in weights.entries.items()}
+
+
+def leftovers(path):
+    return sorted(p.name for p in path.iterdir() if p.name.startswith("."))
+
+
+@pytest.mark.parametrize(
+    "via", [["transformers"], ["orbax"], ["orbax", "transformers"], ["transformers", "orbax"]], ids=str
+)
+def test_there_and_back_is_identical(golden, tmp_path, via):
+    at = golden
+    for number, kind in enumerate([*via, "official"]):
+        at = convert(at, tmp_path / str(number), to=kind, shard_gb=3e-4)
+    assert contents(at) == contents(golden)
+    assert len(list(at.glob("*.safetensors"))) == 4
+    before, after = (ModelConfig.from_hf(json.loads((path / "config.json").read_text())) for path in (golden, at))
+    assert before == after
+    assert not leftovers(tmp_path)
+
+
+def test_a_checkpoint_made_by_conversion_restores(golden, tmp_path):
+    convert(golden, tmp_path / "orbax")
+    model = from_pretrained(golden, dtype=jnp.bfloat16)
+    checkpoints = Checkpoints(tmp_path / "orbax", config=model.config)
+    target = nnx.split(model)[1]
+    found = checkpoints.restore(params=target)
+    assert found is not None
+    assert found.step == 0
+    for x, y in zip(jax.tree.leaves(found.params), jax.tree.leaves(target), strict=True):
+        assert (x.dtype, np.asarray(x).tobytes()) == (y.dtype, np.asarray(y).tobytes())
+    checkpoints.save(1, params=found.params)  # and a run goes on from it
+    checkpoints.wait()
+    assert checkpoints.steps() == [0, 1]
+
+
+def test_a_checkpoint_of_a_run_becomes_files(golden, tmp_path):
+    model = from_pretrained(golden)
+    with Checkpoints(tmp_path / "run", config=model.config) as checkpoints:
+        checkpoints.save(7, params=nnx.split(model)[1], state={"count": jnp.int32(7)})
+    convert(tmp_path / "run", tmp_path / "float32")
+    assert contents(tmp_path / "float32")["lm_head.weight"][0] == np.float32
+    convert(tmp_path / "run" / "7", tmp_path / "bfloat16", dtype="bfloat16")
+    assert contents(tmp_path / "bfloat16") == contents(golden)
+    assert json.loads((tmp_path / "bfloat16/config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+def test_a_change_of_dtype_spares_the_router(golden, tmp_path):
+    convert(golden, tmp_path / "half", to="official", dtype="float16")
+    for name, (dtype, _, data) in contents(tmp_path / "half").items():
+        router = name.endswith("gate.weight") and "moe" in name
+        assert dtype == (np.float32 if router else np.float16)
+        if not router:
+            assert data == Weights(golden).array(name).astype(np.float16).tobytes()
+
+
+def test_merged_experts_are_read_and_written(golden, tmp_path):
+    convert(golden, tmp_path / "merged", to="transformers", experts="merged")
+    names = contents(tmp_path / "merged")
+    assert names["model.layers.3.mlp.experts.gate_up_proj"][1] == (4, 160, 48)
+    assert not any("block_sparse_moe" in name for name in names)
+    assert contents(convert(tmp_path / "merged", tmp_path / "back", to="official")) == contents(golden)
+    with pytest.raises(UserError, match="needs --to transformers"):
+        convert(golden, tmp_path / "x", to="official", experts="merged")
+
+
+def test_transformers_writes_merged_experts_as_we_do(golden, tmp_path):
+    pytest.importorskip("torch", reason="PyTorch is an extra: make torch")
+    transformers = pytest.importorskip("transformers", reason="Transformers is an extra: make torch")
+    convert(golden, tmp_path / "split", to="transformers")
+    convert(golden, tmp_path / "merged", to="transformers", experts="merged")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        split, merged = (transformers.AutoModelForCausalLM.from_pretrained(tmp_path / k) for k in ("split", "merged"))
+    for (name, x), y in zip(split.state_dict().items(), merged.state_dict().values(), strict=True):
+        assert x.equal(y), name
+
+
+def test_dry_run_of_the_published_model_reads_headers_only(tmp_path, capsys):
+    """All 8,243 tensors of the 456 B model in sparse files: 912 GB by their lengths, megabytes on disk."""
+    config = ModelConfig.preset("m1-456b")
+    half = files.DTYPES["BF16"]
+    plan = Plan((t.name, t.shape, np.dtype(np.float32) if t.router else half) for t in tensors(config))
+    for name, header in plan.headers.items():
+        with open(tmp_path / name, "wb") as file:
+            file.write(header)
+            file.truncate(plan.sizes[name])
+    index = plan.index()
+    assert index is not None
+    (tmp_path / files.INDEX).write_bytes(index)
+    (tmp_path / "config.json").write_text(json.dumps(config.to_hf()))
+    main.PIECE_BYTES = 128 * 2**20
+    for to in ("orbax", "transformers"):
+        convert(tmp_path, tmp_path.with_name("never"), to=to, dry_run=True)
+        out = capsys.readouterr().out
+        assert len(out.splitlines()) == 8244
+        assert "8,243 tensors, 456,089,655,296 parameters, 912,210,767,872 bytes" in out
+        assert "layers.7.moe.w2[9, 31]" in out
+    assert not tmp_path.with_name("never").exists()
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from m1jax.convert import main
+main.PIECE_BYTES = 2000
+copy, count = main._copy, int(sys.argv[4])
+def counted(*args):
+    global count
+    count -= 1
+    if count == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    copy(*args)
+main._copy = counted
+main.main(main.ConvertConfig(Path(sys.argv[1]), Path(sys.argv[2]), to=sys.argv[3], threads=2))
+"""
+
+
+@pytest.mark.parametrize("to", ["official", "orbax"])
+def test_goes_on_after_sigkill(golden, tmp_path, to, monkeypatch):
+    done = subprocess.run([sys.executable, "-c", KILLED, golden, tmp_path / "out", to, "200"], timeout=120)
+    assert done.returncode == -signal.SIGKILL
+    assert not (tmp_path / "out" / "config.json").exists()
+    assert not (tmp_path / "out" / "0").exists()
+    copied = []
+    copy = main._copy
+    monkeypatch.setattr(main, "_copy", lambda *args: (copied.append(args[1]), copy(*args)))
+    convert(golden, tmp_path / "out", to=to)
+    pieces = sum(
+        len(list(main._cut(t, np.dtype("f4") if t.router else files.DTYPES["BF16"]))) for t in tensors_of(golden)
+    )
+    assert pieces - 200 <= len(copied) <= pieces - 190
+    back = tmp_path / "out" if to == "official" else convert(tmp_path / "out", tmp_path / "back", to="official")
+    assert contents(back) == contents(golden)
+
+
+def tensors_of(directory):
+    return tensors(ModelConfig.from_hf(json.loads((directory / "config.json").read_text())))
+
+
+def test_a_journal_of_another_source_is_not_continued(golden, copy, tmp_path):
+    subprocess.run([sys.executable, "-c", KILLED, copy, tmp_path / "out", "official", "200"], timeout=120)
+    config = json.loads((copy / "config.json").read_text())
+    weights = Weights(copy)
+    changed = {name: np.array(weights.array(name)) for name in weights.entries}
+    changed["model.embed_tokens.weight"] *= 2
+    for entry in weights.entries.values():
+        os.utime(entry.file, ns=(1, time.time_ns()))
+    entry = weights.entries["model.embed_tokens.weight"]
+    with open(entry.file, "r+b") as file:
+        file.seek(entry.start)
+        file.write(changed["model.embed_tokens.weight"].tobytes())
+    convert(copy, tmp_path / "out", to="official")
+    assert contents(tmp_path / "out") == contents(copy)
+    assert config["model_type"] == "minimax_m1"
+
+
+@pytest.mark.parametrize("to", ["official", "orbax"])
+def test_several_processes_share_the_work(golden, tmp_path, to):
+    """In any order; process 0 puts the result together once all others are done."""
+    for process in (2, 1):
+        convert(golden, tmp_path / "out", to=to, process_index=process, process_count=3)
+        assert not (tmp_path / "out/config.json").exists()
+        assert not (tmp_path / "out/0").exists()
+    convert(golden, tmp_path / "out", to=to, process_index=0, process_count=3)
+    back = tmp_path / "out" if to == "official" else convert(tmp_path / "out", tmp_path / "back", to="official")
+    assert contents(back) == contents(golden)
+
+
+def test_a_byte_that_was_not_written_is_found(golden, tmp_path, monkeypatch):
+    copy = main._copy
+
+    def lossy(source, piece, dtype, descriptor):
+        if piece.tensor.name != "lm_head.weight":
+            copy(source, piece, dtype, descriptor)
+
+    monkeypatch.setattr(main, "_copy", lossy)
+    with pytest.raises(UserError, match=r"lm_head.weight differs in model"):
+        convert(golden, tmp_path / "out", to="official")
+    assert not (tmp_path / "out").exists()
+
+
+def test_nan_is_refused(copy, tmp_path):
+    entry = Weights(copy).entries["lm_head.weight"]
+    with open(entry.file, "r+b") as file:
+        file.seek(entry.start)
+        file.write(np.array(np.nan, entry.dtype).tobytes())
+    with pytest.raises(UserError, match=r"NaN or infinity in lm_head.weight; the conversion was not completed"):
+        convert(copy, tmp_path / "out", to="official")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_keeps_what_is_done(golden, tmp_path, monkeypatch):
+    usage = type("Usage", (), {"free": 1000})
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda path: usage)
+        with pytest.raises(UserError, match=r"the disk is full: [0-9,]+ bytes are to be written, 1,000 are free"):
+            convert(golden, tmp_path / "out", to="official")
+    copy, left = main._copy, [100]
+
+    def full(*args):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(28, "No space left on device")
+        copy(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(main, "_copy", full)
+        with pytest.raises(UserError, match=r"the disk is full.*free some and start again"):
+            convert(golden, tmp_path / "out", to="official")
+    assert not (tmp_path / "out").exists()
+    done = []
+    monkeypatch.setattr(main, "_copy", lambda *args: (done.append(1), copy(*args)))
+    convert(golden, tmp_path / "out", to="official")
+    assert contents(tmp_path / "out") == contents(golden)
+    assert len(done) < 700
+
+
+def test_targets_that_hold_something_are_refused(golden, copy, tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/1.jpg").write_text("")
+    for to in ("official", "orbax"):
+        with pytest.raises(UserError, match="give the name of a new directory"):
+            convert(golden, tmp_path / "photos", to=to)
+        with pytest.raises(UserError, match="must be different directories"):
+            convert(copy, copy, to=to)
+    with pytest.raises(UserError, match="must lie below"):
+        convert(golden, tmp_path / "x", process_index=2, process_count=2)
+
+
+def test_a_damaged_checkpoint_as_source(tmp_path):
+    config = dataclasses.replace(ModelConfig.preset("m1-tiny"), layer_types=("lightning", "softmax"))
+    model = MiniMaxM1(config, rngs=nnx.Rngs(0))
+    with Checkpoints(tmp_path / "run", config=config) as checkpoints:
+        checkpoints.save(1, state={"x": jnp.zeros(2)})
+        checkpoints.save(2, params=nnx.split(model)[1])
+    with pytest.raises(UserError, match="holds no parameters"):
+        convert(tmp_path / "run" / "1", tmp_path / "out")
+    (tmp_path / "run/2/checkpoint.json").write_text("x")
+    with pytest.raises(UserError, match="holds no parameters"):  # the one before, which is whole
+        convert(tmp_path / "run", tmp_path / "out")
+    (tmp_path / "run/1/checkpoint.json").write_text("x")
+    with pytest.raises(UserError, match="holds no whole checkpoint"):
+        convert(tmp_path / "run", tmp_path / "out")
