@@ -7,6 +7,7 @@ from pallas_kernels.lightning_attention.api import (
     lightning_attention_decode,
 )
 from pallas_kernels.lightning_attention.segments import PADDING
+from pallas_kernels.lightning_attention.sequence_parallel import lightning_attention_sequence_parallel
 
 __all__ = [
     "DECODE_IMPLEMENTATIONS",
@@ -14,4 +15,5 @@ __all__ = [
     "PADDING",
     "lightning_attention",
     "lightning_attention_decode",
+    "lightning_attention_sequence_parallel",
 ]

@@ -53,6 +53,15 @@ def lightning_attention(
         the values are known, that is outside jit), an unknown implementation, or a named one that cannot run here.
       TypeError: a dtype other than those above.
     """
+    check(q, k, v, log_decay, initial_state, segment_ids)
+    name = _choose(implementation, IMPLEMENTATIONS, "chunked", q, k, v)
+    arrays = (q, k, v, log_decay, initial_state, segment_ids)
+    axes = _compat.varying_axes(*arrays)
+    return _attention_jit(name, *(x if x is None else _compat.vary_over(jnp.asarray(x), axes) for x in arrays))
+
+
+def check(q, k, v, log_decay, initial_state, segment_ids):
+    """Raises what `lightning_attention` says it raises about its arrays."""
     _check_tokens("B,T,H", q, k, v)
     batch, length, heads, key_size = q.shape
     _check_log_decay(log_decay, heads)
@@ -62,10 +71,6 @@ def lightning_attention(
         _check("segment_ids", segment_ids, (batch, length), "[B,T]", ("int32",))
         if _is_known(segment_ids) and (np.asarray(segment_ids)[:, 1:] < np.asarray(segment_ids)[:, :-1]).any():
             raise ValueError("segment_ids must not go down along T (PADDING, the largest id, stands last)")
-    name = _choose(implementation, IMPLEMENTATIONS, "chunked", q, k, v)
-    arrays = (q, k, v, log_decay, initial_state, segment_ids)
-    axes = _compat.varying_axes(*arrays)
-    return _attention_jit(name, *(x if x is None else _compat.vary_over(jnp.asarray(x), axes) for x in arrays))
 
 
 def lightning_attention_decode(
