@@ -154,7 +154,7 @@ def test_inside_shard_map(tmp_path):
 
     tokens, state = ((2, 256, 4, 128), "bfloat16"), ((2, 4, 128, 128), "float32")
     arguments = [tokens] * 3 + [((4,), "float32"), state, ((2, 256), "int32")]
-    gradients = jax.grad(loss, argnums=(0, 1, 2, 4))
+    gradients = jax.value_and_grad(loss, argnums=(0, 1, 2, 4))
     _, kernels = compile_for_h200(gradients, *arguments, dump=tmp_path)
     assert len(kernels) == 3
 
