@@ -6,6 +6,8 @@ PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
 INSTALL = $(PIP) install --progress-bar off -c constraints.txt
 # More arguments for pytest: make test PYTEST="tests/chat -x"
 PYTEST ?=
+# Test processes. Most of a test's time is compilation, which uses one core.
+JOBS ?= 2
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -18,7 +20,7 @@ demo: $(VENV)/.installed  ## Train a small M1 with SFT and CISPO on this machine
 	$(VENV)/bin/m1jax demo $(ARGS)
 
 test: $(VENV)/.installed-dev  ## The tests; with `make torch` before it, the comparisons with PyTorch too
-	$(VENV)/bin/python -m pytest $(PYTEST)
+	$(VENV)/bin/python -m pytest -n $(JOBS) $(PYTEST)
 
 test-slow: $(VENV)/.installed-dev  ## The tests that take minutes
 	$(VENV)/bin/python -m pytest -m slow $(PYTEST)

@@ -10,9 +10,16 @@ import tyro
 
 from m1jax.errors import UserError
 
-# Words of the command -> (module with `main(config)`, what it does). The parameter's type gives the options.
+# Words of the command -> (module:function, what it does). The function takes one dataclass, whose fields are the options.
 COMMANDS: dict[str, tuple[str, str]] = {
-    "generate": ("m1jax.commands.generate", "let a model answer prompts"),
+    "demo": ("m1jax.demo:main", "train a small M1 on this machine in minutes: SFT, then CISPO"),
+    "train sft": ("m1jax.train.sft:main", "fine-tune a model on prompts and answers"),
+    "train rl": ("m1jax.rl.trainer:main", "train a model with CISPO on problems whose answers can be verified"),
+    "generate": ("m1jax.commands.generate:main", "let a model answer prompts"),
+    "convert": ("m1jax.convert.main:main", "convert between official files, Transformers' files and checkpoints"),
+    "checkpoint ls": ("m1jax.convert.inspect:ls", "list the checkpoints of a run"),
+    "checkpoint show": ("m1jax.convert.inspect:show", "show what a checkpoint holds"),
+    "checkpoint verify": ("m1jax.convert.inspect:verify", "read every byte of a checkpoint and compare checksums"),
 }
 
 
@@ -27,7 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(0 if asked else 2)
     name = " ".join(arguments[:words])
     try:
-        run = importlib.import_module(COMMANDS[name][0]).main
+        module, function = COMMANDS[name][0].split(":")
+        run = getattr(importlib.import_module(module), function)
         (config_type,) = [t for key, t in typing.get_type_hints(run).items() if key != "return"]
         config = tyro.cli(config_type, prog=f"m1jax {name}", args=arguments[words:])
         run(config)

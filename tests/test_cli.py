@@ -30,7 +30,7 @@ def run(monkeypatch, capsys):
         module = types.ModuleType("fake_command")
         module.main = main  # pyright: ignore[reportAttributeAccessIssue]
         monkeypatch.setitem(sys.modules, "fake_command", module)
-        commands = {"thing": ("fake_command", "does it"), "thing other": ("fake_command", "does more")}
+        commands = {"thing": ("fake_command:main", "does it"), "thing other": ("fake_command:main", "does more")}
         monkeypatch.setattr(cli, "COMMANDS", commands)
         try:
             cli.main(arguments)
