@@ -10,7 +10,7 @@ import tyro
 
 from m1jax.errors import UserError
 
-# Words of the command -> (module:function, what it does). The function takes one dataclass, whose fields are the options.
+# Words of the command -> (module:function, what it does). The function takes one dataclass: its fields are the options.
 COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("m1jax.demo:main", "train a small M1 on this machine in minutes: SFT, then CISPO"),
     "train sft": ("m1jax.train.sft:main", "fine-tune a model on prompts and answers"),
