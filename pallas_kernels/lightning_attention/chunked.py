@@ -16,7 +16,10 @@ from jax import lax
 from pallas_kernels import _compat
 from pallas_kernels.lightning_attention.segments import is_real
 
-CHUNK = 128
+CHUNK = 256
+"""Tokens per step on GPU and TPU, where steps are dear and products cheap."""
+CHUNK_ON_CPU = 64
+"""On CPU the products inside a chunk, which grow with it, are what costs (experiments/chunked_cpu)."""
 
 
 def unsupported(q: jax.Array, k: jax.Array, v: jax.Array) -> str | None:
@@ -30,77 +33,66 @@ def forward(q, k, v, log_decay, initial_state, segment_ids):
 
     def step(start, size, carry, weights):
         o, state = carry
-        qc, kc, vc = (_chunk(x, start, size) for x in (q, k, v))
         within, into, onto, keep = weights
-        scores = _dot("bhik,bhjk->bhij", qc, kc) * within
+        qc, kt, vc = _chunk(q, start, size), _chunk_transposed(k, start, size), _chunk(v, start, size)
+        scores = _dot("bhik,bhkj->bhij", qc, kt) * within
         oc = _dot("bhij,bhjv->bhiv", scores, vc) + into[..., None] * _dot("bhik,bhkv->bhiv", qc, state)
-        state = keep[..., None, None] * state + _dot("bhjk,bhjv->bhkv", onto[..., None] * kc, vc)
+        state = keep[..., None, None] * state + _dot("bhkj,bhjv->bhkv", onto[..., None, :] * kt, vc)
         return _store(o, oc, start), state
 
     axes = _compat.varying_axes(q, k, v, log_decay, initial_state, segment_ids)
-    o = _compat.vary_over(jnp.zeros((*q.shape[:3], v.shape[3]), q.dtype), axes)
-    return _over_chunks(step, (o, _initial(q, v, initial_state, axes)), q.shape[1], log_decay, segment_ids)
+    if initial_state is None:
+        initial_state = jnp.zeros((q.shape[0], q.shape[2], q.shape[3], v.shape[3]), jnp.float32)
+    o = jnp.zeros((*q.shape[:3], v.shape[3]), q.dtype)
+    carry = tuple(_compat.vary_over(x, axes) for x in (o, initial_state))
+    return _over_chunks(step, carry, q.shape[1], log_decay, segment_ids)
 
 
 def backward(q, k, v, log_decay, initial_state, segment_ids, do, d_final_state):
     """(dq, dk, dv in their inputs' dtypes, d_initial_state float32) for the gradients `do` and `d_final_state`.
 
-    The states are recomputed from the left for dq; their gradients run from the right for dk and dv.
+    dq_t = do_t S_t^T is the forward scan with do, v, k in the places of q, k, v, whose state is S^T. The gradient of
+    the state runs from the right and gives dk and dv.
     """
 
-    def from_left(start, size, carry, weights):
-        dq, state = carry
-        kc, vc, doc = (_chunk(x, start, size) for x in (k, v, do))
-        within, into, onto, keep = weights
-        d_scores = _dot("bhiv,bhjv->bhij", doc, vc) * within
-        dqc = _dot("bhij,bhjk->bhik", d_scores, kc) + into[..., None] * _dot("bhiv,bhkv->bhik", doc, state)
-        state = keep[..., None, None] * state + _dot("bhjk,bhjv->bhkv", onto[..., None] * kc, vc)
-        return _store(dq, dqc, start), state
-
-    def from_right(start, size, carry, weights):
+    def step(start, size, carry, weights):
         dk, dv, d_state = carry
-        qc, kc, vc, doc = (_chunk(x, start, size) for x in (q, k, v, do))
         within, into, onto, keep = weights
-        scores = _dot("bhik,bhjk->bhij", qc, kc) * within
-        d_scores = _dot("bhiv,bhjv->bhij", doc, vc) * within
-        dkc = _dot("bhij,bhik->bhjk", d_scores, qc) + onto[..., None] * _dot("bhjv,bhkv->bhjk", vc, d_state)
-        dvc = _dot("bhij,bhiv->bhjv", scores, doc) + onto[..., None] * _dot("bhjk,bhkv->bhjv", kc, d_state)
-        d_state = keep[..., None, None] * d_state + _dot("bhik,bhiv->bhkv", into[..., None] * qc, doc)
+        within = within.mT
+        qt, kc, vc, doc = _chunk_transposed(q, start, size), *(_chunk(x, start, size) for x in (k, v, do))
+        scores = _dot("bhjk,bhki->bhji", kc, qt) * within
+        d_scores = _dot("bhjv,bhiv->bhji", vc, doc) * within
+        dkc = _dot("bhji,bhki->bhjk", d_scores, qt) + onto[..., None] * _dot("bhjv,bhkv->bhjk", vc, d_state)
+        dvc = _dot("bhji,bhiv->bhjv", scores, doc) + onto[..., None] * _dot("bhjk,bhkv->bhjv", kc, d_state)
+        d_state = keep[..., None, None] * d_state + _dot("bhki,bhiv->bhkv", into[..., None, :] * qt, doc)
         return _store(dk, dkc, start), _store(dv, dvc, start), d_state
 
+    dq, _ = forward(do, v, k, log_decay, None if initial_state is None else initial_state.mT, segment_ids)
     axes = _compat.varying_axes(q, k, v, log_decay, initial_state, segment_ids, do, d_final_state)
-    dq, dk, dv = (_compat.vary_over(jnp.zeros(x.shape, x.dtype), axes) for x in (q, k, v))
-    length = q.shape[1]
-    dq, _ = _over_chunks(from_left, (dq, _initial(q, v, initial_state, axes)), length, log_decay, segment_ids)
-    d_final_state = _compat.vary_over(d_final_state, axes)
-    dk, dv, d_initial_state = _over_chunks(
-        from_right, (dk, dv, d_final_state), length, log_decay, segment_ids, reverse=True
-    )
+    carry = tuple(_compat.vary_over(x, axes) for x in (jnp.zeros_like(k), jnp.zeros_like(v), d_final_state))
+    dk, dv, d_initial_state = _over_chunks(step, carry, q.shape[1], log_decay, segment_ids, reverse=True)
     return dq, dk, dv, d_initial_state
 
 
 def _over_chunks(step, carry, length, log_decay, segment_ids, reverse=False):
     """Folds `step(start, size, carry, weights)` over the chunks of a row; the last chunk may be shorter."""
-    whole, rest = divmod(length, CHUNK)
+    chunk = CHUNK_ON_CPU if _compat.target_platform() == "cpu" else CHUNK
+    whole, rest = divmod(length, chunk)
 
-    def weights(start, size):
+    def at(start, size, carry):
         if segment_ids is None:
-            return _weights(log_decay, size)
+            return step(start, size, carry, uniform if size == chunk else _weights(log_decay, size))
         before = lax.dynamic_slice_in_dim(segment_ids, jnp.maximum(start - 1, 0), 1, axis=1)
-        return _segment_weights(log_decay, lax.dynamic_slice_in_dim(segment_ids, start, size, axis=1), before)
+        ids = lax.dynamic_slice_in_dim(segment_ids, start, size, axis=1)
+        return step(start, size, carry, _segment_weights(log_decay, ids, before))
 
-    uniform = _weights(log_decay, CHUNK) if segment_ids is None and whole else None
-
-    def body(i, carry):
-        start = (whole - 1 - i if reverse else i) * CHUNK
-        return step(start, CHUNK, carry, uniform or weights(start, CHUNK))
-
+    uniform = _weights(log_decay, chunk)
     if rest and reverse:
-        carry = step(whole * CHUNK, rest, carry, weights(whole * CHUNK, rest))
+        carry = at(whole * chunk, rest, carry)
     if whole:
-        carry = lax.fori_loop(0, whole, body, carry)
+        carry = lax.fori_loop(0, whole, lambda i, c: at((whole - 1 - i if reverse else i) * chunk, chunk, c), carry)
     if rest and not reverse:
-        carry = step(whole * CHUNK, rest, carry, weights(whole * CHUNK, rest))
+        carry = at(whole * chunk, rest, carry)
     return carry
 
 
@@ -130,16 +122,19 @@ def _segment_weights(log_decay, segment_ids, before):
     return within, into, onto, keep
 
 
-def _initial(q, v, initial_state, axes):
-    if initial_state is None:
-        initial_state = jnp.zeros((q.shape[0], q.shape[2], q.shape[3], v.shape[3]), jnp.float32)
-    return _compat.vary_over(initial_state, axes)
-
-
 def _chunk(x, start, size):
     """Tokens start : start + size of x [B,T,H,D], as [B,H,size,D]."""
-    x = lax.dynamic_slice_in_dim(x, start, size, axis=1).swapaxes(1, 2)
-    # XLA:CPU multiplies bfloat16 some 30 times slower than float32.
+    return _widened(lax.dynamic_slice_in_dim(x, start, size, axis=1)).swapaxes(1, 2)
+
+
+def _chunk_transposed(x, start, size):
+    """The same as [B,H,D,size]. Without the barrier XLA:CPU would transpose within the products, which is slower."""
+    x = _widened(lax.dynamic_slice_in_dim(x, start, size, axis=1)).transpose(0, 2, 3, 1)
+    return lax.optimization_barrier(x)
+
+
+def _widened(x):
+    """XLA:CPU multiplies bfloat16 some 30 times slower than float32."""
     return x.astype(jnp.float32) if _compat.target_platform() == "cpu" else x
 
 
