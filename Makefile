@@ -34,7 +34,7 @@ format: $(VENV)/.installed-dev  ## Rewrite the files the way `make lint` wants t
 	$(VENV)/bin/ruff format .
 
 types: $(VENV)/.installed-dev  ## Types: pyright
-	$(VENV)/bin/pyright
+	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
 torch: $(VENV)/.installed-torch  ## Add PyTorch and Transformers, for the tests that compare with them
 
