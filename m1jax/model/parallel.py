@@ -101,9 +101,10 @@ def lightning_attention_decode(
         return pallas_kernels.lightning_attention_decode(q, k, v, log_decay, pool, slots)
 
     token = P(rows, "tensor")
+    # check_vma: JAX 0.12 takes no array into a GPU kernel to be updated that is marked as differing between devices.
     return jax.shard_map(
-        local, in_specs=(token, token, token, P("tensor"), token, P(rows)), out_specs=(token, token)
-    )(q, k, v, log_decay, pool, slots)  # fmt: skip
+        local, in_specs=(token, token, token, P("tensor"), token, P(rows)), out_specs=(token, token), check_vma=False
+    )(q, k, v, log_decay, pool, slots)
 
 
 def softmax_attention(
