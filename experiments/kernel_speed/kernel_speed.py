@@ -26,7 +26,7 @@ BATCHES = ((2, 32768), (4, 4096), (4, 32768), (16, 4096))
 SEQUENCES = (1, 4, 16, 64, 256)
 FLA_UP_TO = 1 << 18
 CHUNKED_UP_TO = 1 << 16
-PARTS = {"ceilings": 60, "check": 150, "ours": 240, "decode": 60, "chunked": 90, "fla": 300}
+PARTS = {"ceilings": 60, "check": 150, "ours": 240, "decode": 60, "few_heads": 90, "chunked": 90, "fla": 300}
 """Seconds that each part may take."""
 
 
@@ -266,6 +266,38 @@ def ours(rows, toy):
     time_jax(rows, toy, "hopper", [(1, 72)] if toy else [(1, length) for length in LENGTHS] + list(BATCHES))
 
 
+def few_heads(rows, toy):
+    """Rows of few heads, cut into parts and not."""
+    import jax
+    import jax.numpy as jnp
+
+    from pallas_kernels.lightning_attention import hopper, hopper_parts
+
+    fewest = hopper_parts.FEWEST
+    for heads, length in () if toy else ((1, 32768), (8, 8192), (8, 32768), (8, 131072), (16, 32768)):
+        q, k, v, do, log_decay = jax_inputs(1, length, heads)
+        d_state = jnp.zeros((1, heads, SIZE, SIZE))
+        for cut in (True, False):
+            hopper_parts.FEWEST = fewest if cut else 1 << 30
+            jax.clear_caches()
+            about = {"implementation": "hopper", "batch": 1, "length": length, "heads": heads, "size": SIZE, "cut": cut}
+
+            def forward(q, k, v, log_decay=log_decay):
+                return hopper.forward(q, k, v, log_decay, None, None)
+
+            def backward(q, k, v, do, d_state, log_decay=log_decay):
+                return hopper.backward(q, k, v, log_decay, None, None, do, d_state)
+
+            calls = {
+                "forward": functools.partial(jax.jit(forward), q, k, v),
+                "backward": functools.partial(jax.jit(backward), q, k, v, do, d_state),
+            }
+            for what, call in calls.items():
+                with rows.attempt(what=what, **about):
+                    ms, spread = milliseconds(call, jax.block_until_ready)
+                    rows.add(what=what, **about, ms=ms, spread=spread)
+
+
 def chunked(rows, toy):
     time_jax(rows, toy, "chunked", [(1, 72)] if toy else [(1, length) for length in LENGTHS if length <= CHUNKED_UP_TO])
 
@@ -377,7 +409,8 @@ def table(rows):
     """Markdown: B=1 over lengths, other batches, decode."""
 
     def find(**wanted):
-        found = [row["ms"] for row in rows if "ms" in row and all(row.get(k) == v for k, v in wanted.items())]
+        rest = [row for row in rows if "ms" in row and row["part"] != "few_heads"]
+        found = [row["ms"] for row in rest if all(row.get(k) == v for k, v in wanted.items())]
         return found[0] if found else None
 
     def show(x, digits=3):
@@ -409,6 +442,16 @@ def table(rows):
         )
         moved = None if ours is None else 2 * sequences * HEADS * SIZE * SIZE * 4 / ours * 1e-9
         lines.append(f"| {sequences} | {show(ours)} | {show(moved, 2)} | {show(other)} | {show(xla)} |")
+    lines += [
+        "",
+        "| heads | T | forward ms, one walk per head | in parts | backward ms | in parts |",
+        "|---|---|---|---|---|---|",
+    ]
+    few = [row for row in rows if row["part"] == "few_heads" and "ms" in row]
+    for heads, length in sorted({(row["heads"], row["length"]) for row in few}):
+        same = {(row["what"], row["cut"]): row["ms"] for row in few if (row["heads"], row["length"]) == (heads, length)}
+        cells = [same.get((what, cut)) for what in ("forward", "backward") for cut in (False, True)]
+        lines.append("| " + " | ".join(map(str, (heads, length, *map(show, cells)))) + " |")
     lines += ["", *(f"{row['what']}: " + rate(row) for row in rows if row["part"] == "ceilings" and "ms" in row)]
     return "\n".join(lines)
 
@@ -435,7 +478,12 @@ def picture(rows, path):
         for name, (label, style) in styles.items():
             points = {}
             for row in rows:
-                if row.get("implementation") == name and row.get("batch") == 1 and "ms" in row:
+                if (
+                    row["part"] in ("ours", name)
+                    and row.get("batch") == 1
+                    and row.get("implementation") == name
+                    and "ms" in row
+                ):
                     points.setdefault(row["length"], {})[row["what"]] = row["ms"]
             times = {n: t.get(what, sum(t.get(x, float("nan")) for x in what.split(" + "))) for n, t in points.items()}
             if times:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import _compat
+from pallas_kernels.lightning_attention import hopper_parts
 from pallas_kernels.lightning_attention.hopper_decode import decode
 from pallas_kernels.lightning_attention.hopper_scan import Role, scan
 from pallas_kernels.lightning_attention.segments import PADDING
@@ -20,7 +21,6 @@ from pallas_kernels.lightning_attention.segments import PADDING
 __all__ = ["backward", "decode", "forward", "unsupported"]
 
 _HOPPER = ("H100", "H200", "H800", "H20", "GH200")
-_MULTIPROCESSORS = 132  # of an H100 or H200 (SXM); with fewer, more waves.
 
 
 def unsupported(q: jax.Array, k: jax.Array, v: jax.Array) -> str | None:
@@ -42,18 +42,20 @@ def forward(q, k, v, log_decay, initial_state, segment_ids, *, interpret=False):
     """(o [B,T,H,V] bfloat16, final_state [B,H,K,V] float32); arguments as in `lightning_attention`."""
     length = q.shape[1]
     (q, k, v), segment_ids = _padded((q, k, v), segment_ids)
+    parts = _parts(q, log_decay, segment_ids)
+    before, final_state = parts.states_before(k, v, initial_state)
     (o,), (state,) = scan(
-        (q, k, v),
+        [parts.cut(x) for x in (q, k, v)],
         [Role(q=0, k=1, v=2, final=True)],
         log_decay,
-        [None if initial_state is None else initial_state.mT],
-        segment_ids,
-        length=length,
+        [None if before is None else before.mT],
+        parts.segment_ids,
+        length=length // parts.count,
         reverse=False,
-        splits=_splits(q),
+        splits=_splits(parts.cut(q)),
         interpret=interpret,
     )
-    return o[:, :length], state.mT
+    return parts.join(o)[:, :length], state.mT if final_state is None else final_state
 
 
 def backward(q, k, v, log_decay, initial_state, segment_ids, do, d_final_state, *, interpret=False):
@@ -63,34 +65,45 @@ def backward(q, k, v, log_decay, initial_state, segment_ids, do, d_final_state, 
     """
     length = q.shape[1]
     (q, k, v, do), segment_ids = _padded((q, k, v, do), segment_ids)
+    parts = _parts(q, log_decay, segment_ids)
+    before, _ = parts.states_before(k, v, initial_state)
+    behind, d_initial_state = parts.gradients_behind(q, do, d_final_state)
+    q, k, v, do = (parts.cut(x) for x in (q, k, v, do))
     (dq,), _ = scan(
         (do, v, k),
         [Role(q=0, k=1, v=2)],
         log_decay,
-        [initial_state],
-        segment_ids,
-        length=length,
+        [before],
+        parts.segment_ids,
+        length=length // parts.count,
         reverse=False,
         splits=_splits(q),
         interpret=interpret,
     )
-    (dv, dk), (d_initial_state,) = scan(
+    (dv, dk), (first,) = scan(
         (q, k, v, do),
         [Role(q=1, k=0, v=3), Role(q=2, k=3, v=0, final=True)],
         log_decay,
-        [d_final_state.mT, d_final_state],
-        segment_ids,
-        length=length,
+        [behind.mT, behind],
+        parts.segment_ids,
+        length=length // parts.count,
         reverse=True,
         interpret=interpret,
     )
-    return dq[:, :length], dk[:, :length], dv[:, :length], d_initial_state
+    dq, dk, dv = (parts.join(x)[:, :length] for x in (dq, dk, dv))
+    return dq, dk, dv, first if d_initial_state is None else d_initial_state
+
+
+def _parts(q, log_decay, segment_ids) -> hopper_parts.Parts:
+    """How rows are cut where a walk per head, in two blocks, would leave most of the chip idle."""
+    batch, length, heads, _ = q.shape
+    return hopper_parts.Parts(log_decay, segment_ids, batch, length, 2 * heads)
 
 
 def _splits(q) -> int:
     """How many blocks share a head: two where both halves of all heads find a multiprocessor at once."""
     batch, _, heads, size = q.shape
-    return 2 if size == 128 and 2 * batch * heads <= _MULTIPROCESSORS else 1
+    return 2 if size == 128 and 2 * batch * heads <= hopper_parts.BLOCKS else 1
 
 
 def _padded(arrays, segment_ids):

@@ -27,7 +27,6 @@ def decode(q, k, v, log_decay, pool, slots, *, interpret=False):
     blocks = min(items, _BLOCKS)
     stages = 6 if size == 128 else 12  # 192 KB.
     ops = hopper_scan.operations(interpret)
-    pool_ref = jax.new_ref(pool)
 
     def body(q_ref, k_ref, v_ref, decay_ref, slots_ref, pool_ref, o_ref, states, queries, keys, values, full, empty):
         block, group = lax.axis_index("block"), lax.axis_index("group")
@@ -118,6 +117,7 @@ def decode(q, k, v, log_decay, pool, slots, *, interpret=False):
             collective_axes="group",
         )
 
+    pool_ref = jax.new_ref(pool)  # In a shard_map of JAX 0.12 this wants check_vma=False.
     o = pl.kernel(
         scoped,
         jax.ShapeDtypeStruct(v.shape, q.dtype, manual_axis_type=jax.typeof(q).manual_axis_type),

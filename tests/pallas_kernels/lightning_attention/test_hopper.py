@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import lightning_attention, lightning_attention_decode
-from pallas_kernels.lightning_attention import hopper, hopper_scan
+from pallas_kernels.lightning_attention import hopper, hopper_parts, hopper_scan, reference
 from tests.pallas_kernels.lightning_attention.suite import NAMES, Case, DecodeSuite, Suite, assert_close, problem
 
 OLD = jax.__version_info__ < (0, 11)
@@ -87,6 +87,54 @@ class TestHopperDecode(DecodeSuite):
 def test_the_ring_goes_round(monkeypatch):
     """More chunks than stages."""
     check(monkeypatch, Case(length=328, heads=1, key_size=128, slopes="layer 78", initial=True))
+
+
+def parts_case(rows, initial=True):
+    return Case(length=512, heads=2, key_size=64, slopes="layer 78", rows=rows, initial=initial)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        parts_case(None),
+        parts_case(None, initial=False),
+        parts_case(((512,), (500, -12), (64, 64, 128, 256), (-512,))),
+        parts_case(((63, 2, 127, 100, 1, 1, 1, 89, -128), (1, 511), (300, 200, -12), (130, -382))),
+    ],
+    ids=["plain", "no-initial-state", "even", "uneven"],
+)
+def test_parts_walked_side_by_side(monkeypatch, case):
+    """The states between a row's parts, exactly: float32, with the recurrence in the kernels' place."""
+
+    def scan(arrays, roles, log_decay, initial, segment_ids, *, length, reverse, splits=1, interpret=False):
+        results, finals = [], []
+        for role, state in zip(roles, initial, strict=True):
+            q, k, v = (arrays[i] for i in (role.q, role.k, role.v))
+            state = None if state is None else state.mT
+            if reverse:  # dv of the op on (k, q)
+                _, _, x, final = reference.backward(k, q, v, log_decay, None, segment_ids, v, state)
+            else:
+                x, final = reference.forward(q, k, v, log_decay, state, segment_ids)
+            results.append(x)
+            finals += [final.mT] * role.final
+        return results, finals
+
+    monkeypatch.setattr(hopper_parts, "SHORTEST", 64)
+    monkeypatch.setattr(hopper, "scan", scan)
+    (q, k, v, initial_state, do, d_final_state), truths = problem(case)
+    arrays = q, k, v, case.log_decay, initial_state if case.initial else None, case.segment_ids
+    arrays = [x if x is None else jnp.asarray(x) for x in arrays]
+    assert hopper._parts(arrays[0], arrays[3], arrays[5]).count == 8
+    results = *hopper.forward(*arrays), *hopper.backward(*arrays, jnp.asarray(do), jnp.asarray(d_final_state))
+    for name, result, truth in zip(NAMES, results, truths, strict=True):
+        assert_close(name, result, truth, 1e-5)
+
+
+@needs_newer_interpreter
+def test_parts_in_the_kernels(monkeypatch):
+    monkeypatch.setattr(hopper_parts, "SHORTEST", 64)
+    rows = ((100, 120, -36),)
+    check(monkeypatch, Case(length=256, heads=1, key_size=64, slopes="layer 40", rows=rows, initial=True))
 
 
 @needs_newer_interpreter

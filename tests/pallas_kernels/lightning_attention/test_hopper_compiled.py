@@ -29,7 +29,7 @@ def report(what, compiled, kernels, record_property):
     return memory
 
 
-def check(record_property, tmp_path, direction, length, heads, size=128, packed=True, batch=1):
+def check(record_property, tmp_path, direction, length, heads, size=128, packed=True, batch=1, parts=1):
     """Compiles the public op, or its gradients from given cotangents; checks and reports spills and temporaries."""
     state = ((batch, heads, size, size), "float32")
     flat = ((batch, length, heads * size), "bfloat16")
@@ -56,8 +56,10 @@ def check(record_property, tmp_path, direction, length, heads, size=128, packed=
     memory = report(what, compiled, kernels, record_property)
     # Transposed states; of packed tokens 8 bytes each, and what it takes to find them: nothing of the size of q.
     allowed = 2 * batch * heads * size * size * 4 + packed * batch * (64 * length + (1 << 20)) + (1 << 20)
+    tensor = batch * -(-length // 8) * 8 * heads * size * 2
+    if parts > 1:
+        allowed += {"forward": 3, "backward": 6}[direction] * tensor + 8 * parts * heads * size * size * 4
     if length % 8:
-        tensor = batch * -(-length // 8) * 8 * heads * size * 2
         allowed += tensor * {"forward": 4, "backward": 7}[direction]  # Copies with zeros behind.
     assert memory.temp_size_in_bytes <= allowed
     assert memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes < MEMORY
@@ -75,12 +77,18 @@ def test_two_rows_of_64_heads(record_property, tmp_path, direction):
 
 
 @directions
+def test_eight_heads_in_parts(record_property, tmp_path, direction):
+    """As under tensor parallelism; the sums between the parts are XLA's, which copies two of the arrays for them."""
+    check(record_property, tmp_path, direction, 131072, 8, parts=8)
+
+
+@directions
 def test_head_size_64_and_a_length_that_needs_padding(record_property, tmp_path, direction):
     check(record_property, tmp_path, direction, 1001, 6, size=64, batch=2)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("length", [1 << n for n in range(12, 21)])
+@pytest.mark.parametrize("length", [1 << n for n in range(12, 20)])
 @pytest.mark.parametrize("packed", [False, True])
 @directions
 def test_lengths(record_property, tmp_path, direction, packed, length):
@@ -94,7 +102,7 @@ def test_lengths(record_property, tmp_path, direction, packed, length):
         {"length": 1, "heads": 1, "size": 64},
         {"length": 8, "heads": 1},
         {"length": 63, "heads": 6, "batch": 3},
-        {"length": 4096, "heads": 6, "size": 64},
+        {"length": 4096, "heads": 6, "size": 64, "parts": 4},
         {"length": 4097, "heads": 64, "batch": 2},
         {"length": 32768, "heads": 64, "batch": 4},
     ],
@@ -161,7 +169,8 @@ def test_inside_shard_map(tmp_path):
     heads = PartitionSpec(None, "chip")
     specs = (heads, heads, heads, PartitionSpec("chip"), heads, PartitionSpec())
     local = functools.partial(lightning_attention_decode, implementation="hopper")
-    decode = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(heads, heads))
+    # JAX 0.12 takes no array into a kernel to be updated that is marked as differing between devices.
+    decode = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(heads, heads), check_vma=False)
     token, pool = ((3, 4, 128), "bfloat16"), ((5, 4, 128, 128), "float32")
     arguments = [token] * 3 + [((4,), "float32"), pool, ((3,), "int32")]
     compiled, kernels = compile_for_h200(decode, *arguments, dump=tmp_path, donate_argnums=4)
