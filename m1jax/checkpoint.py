@@ -239,7 +239,7 @@ class Checkpoints:
         if trees:
             try:
                 with _context():
-                    response = ocp.save_checkpointables_async(partial / TREE, trees)
+                    response = ocp.save_checkpointables_async(str(partial / TREE), trees)
             except Exception as error:
                 raise self._explained(error, step) from error
 
@@ -418,7 +418,7 @@ class Checkpoints:
         if targets:
             with _context(), warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)
-                read = ocp.load_checkpointables(info.path / TREE, targets)
+                read = ocp.load_checkpointables(str(info.path / TREE), targets)
         for kind, tree in wanted.items():
             for name, leaf in tree.items():
                 if not math.prod(leaf.shape):
@@ -735,7 +735,7 @@ def _jsonable(config: ModelConfig) -> dict[str, Any]:
 def _context() -> Any:
     import orbax.checkpoint.experimental.v1 as ocp
 
-    def chunks(_: Any, value: Any) -> Any:
+    def chunks(key: Any, value: Any) -> Any:
         # Rows before columns: a converter and another mesh then read a part without reading all of it.
         if value.nbytes <= CHUNK_BYTES:
             return None

@@ -65,7 +65,7 @@ ACTIVATIONS: dict[str | None, tuple[str, ...]] = {
 }
 
 
-def make_mesh(spec: str = "", devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(spec: str = "", devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh that ``spec`` describes, for example "fsdp=4,tensor=2"; all five axes, of type Auto.
 
     An empty spec takes one device. Neighbouring devices differ in the last axes first: tensor and sequence, which

@@ -98,7 +98,7 @@ def _load(
 
     cached: dict[tuple, np.ndarray] = {}
 
-    def read(index: tuple[slice, ...]) -> np.ndarray:
+    def read(index: Any) -> np.ndarray:
         bounds = tuple(s.indices(n)[:2] for s, n in zip(index, leaf.shape))
         if bounds not in cached:
             out = np.empty([stop - start for start, stop in bounds], leaf.dtype)

@@ -112,5 +112,6 @@ def _local(value: Any) -> np.ndarray:
     """An array of this process; of a global one, the rows that this process holds, in order."""
     if not isinstance(value, jax.Array) or value.is_fully_addressable:
         return np.asarray(value)
-    rows = multihost_utils.global_array_to_host_local_array(value, value.sharding.mesh, value.sharding.spec)
+    sharding: Any = value.sharding  # a NamedSharding: batches are placed by name
+    rows = multihost_utils.global_array_to_host_local_array(value, sharding.mesh, sharding.spec)
     return np.asarray(rows)
