@@ -1,4 +1,6 @@
-"""The one exception for what a user can put right."""
+"""The one exception for what a user can put right, and a check that raises it."""
+
+from typing import Any
 
 
 class UserError(Exception):
@@ -8,3 +10,11 @@ class UserError(Exception):
     The command line prints it without a traceback and exits with status 2; library callers see an ordinary exception.
     Raise it before any work is lost, and never for a bug of our own.
     """
+
+
+def require_positive(options: Any, *names: str, zero: bool = False) -> None:
+    """Raises UserError naming the first of these fields of `options` that is not above zero (`zero`: nor zero)."""
+    for name in names:
+        value = getattr(options, name)
+        if not (value > 0 or (zero and value == 0)):  # so that NaN is refused
+            raise UserError(f"{name} = {value} must be {'zero or more' if zero else 'more than zero'}")

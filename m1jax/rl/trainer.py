@@ -14,7 +14,7 @@ from flax import nnx
 from m1jax.chat import Tokenizer
 from m1jax.checkpoint import Checkpoints
 from m1jax.convert.pretrained import from_pretrained, save_pretrained
-from m1jax.errors import UserError
+from m1jax.errors import UserError, require_positive
 from m1jax.model import MiniMaxM1
 from m1jax.rl.advantages import group_advantages, informative
 from m1jax.rl.losses import cispo_loss
@@ -76,6 +76,11 @@ class RLRecipe:
     """what to do when a loss or gradient is not finite"""
 
     def __post_init__(self) -> None:
+        counts = (
+            "iterations prompts updates rounds max_prompt_tokens max_new_tokens rows evaluate_every evaluate_rounds"
+        )
+        require_positive(self, *counts.split(), "checkpoint_every", "max_weight", "temperature")
+        require_positive(self, "format_reward", "overlong_buffer", zero=True)
         longest = self.max_prompt_tokens + self.max_new_tokens
         if self.row_length < longest:
             raise UserError(

@@ -6,6 +6,8 @@ import dataclasses
 import jax
 import optax
 
+from m1jax.errors import UserError, require_positive
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
@@ -24,6 +26,12 @@ class OptimizerConfig:
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-15
+
+    def __post_init__(self) -> None:
+        require_positive(self, "learning_rate", "clip_norm", "eps")
+        require_positive(self, "warmup_steps", "final_fraction", "weight_decay", "beta1", "beta2", zero=True)
+        if max(self.beta1, self.beta2) >= 1:
+            raise UserError(f"beta1 = {self.beta1} and beta2 = {self.beta2} must be less than one")
 
     def schedule(self, total_steps: int) -> optax.Schedule:
         """Learning rate over update number 0 .. total_steps - 1."""
