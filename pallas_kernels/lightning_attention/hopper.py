@@ -42,7 +42,7 @@ def forward(q, k, v, log_decay, initial_state, segment_ids, *, interpret=False):
     """(o [B,T,H,V] bfloat16, final_state [B,H,K,V] float32); arguments as in `lightning_attention`."""
     length = q.shape[1]
     (q, k, v), segment_ids = _padded((q, k, v), segment_ids)
-    parts = _parts(q, log_decay, segment_ids)
+    parts = _parts(q, length, log_decay, segment_ids)
     before, final_state = parts.states_before(k, v, initial_state)
     (o,), (state,) = scan(
         [parts.cut(x) for x in (q, k, v)],
@@ -65,7 +65,7 @@ def backward(q, k, v, log_decay, initial_state, segment_ids, do, d_final_state, 
     """
     length = q.shape[1]
     (q, k, v, do), segment_ids = _padded((q, k, v, do), segment_ids)
-    parts = _parts(q, log_decay, segment_ids)
+    parts = _parts(q, length, log_decay, segment_ids)
     before, _ = parts.states_before(k, v, initial_state)
     behind, d_initial_state = parts.gradients_behind(q, do, d_final_state)
     q, k, v, do = (parts.cut(x) for x in (q, k, v, do))
@@ -94,9 +94,9 @@ def backward(q, k, v, log_decay, initial_state, segment_ids, do, d_final_state, 
     return dq, dk, dv, first if d_initial_state is None else d_initial_state
 
 
-def _parts(q, log_decay, segment_ids) -> hopper_parts.Parts:
+def _parts(q, length, log_decay, segment_ids) -> hopper_parts.Parts:
     """How rows are cut where a walk per head, in two blocks, would leave most of the chip idle."""
-    batch, length, heads, _ = q.shape
+    batch, _, heads, _ = q.shape
     return hopper_parts.Parts(log_decay, segment_ids, batch, length, 2 * heads)
 
 

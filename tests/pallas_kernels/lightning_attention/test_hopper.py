@@ -124,10 +124,23 @@ def test_parts_walked_side_by_side(monkeypatch, case):
     (q, k, v, initial_state, do, d_final_state), truths = problem(case)
     arrays = q, k, v, case.log_decay, initial_state if case.initial else None, case.segment_ids
     arrays = [x if x is None else jnp.asarray(x) for x in arrays]
-    assert hopper._parts(arrays[0], arrays[3], arrays[5]).count == 8
+    assert hopper._parts(arrays[0], case.length, arrays[3], arrays[5]).count == 8
     results = *hopper.forward(*arrays), *hopper.backward(*arrays, jnp.asarray(do), jnp.asarray(d_final_state))
     for name, result, truth in zip(NAMES, results, truths, strict=True):
         assert_close(name, result, truth, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("length", "heads", "parts"),
+    [
+        *((32768, 64, 1), (32768, 32, 1), (32768, 16, 4), (32768, 8, 8), (32768, 1, 32)),
+        *((2048, 1, 1), (4096, 1, 4), (8191, 8, 1), (8192 - 64, 8, 1), (8192, 8, 8)),
+    ],
+)
+def test_how_many_parts(length, heads, parts):
+    """As many as find a multiprocessor for each of their blocks, all alike, not too short, and not too few."""
+    q = jax.ShapeDtypeStruct((1, -(-length // 8) * 8, heads, 128), jnp.bfloat16)
+    assert hopper._parts(q, length, jnp.zeros(heads), None).count == parts
 
 
 @needs_newer_interpreter
