@@ -21,6 +21,8 @@ import m1jax
 from m1jax import cli
 from m1jax.chat import Tokenizer
 from m1jax.config import ModelConfig
+from m1jax.errors import UserError
+from m1jax.train.run import Run
 
 CONFIG = dataclasses.replace(
     ModelConfig.preset("m1-tiny"), vocab_size=263, layer_types=("lightning", "softmax"), max_position_embeddings=64
@@ -170,11 +172,11 @@ def run(capsys, *arguments):
     """What `m1jax ARGUMENTS` says of bad input, after checking how it says it."""
     with pytest.raises(SystemExit) as exit:
         cli.main([str(argument) for argument in arguments])
-    message = capsys.readouterr().err
+    message = capsys.readouterr().err.strip()  # a progress bar may have left an empty line
     assert exit.value.code == 2, message
     assert "Traceback" not in message
     assert message.startswith("m1jax: ")
-    assert message.strip().count("\n") < 2, message
+    assert message.count("\n") < 2, message
     assert 20 < len(message) < 600, message
     return message
 
@@ -214,6 +216,127 @@ def test_a_tokenizer_of_another_model(directory, capsys):
     )
     message = run(capsys, "generate", directory, "--prompt", "a<extra>", "--max-new-tokens", "4")
     assert re.search("token 263.*vocabulary has 263", message)
+
+
+DATA = {
+    "no such file": (None, "cannot be read"),
+    "an empty file": (b"", "no lines"),
+    "a line cut off": (b'{"prompt": "a", "answer": "b"}\n\n{"prompt": "a", "ans', "line 3, column"),
+    "a line that is a list": (b'{"prompt": "a", "answer": "b"}\n["a", "b"]', "line 2: a list"),
+    "a misspelt key": (b'{"prompt": "a", "answr": "b"}', "line 1: no 'answer'"),
+    "an empty prompt": (b'{"prompt": "", "answer": "b"}', "line 1: 'prompt' is ''"),
+    "an answer of null": (b'{"prompt": "a", "answer": null}', "line 1: 'answer' is None"),
+    "Latin-1": (b'{"prompt": "caf\xe9", "answer": "b"}', "line 1: not UTF-8"),
+}
+
+
+@pytest.mark.parametrize("command", ["sft", "rl"])
+@pytest.mark.parametrize("case", DATA)
+def test_training_data(good, tmp_path, capsys, command, case):
+    content, says = DATA[case]
+    path = tmp_path / "data.jsonl"
+    if content is not None:
+        path.write_bytes(content)
+    message = run(capsys, "train", command, good, "--data", path, "--runs", tmp_path / "runs")
+    assert re.search(r"(?is)data\.jsonl.*" + says, message)
+    assert not (tmp_path / "runs").exists()
+
+
+TRAINING = {
+    "neither data nor task": (("train", "rl"), "--data FILE.jsonl or --task"),
+    "no such task": (("train", "rl", "--task", "nonsense"), "nonsense"),
+    "one response has no advantage": (("train", "rl", "--task", "chain", "--samples", "1"), "samples = 1"),
+    "no temperature": (("train", "rl", "--task", "chain", "--temperature", "0"), "temperature = 0"),
+    "no problems": (("train", "rl", "--task", "chain", "--prompts", "0"), "prompts = 0"),
+    "rows too short": (("train", "rl", "--task", "chain", "--row-length", "8"), "row_length = 8"),
+    "more than the model's positions": (("train", "rl", "--task", "chain"), "max_position_embeddings = 64"),
+    "negative learning rate": (("train", "sft", "--data", "DATA", "--learning-rate", "-1"), "learning_rate = -1"),
+    "no steps": (("train", "sft", "--data", "DATA", "--steps", "0"), "steps = 0"),
+    "no batch": (("train", "sft", "--data", "DATA", "--batch", "0"), "batch = 0"),
+    "a sequence too long": (("train", "sft", "--data", "DATA", "--row-length", "8"), "row_length.* 8"),
+}
+
+
+@pytest.mark.parametrize("case", TRAINING)
+def test_training_options(good, tmp_path, capsys, case):
+    (kind, command, *options), says = TRAINING[case]
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "What is one and one?", "answer": "two"}\n{"prompt": "And two?", "answer": "four"}\n')
+    options = [data if option == "DATA" else option for option in options]
+    message = run(capsys, kind, command, good, *options, "--runs", tmp_path / "runs", "--name", "x")
+    assert re.search("(?is)" + says, message)
+    assert not list((tmp_path / "runs").glob("x/export*"))
+
+
+def test_a_run_cannot_go_on_with_other_settings(tmp_path, capsys):
+    started = Run(tmp_path / "runs" / "x", {"seed": 0})
+    Run(tmp_path / "runs" / "x", {"seed": 1})  # nothing was saved yet
+    (started.checkpoints_of("sft") / "10").mkdir(parents=True)
+    with pytest.raises(UserError, match="seed is 1 there and 2 now"):
+        Run(tmp_path / "runs" / "x", {"seed": 2})
+
+
+CONVERT = {
+    "nothing there": (lambda d: ("nowhere", "target"), r"nowhere"),
+    "onto itself": (lambda d: (d, d), "different directories"),
+    "onto something else": (lambda d: (d, d.parent / "taken"), "taken"),
+    "a form that only Transformers has": (lambda d: (d, "target", "--to", "official", "--experts", "merged"), "merged"),
+    "no threads": (lambda d: (d, "target", "--threads", "0"), "threads"),
+}
+
+
+@pytest.mark.parametrize("case", CONVERT)
+def test_convert(directory, tmp_path, capsys, monkeypatch, case):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "thesis.tex").write_text("precious")
+    arguments, says = CONVERT[case]
+    assert re.search(says, run(capsys, "convert", *arguments(directory)))
+    assert (tmp_path / "taken" / "thesis.tex").read_text() == "precious"
+    assert not (tmp_path / "target").exists()
+
+
+def test_convert_a_damaged_model(directory, tmp_path, capsys):
+    truncate(directory)
+    assert "model-00002-of-00002" in run(capsys, "convert", directory, tmp_path / "target")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+@pytest.mark.parametrize("command", ["ls", "show", "verify"])
+def test_checkpoint_commands_where_there_is_none(tmp_path, capsys, command):
+    assert str(tmp_path) in run(capsys, "checkpoint", command, tmp_path)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 256 KiB, where this user may mount one."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", place], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("a small file system cannot be mounted here")
+    yield place
+    subprocess.run(["umount", "--lazy", place], check=True)
+
+
+def test_a_full_disk_while_converting(good, small_disk, capsys):
+    for kind in ("official", "orbax"):
+        message = run(capsys, "convert", good, small_disk / kind, "--to", kind)
+        assert re.search("(?i)disk|space|free", message)
+        # Of checkpoints the directory above may be there, but no step in it.
+        assert not list((small_disk / kind).glob("*[0-9]" if kind == "orbax" else "*"))
+        for rest in small_disk.iterdir():
+            shutil.rmtree(rest)
+
+
+def test_a_full_disk_while_training(good, small_disk, tmp_path, capsys):
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "1+1=", "answer": "2"}\n')
+    options = ("--steps", "1", "--batch", "1", "--rows", "1", "--row-length", "16", "--runs", small_disk)
+    message = run(capsys, "train", "sft", good, "--data", data, *options)
+    assert re.search("(?i)disk|space|free", message)
+    assert not list(small_disk.glob("sft/checkpoints/sft/*"))
+    assert not (small_disk / "sft" / "export").exists()
 
 
 def test_the_process_ends_with_status_2_and_no_traceback(directory):

@@ -20,7 +20,7 @@ class Run:
             in `config.json`.
 
     Raises:
-        UserError: the directory holds a run with other settings, or cannot be written.
+        UserError: the directory holds checkpoints of a run with other settings, or cannot be written.
     """
 
     def __init__(self, directory: str | os.PathLike[str], settings: Mapping[str, Any]):
@@ -29,7 +29,8 @@ class Run:
         file = self.directory / "config.json"
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            if file.exists():
+            # Before its first checkpoint a run has nothing to go on with: it may be started anew, with other settings.
+            if file.exists() and any((self.directory / "checkpoints").glob("*/*")):
                 _compare(json.loads(file.read_text()), json.loads(text), file)
             else:
                 write_atomically(file, text)

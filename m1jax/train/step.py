@@ -83,7 +83,7 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         updated = optax.apply_updates(state.params, updates), opt_state
         (params, opt_state), skipped = apply_if_finite(updated, (state.params, state.opt_state), loss, grads)
-        stats |= {"loss": loss, "grad_norm": optax.global_norm(grads), "skipped": skipped}
+        stats |= {"loss": loss, "grad_norm": optax.tree.norm(grads), "skipped": skipped}
         return TrainState(params, opt_state, state.step + 1), stats
 
     return step
