@@ -11,7 +11,7 @@ JOBS ?= 2
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow lint format types bench torch kernels-toolchain clean
+.PHONY: help demo test test-slow soak lint format types bench torch kernels-toolchain clean
 
 help:  ## What can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -35,6 +35,13 @@ format: $(VENV)/.installed-dev  ## Rewrite the files the way `make lint` wants t
 
 types: $(VENV)/.installed-dev  ## Types: pyright
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
+
+bench: $(VENV)/.installed-torch  ## Speed on CPU beside PyTorch: the model, and lightning attention (minutes on two cores)
+	$(VENV)/bin/python -m experiments.cpu_speed.cpu_speed
+	$(VENV)/bin/python -m experiments.chunked_cpu.benchmark
+
+soak: $(VENV)/.installed  ## Kill a small training thirty times; it must end as the undisturbed one, to the bit
+	$(VENV)/bin/python experiments/soak/soak.py $(ARGS)
 
 torch: $(VENV)/.installed-torch  ## Add PyTorch and Transformers, for the tests that compare with them
 
