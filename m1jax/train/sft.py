@@ -15,7 +15,7 @@ from flax import nnx
 from m1jax.chat import Tokenizer
 from m1jax.checkpoint import Checkpoints
 from m1jax.convert.pretrained import from_pretrained, save_pretrained
-from m1jax.errors import UserError
+from m1jax.errors import UserError, require_positive
 from m1jax.model import MiniMaxM1
 from m1jax.train import packing
 from m1jax.train.data import read_prompt_answers
@@ -51,6 +51,9 @@ class SFTRecipe:
     """updates between lines of metrics.jsonl"""
     on_nonfinite: OnNonFinite = "stop"
     """what to do when a loss or gradient is not finite"""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "steps", "batch", "row_length", "rows", "checkpoint_every", "log_every")
 
 
 def supervised_loss(graph: Any, aux_coefficient: float, remat: bool = False) -> LossFn:
@@ -95,7 +98,7 @@ def sft(run: Run, model: MiniMaxM1, pair: Callable[[int], Pair], recipe: SFTReci
     guard = NonFiniteGuard(run.directory, recipe.on_nonfinite)
     seconds, tokens, start = 0.0, 0, 0
     with Checkpoints(run.checkpoints_of(phase), config=model.config, keep=2) as checkpoints:
-        found = checkpoints.restore(params=params, state=state)
+        found = checkpoints.restore(params=params, state=state._replace(params=()))
         if found is not None:
             state, start = found.state._replace(params=found.params), found.step
             seconds, tokens = found.meta["seconds"], found.meta["tokens"]
