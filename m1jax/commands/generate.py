@@ -16,7 +16,7 @@ class Config:
     m1jax generate runs/demo/export --prompt "17+25="
     """
 
-    model: Annotated[Path, tyro.conf.Positional]
+    model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """Directory with config.json, *.safetensors and tokenizer.json: a published model, or one that m1jax saved."""
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]]
     """What to ask; give it several times for several answers."""

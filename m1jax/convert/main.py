@@ -54,9 +54,9 @@ class ConvertConfig:
     Interrupted conversions go on where they stopped when the same command is run again.
     """
 
-    src: Annotated[Path, tyro.conf.Positional]
+    src: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
     """A directory of safetensors files, a directory of checkpoints, or one checkpoint in it."""
-    dst: Annotated[Path, tyro.conf.Positional]
+    dst: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
     """The directory to make."""
     to: Literal["official", "transformers", "orbax"] | None = None
     """What to make. Default: official files from a checkpoint, a checkpoint from anything else."""

@@ -352,15 +352,15 @@ class Config:
     """Train a model by reinforcement learning on problems whose answers can be verified.
 
     m1jax train rl models/my-model --data problems.jsonl --name my-run
+
     m1jax train rl models/my-model --task chain_sum --name my-run
     """
 
-    model: Annotated[Path, tyro.conf.Positional]
+    model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """Directory of the model to start from: config.json, *.safetensors, tokenizer.json."""
     data: Path | None = None
     """Your problems, JSON lines {"prompt": "...", "answer": "..."}; one in eight is held out. Mathematical answers
-    count as
-    right when they are equal as mathematics."""
+    count as right when they are equal as mathematics."""
     task: str | None = None
     """Or a task: arrows, chain, several as arrows+chain, or a family of reasoning-gym (extra `tasks`)."""
     name: str = "rl"

@@ -142,7 +142,7 @@ class Config:
     m1jax train sft models/my-model --data train.jsonl --name my-run
     """
 
-    model: Annotated[Path, tyro.conf.Positional]
+    model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """Directory of the model to start from: config.json, *.safetensors, tokenizer.json."""
     data: Path
     """JSON lines {"prompt": "...", "answer": "..."}; the answer is what the model learns to write."""
