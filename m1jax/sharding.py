@@ -190,6 +190,32 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(ROWS, "sequence"))
 
 
+def process_rows(rows: int, mesh: Mesh) -> range:
+    """Which rows of a batch this process must read: those that lie on its devices.
+
+    Raises:
+        UserError: ``rows`` cannot be shared out over the mesh.
+    """
+    sizes = math.prod(mesh.shape[axis] for axis in ROWS)
+    if rows % sizes:
+        raise UserError(f"{rows} rows cannot be shared out over {' x '.join(ROWS)} = {sizes}; take a multiple of it")
+    shards = NamedSharding(mesh, P(ROWS)).addressable_devices_indices_map((rows,)).values()
+    bounds = [index[0].indices(rows) for index in shards if index is not None]
+    return range(min(start for start, _, _ in bounds), max(stop for _, stop, _ in bounds))
+
+
+def rows_of_batch(local: dict[str, Any], rows: int, mesh: Mesh) -> dict[str, jax.Array]:
+    """Global arrays [count, rows, time] from the ``process_rows`` that each process has read, [count, its rows, time].
+
+    Time must be whole in every process: it is cut over sequence here.
+    """
+    sharding = NamedSharding(mesh, P(None, ROWS, "sequence"))
+    return {
+        name: jax.make_array_from_process_local_data(sharding, value, (value.shape[0], rows, value.shape[2]))
+        for name, value in local.items()
+    }
+
+
 def ambient_mesh() -> jax.sharding.AbstractMesh | None:
     """The mesh of ``jax.set_mesh`` or ``jax.sharding.use_abstract_mesh``; None without one."""
     mesh = jax.sharding.get_abstract_mesh()
