@@ -741,10 +741,16 @@ def _context() -> Any:
             return None
         return ocp.options.ArrayOptions.Saving.StorageOptions(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,))
 
+    logging.getLogger("absl").addFilter(_reported_by_us)
     context = ocp.Context()
     context.array_options.saving.use_compression = False  # trained weights do not shrink; zstd halves the speed
     context.array_options.saving.scoped_storage_options_creator = chunks
     return context
+
+
+def _reported_by_us(record: logging.LogRecord) -> bool:
+    """Keeps out the tracebacks that Orbax logs from its threads: the same error comes out of ``save`` or ``wait``."""
+    return not (record.levelno >= logging.ERROR and "orbax" in Path(record.pathname).parts)
 
 
 def _checksums(paths: list[Path]) -> list[int]:

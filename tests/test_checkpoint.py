@@ -3,6 +3,11 @@
 import dataclasses
 import json
 import logging
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +20,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from m1jax import MiniMaxM1, ModelConfig, UserError
 from m1jax.checkpoint import Checkpoints
 from m1jax.convert import inspect
+from m1jax.convert.files import Weights
+
+ROOT = Path(__file__).parents[1]
 
 CONFIG = dataclasses.replace(
     ModelConfig.preset("m1-tiny"),
@@ -270,6 +278,63 @@ def test_a_disk_without_room_is_refused_before_writing(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"needs 4 kB, 10 B are free. Nothing was written; saved and whole: 1"):
         checkpoints.save(2, state={"x": jnp.zeros(1000)})
     assert json.loads(json.dumps(checkpoints.steps())) == [1]
+
+
+PROCESS = """
+import sys
+index, count, directory, spec, port = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
+import jax
+if count > 1:
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize("localhost:" + port, count, index)
+import jax.numpy as jnp, numpy as np
+from flax import nnx
+from m1jax import from_pretrained, save_pretrained
+from m1jax.checkpoint import Checkpoints
+from m1jax.sharding import make_mesh
+
+model = from_pretrained("tests/golden/m1-tiny", mesh=make_mesh(spec))
+params = nnx.split(model)[1]
+state = {"m": params, "key": jax.random.key(count), "n": jnp.int32(4)}
+with Checkpoints(directory, config=model.config) as checkpoints:
+    found = checkpoints.restore(params=params, state=state)
+    if found is None:
+        checkpoints.save(3, params=params, state=state, arrays={"b": np.arange(5)}, meta=count)
+        save_pretrained(model, directory + "-export", dtype=jnp.bfloat16)
+    else:
+        for tree in (found.params, found.state["m"]):
+            for x, y in zip(jax.tree.leaves(tree), jax.tree.leaves(params), strict=True):
+                assert x.sharding == y.sharding
+                for a, b in zip(x.addressable_shards, y.addressable_shards, strict=True):
+                    assert np.asarray(a.data).tobytes() == np.asarray(b.data).tobytes()
+        assert (found.step, found.meta, int(found.state["n"]), found.arrays["b"].tolist()) == (3, 2, 4, [0, 1, 2, 3, 4])
+        assert jax.random.key_data(found.state["key"]).tolist() == jax.random.key_data(jax.random.key(2)).tolist()
+"""
+
+
+@pytest.mark.slow
+def test_written_by_two_processes_restored_by_one_two_and_four(tmp_path):
+    for count, spec in [(2, "fsdp=2,expert=2"), (1, "tensor=2,data=2"), (2, "expert=4"), (4, "fsdp=4")]:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = str(free.getsockname()[1])
+        flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={4 // count}"}
+        started = [
+            subprocess.Popen(
+                [sys.executable, "-c", PROCESS, str(index), str(count), str(tmp_path / "run"), spec, port],
+                env=os.environ | flags | {"PYTHONPATH": str(ROOT)},
+                cwd=ROOT,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for index in range(count)
+        ]
+        for process in started:
+            _, errors = process.communicate(timeout=200)
+            assert process.returncode == 0, errors
+    golden, export = Weights(ROOT / "tests/golden/m1-tiny"), Weights(tmp_path / "run-export")
+    assert golden.entries.keys() == export.entries.keys()
+    assert all(golden.array(name).tobytes() == export.array(name).tobytes() for name in golden.entries)
 
 
 def test_ls_show_verify(tmp_path, params, capsys):
