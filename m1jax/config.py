@@ -250,6 +250,24 @@ PRESETS: dict[str, ModelConfig] = {
         num_experts=4,
         max_position_embeddings=4096,
     ),
+    "m1-demo": dataclasses.replace(
+        _M1,
+        vocab_size=263,  # m1jax.chat's tiny tokenizer: bytes and the special tokens
+        hidden_size=64,
+        intermediate_size=64,
+        layer_types=(LIGHTNING,) * 3 + (SOFTMAX,),
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        rotary_dim=8,
+        num_experts=4,
+        max_position_embeddings=4096,
+        initializer_range=0.05,
+        # M1's alpha is (2 L)^(1/4) at L = 80 layers, DeepNorm's (arXiv 2203.00555); here L = 4.
+        lightning_alpha=8**0.25,
+        softmax_alpha=8**0.25,
+        mlp_alpha=8**0.25,
+    ),
 }
 
 # Our field for each key of a config.json. A key that stands in none of these tables is an error.
@@ -331,6 +349,8 @@ def _read(
                 "this file mixes two formats or describes another model"
             )
     missing = [key for key in keys if key not in values and key not in _OPTIONAL] + sorted(structure - set(values))
+    if keys is _OFFICIAL_KEYS and "postnorm" not in values:
+        missing.append("postnorm")  # the authors' code takes its absence for False, which is another model
     if missing or "num_hidden_layers" not in values:
         raise UserError(f"config: missing {', '.join(missing or ['num_hidden_layers'])}")
     fields = {field: values[key] for key, field in keys.items() if key in values}
