@@ -50,29 +50,25 @@ def _kernel(blocks, log_decay, q, k, v, do, d_final, segments, dk, dv, d_initial
     for chunk in reversed(range(blocks.chunks)):
         bounds = weights.chunk(chunk, step)
         visible = weights.visible(chunk)
-        for tile in range(blocks.tiles):
-            qc, kc, vc, doc = (tiles.load(blocks, x, chunk, tile, step) for x in (q, k, v, do))
-            onto = weights.onto(tile, bounds)
-            after = d_state[tile]
-            # The scores are computed transposed (token j along rows, i along lanes), so that nothing else need be.
-            scores, d_scores = [], []
-            for i in range(blocks.heads_per_tile):
-                within = weights.within(tile, i, visible)
-                products = tiles.dot(tiles.of_head(blocks, kc, i), qc, (1, 1))
-                d_products = tiles.dot(tiles.of_head(blocks, vc, i), doc, (1, 1))
-                scores.append(tiles.rounded(blocks, products * within))
-                d_scores.append(tiles.rounded(blocks, d_products * within))
-            queries, d_outs = ([tiles.of_head(blocks, x, i) for i in range(blocks.heads_per_tile)] for x in (qc, doc))
-            dvc = tiles.mix(scores, d_outs)
-            dvc += onto * tiles.dot(kc, after.astype(q.dtype))
-            dkc = tiles.mix(d_scores, queries)
-            dkc += onto * tiles.dot(vc, after.astype(q.dtype), (1, 1))
-            rows, lanes = pl.ds(chunk * tiles.CHUNK, tiles.CHUNK), pl.ds(tile * blocks.tile, blocks.tile)
-            dk[0, rows, lanes] = weights.real(dkc, bounds).astype(dk.dtype)
+        span, rows = range(blocks.tiles), pl.ds(chunk * tiles.CHUNK, tiles.CHUNK)
+        # As in the forward scan, each step for all tiles. The scores are transposed (token j along rows, i along
+        # lanes), so that no product needs its first operand transposed but the last.
+        qs, ks, vs, dos = ([tiles.load(blocks, x, chunk, t, step) for t in span] for x in (q, k, v, do))
+        inside = [list(tiles.scores(blocks, weights, t, ks[t], qs[t], visible)) for t in span]
+        d_inside = [list(tiles.scores(blocks, weights, t, vs[t], dos[t], visible)) for t in span]
+        after = [d_state[t] for t in span]
+        onto = [weights.onto(t, bounds) for t in span]
+        dv_incoming = [onto[t] * tiles.dot(ks[t], after[t].astype(q.dtype)) for t in span]
+        dk_incoming = [onto[t] * tiles.dot(vs[t], after[t].astype(q.dtype), (1, 1)) for t in span]
+        updates = [tiles.dot(tiles.scaled(qs[t], weights.into(t, bounds)), dos[t], (0, 0)) for t in span]
+        for t in span:
+            lanes = pl.ds(t * blocks.tile, blocks.tile)
+            dvc = tiles.mix(blocks, inside[t], dos[t]) + dv_incoming[t]
+            dkc = tiles.mix(blocks, d_inside[t], qs[t]) + dk_incoming[t]
             dv[0, rows, lanes] = weights.real(dvc, bounds).astype(dv.dtype)
-            update = tiles.dot(tiles.scaled(qc, weights.into(tile, bounds)), doc, (0, 0))
-            keep = weights.keep(tile, bounds, reverse=True)
-            d_state[tile] = keep * after + tiles.block_diagonal(blocks, update)
+            dk[0, rows, lanes] = weights.real(dkc, bounds).astype(dk.dtype)
+            keep = weights.keep(t, bounds, reverse=True)
+            d_state[t] = keep * after[t] + tiles.block_diagonal(blocks, updates[t])
 
     @pl.when(pl.program_id(2) == blocks.time_blocks - 1)
     def _():

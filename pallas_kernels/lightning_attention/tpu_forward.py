@@ -56,22 +56,20 @@ def _kernel(blocks, log_decay, q, k, v, segments, initial, o, final, state, *tab
     for chunk in range(blocks.chunks):
         bounds = weights.chunk(chunk, step)
         visible = weights.visible(chunk)
-        for tile in range(blocks.tiles):
-            qc, kc, vc = (tiles.load(blocks, x, chunk, tile, step) for x in (q, k, v))
-            before = state[tile]
-            scores, values = [], []
-            for i in range(blocks.heads_per_tile):
-                products = tiles.dot(tiles.of_head(blocks, qc, i), kc, (1, 1))
-                scores.append(tiles.rounded(blocks, products * weights.within(tile, i, visible)))
-                values.append(tiles.of_head(blocks, vc, i))
-            out = tiles.mix(scores, values)
-            # Weighting the product costs less accuracy than weighting q: that would be one more rounding to bfloat16.
-            out += weights.into(tile, bounds) * tiles.dot(qc, before.astype(q.dtype))
-            rows, lanes = pl.ds(chunk * tiles.CHUNK, tiles.CHUNK), pl.ds(tile * blocks.tile, blocks.tile)
-            o[0, rows, lanes] = weights.real(out, bounds).astype(o.dtype)
-            update = tiles.dot(tiles.scaled(kc, weights.onto(tile, bounds)), vc, (0, 0))
-            keep = weights.keep(tile, bounds, reverse=False)
-            state[tile] = keep * before + tiles.block_diagonal(blocks, update)
+        span, rows = range(blocks.tiles), pl.ds(chunk * tiles.CHUNK, tiles.CHUNK)
+        # Each step for all tiles before the next step: the compiler's scheduler does not look far enough ahead to
+        # overlap whole tiles (on v6e they take half as many cycles again one after the other).
+        qs, ks, vs = ([tiles.load(blocks, x, chunk, t, step) for t in span] for x in (q, k, v))
+        inside = [list(tiles.scores(blocks, weights, t, qs[t], ks[t], visible)) for t in span]
+        before = [state[t] for t in span]
+        # Weighting the product costs less accuracy than weighting q: that would be one more rounding to bfloat16.
+        incoming = [weights.into(t, bounds) * tiles.dot(qs[t], before[t].astype(q.dtype)) for t in span]
+        updates = [tiles.dot(tiles.scaled(ks[t], weights.onto(t, bounds)), vs[t], (0, 0)) for t in span]
+        for t in span:
+            out = tiles.mix(blocks, inside[t], vs[t]) + incoming[t]
+            o[0, rows, pl.ds(t * blocks.tile, blocks.tile)] = weights.real(out, bounds).astype(o.dtype)
+            keep = weights.keep(t, bounds, reverse=False)
+            state[t] = keep * before[t] + tiles.block_diagonal(blocks, updates[t])
 
     @pl.when(step == blocks.time_blocks - 1)
     def _():

@@ -312,10 +312,17 @@ def rounded(blocks: Blocks, scores):
     return parts
 
 
-def mix(scores: list, values: list):
-    """The sum over heads of the products of their scores (`rounded`) and values, as one product."""
-    left = [part for parts in scores for part in parts]
-    right = [value for parts, value in zip(scores, values) for _ in parts]
+def scores(blocks: Blocks, weights: Weights, tile: int, left, right, visible):
+    """left right^T * within, `rounded`, for each head of a tile."""
+    for i in range(blocks.heads_per_tile):
+        products = dot(of_head(blocks, left, i), right, (1, 1))
+        yield rounded(blocks, products * weights.within(tile, i, visible))
+
+
+def mix(blocks: Blocks, parts: list, values):
+    """The sum over a tile's heads of `scores` times the head's lanes of values, as one product."""
+    left = [part for of_one_head in parts for part in of_one_head]
+    right = [of_head(blocks, values, i) for i, of_one_head in enumerate(parts) for _ in of_one_head]
     return dot(jnp.concatenate(left, axis=1), jnp.concatenate(right, axis=0))
 
 

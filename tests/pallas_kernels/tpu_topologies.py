@@ -37,6 +37,7 @@ def compile_for_tpu(function, *arguments: tuple[tuple[int, ...], str], chip: str
     require_libtpu()
     devices = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip]).devices[:1]
     mesh = Mesh(np.array(devices), ("chip",))
-    structs = [jax.ShapeDtypeStruct(*x, sharding=NamedSharding(mesh, PartitionSpec())) for x in arguments]
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    structs = [jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere) for shape, dtype in arguments]
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # tells kernels which chip they are for
         return jax.jit(function, **jit_options).lower(*structs).compile()

@@ -5,16 +5,12 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 import pytest
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import lightning_attention
 from pallas_kernels.lightning_attention import tpu
 from tests.pallas_kernels.lightning_attention.suite import DecodeSuite, Suite
-
-try:  # JAX 0.12 raises at a race by itself; 0.10.2 only notes it, in a place that 0.12 no longer has.
-    from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
-except ImportError:
-    interpreter = None
 
 INTERPRET = pltpu.InterpretParams(detect_races=True)
 
@@ -23,8 +19,7 @@ class Interpreted:
     @pytest.fixture(autouse=True)
     def _no_races(self):
         yield
-        races = getattr(interpreter, "races", None)
-        assert races is None or not races.races_found
+        assert interpreter.races is None or not interpreter.races.races_found
 
 
 class TestTpu(Interpreted, Suite):

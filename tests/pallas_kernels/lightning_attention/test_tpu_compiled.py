@@ -23,9 +23,16 @@ def check(record_property, chip, direction, length, heads, size=128, dtype="bflo
     flat = ((batch, length, heads * size), dtype)
 
     def forward(q, k, v, log_decay, initial_state, segment_ids):
-        split = (x.reshape(batch, length, heads, size) for x in (q, k, v))
+        split = (batch, length, heads, size)
         ids = segment_ids if packed else None
-        o, final_state = lightning_attention(*split, log_decay, initial_state=initial_state, segment_ids=ids)
+        o, final_state = lightning_attention(
+            q.reshape(split),
+            k.reshape(split),
+            v.reshape(split),
+            log_decay,
+            initial_state=initial_state,
+            segment_ids=ids,
+        )
         return o.reshape(q.shape), final_state
 
     def backward(q, k, v, log_decay, initial_state, segment_ids, do, d_final_state):
