@@ -3,7 +3,8 @@
 Without an ambient mesh each is the plain operation. With one:
 
     embed                 vocabulary over tensor
-    lightning, softmax    heads over tensor; where time is cut over sequence, it is exchanged for heads and back
+    lightning             heads over tensor, time over sequence: states are exchanged
+    softmax               heads over tensor, time over sequence: exchanged for heads and back
     experts               tokens gathered over expert and tensor, each device does its experts, sums scattered back
     log_probs             vocabulary over tensor, time over sequence
 
@@ -22,6 +23,7 @@ from jaxtyping import Array, Float, Int
 
 import pallas_kernels
 from m1jax.sharding import CUT, activation_axes, ambient_mesh
+from pallas_kernels.lightning_attention import lightning_attention_sequence_parallel
 
 MOE_TOKENS = 16_384  # tokens a device has gathered at once in `experts`: bounds memory at any length
 
@@ -56,26 +58,30 @@ def lightning_attention(
     initial_state: Float[Array, "batch heads key value"] | None = None,
     segment_ids: Int[Array, "batch time"] | None = None,
 ) -> tuple[Float[Array, "batch time heads value"], Float[Array, "batch heads key value"]]:
-    """``pallas_kernels.lightning_attention``, batch over rows, heads over tensor, time over sequence."""
-    if ambient_mesh() is None:
+    """``pallas_kernels.lightning_attention``, batch over rows, heads over tensor, time over sequence.
+
+    Along sequence only one state per head and device is exchanged, whatever the length (LASP-2, arXiv 2502.07563).
+    """
+    ambient = ambient_mesh()
+    if ambient is None:
         return pallas_kernels.lightning_attention(
             q, k, v, log_decay, initial_state=initial_state, segment_ids=segment_ids
         )
     rows, time, _ = _token_axes(q)
-    heads = ("tensor", *time)
 
     def local(q: Any, k: Any, v: Any, log_decay: Any, initial_state: Any, segment_ids: Any) -> Any:
-        q, k, v = (_time_to_heads(x, time) for x in (q, k, v))
-        o, state = pallas_kernels.lightning_attention(
-            q, k, v, log_decay, initial_state=initial_state, segment_ids=segment_ids
-        )
-        return _heads_to_time(o, time), state
+        attend = pallas_kernels.lightning_attention
+        if _size(time) > 1:
+            attend = functools.partial(lightning_attention_sequence_parallel, axis_name="sequence")
+        return attend(q, k, v, log_decay, initial_state=initial_state, segment_ids=segment_ids)
 
+    # Over an axis of size 1 nothing differs, but only the sequence-parallel form tells shard_map so.
+    time = time if ambient.shape["sequence"] > 1 else ()
     tokens = P(rows, time, "tensor", None)
     return jax.shard_map(
         local,
-        in_specs=(tokens, tokens, tokens, P(heads), P(rows, heads), P(rows, None)),
-        out_specs=(tokens, P(rows, heads)),
+        in_specs=(tokens, tokens, tokens, P("tensor"), P(rows, "tensor"), P(rows, time)),
+        out_specs=(tokens, P(rows, "tensor")),
     )(q, k, v, log_decay, initial_state, segment_ids)
 
 
