@@ -16,6 +16,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train sft": ("m1jax.train.sft:main", "fine-tune a model on prompts and answers"),
     "train rl": ("m1jax.rl.trainer:main", "train a model with CISPO on problems whose answers can be verified"),
     "generate": ("m1jax.commands.generate:main", "let a model answer prompts"),
+    "launch": ("m1jax.launch:main", "start a command in several processes on this machine and watch them"),
     "convert": ("m1jax.convert.main:main", "convert between official files, Transformers' files and checkpoints"),
     "checkpoint ls": ("m1jax.convert.inspect:ls", "list the checkpoints of a run"),
     "checkpoint show": ("m1jax.convert.inspect:show", "show what a checkpoint holds"),
