@@ -362,7 +362,7 @@ class Config:
     """Your problems, JSON lines {"prompt": "...", "answer": "..."}; one in eight is held out. Mathematical answers
     count as right when they are equal as mathematics."""
     task: str | None = None
-    """Or a task: arrows, chain, several as arrows+chain, or a family of reasoning-gym (extra `tasks`)."""
+    """Or a task: sums, board, both as sums+board, or a family of reasoning-gym (extra `tasks`)."""
     name: str = "rl"
     """The run's results go to RUNS/NAME; a run that was interrupted goes on where it was."""
     runs: Path = Path("runs")

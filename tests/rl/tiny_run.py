@@ -65,7 +65,7 @@ RL = RLRecipe(
 
 
 def train(directory: Path) -> MiniMaxM1:
-    task, tokenizer = get_task("arrows+chain"), Tokenizer.tiny()
+    task, tokenizer = get_task("sums+board"), Tokenizer.tiny()
 
     def pair(number: int) -> tuple[list[int], list[int]]:
         problem = task.problem("train", 1, number)

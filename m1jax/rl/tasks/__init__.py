@@ -1,17 +1,17 @@
 """Verifiable tasks: two built-in families with a chain of thought, the user's own problems, and those of
 reasoning-gym."""
 
-from m1jax.rl.tasks.arrows import Arrows
 from m1jax.rl.tasks.base import Mixture, Problem, Split, Task, split_response
-from m1jax.rl.tasks.chain import ModularChain
+from m1jax.rl.tasks.board import BoardMoves
 from m1jax.rl.tasks.reasoning_gym import ReasoningGym
+from m1jax.rl.tasks.sums import RepeatedSums
 from m1jax.rl.tasks.user import UserProblems
 
-BUILT_IN = {"arrows": Arrows, "chain": ModularChain}
+BUILT_IN = {"sums": RepeatedSums, "board": BoardMoves}
 
 
 def get_task(name: str) -> Task:
-    """A task by name: a built-in family, several joined by `+` (`arrows+chain`), or a family of reasoning-gym.
+    """A task by name: a built-in family, several joined by `+` (`sums+board`), or a family of reasoning-gym.
 
     Raises:
         UserError: no such task, or it needs an extra that is not installed.
@@ -22,11 +22,11 @@ def get_task(name: str) -> Task:
 
 __all__ = [
     "BUILT_IN",
-    "Arrows",
+    "BoardMoves",
     "Mixture",
-    "ModularChain",
     "Problem",
     "ReasoningGym",
+    "RepeatedSums",
     "Split",
     "Task",
     "UserProblems",

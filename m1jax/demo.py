@@ -1,0 +1,112 @@
+"""`m1jax demo`: a small M1 from random weights to solved tasks, in minutes on two cores.
+
+First a warm start on demonstrations (SFT): some solutions think step by step, most answer straight away. A model this
+small cannot find these answers in its head, so after SFT it mostly guesses. Then reinforcement learning (CISPO) with
+nothing but the rule that checks the answer: the model finds out by itself that thinking pays, and to think without
+slips. Its responses grow longer and right.
+"""
+
+import dataclasses
+import time
+from pathlib import Path
+
+import numpy as np
+from flax import nnx
+from rich.console import Console
+
+from m1jax.chat import Tokenizer
+from m1jax.config import ModelConfig
+from m1jax.model import MiniMaxM1
+from m1jax.rl.tasks import get_task
+from m1jax.rl.trainer import PHASE, RLRecipe, Trainer, finish
+from m1jax.train.optimizer import OptimizerConfig
+from m1jax.train.run import Run
+from m1jax.train.sft import Pair, SFTRecipe, sft
+
+PRESET = "m1-demo"
+TASK = "sums+board"
+THINKING_SHARE = 0.35
+"""of the demonstrations think step by step"""
+SFT = SFTRecipe(
+    optimizer=OptimizerConfig(learning_rate=6e-3, warmup_steps=30, final_fraction=0.1),
+    steps=1300,
+    batch=64,
+    row_length=96,
+    rows=16,
+    checkpoint_every=250,
+    log_every=25,
+)
+RL = RLRecipe(
+    optimizer=OptimizerConfig(learning_rate=2e-4, final_fraction=0.1),
+    iterations=30,
+    prompts=64,
+    samples=8,
+    updates=16,
+    rounds=2,
+    max_prompt_tokens=12,
+    max_new_tokens=20,
+    row_length=96,
+    rows=16,
+    evaluate_every=5,
+    evaluate_rounds=4,
+    checkpoint_every=120,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Train a small M1 from random weights: SFT warm start, then CISPO, on two families of problems.
+
+    Takes minutes on two cores. Interrupted, by whatever, it goes on where it was when started again.
+    """
+
+    name: str = "demo"
+    """The results go to RUNS/NAME."""
+    runs: Path = Path("runs")
+    seed: int = 0
+    """Of the weights, the problems and the sampling."""
+
+
+def main(config: Config) -> None:
+    """Trains; RUNS/NAME then holds what `m1jax train rl` leaves: checkpoints, metrics, curves, samples, the model."""
+    console = Console(highlight=False, soft_wrap=True)
+    tokenizer, task = Tokenizer.tiny(), get_task(TASK)
+    model_config = ModelConfig.preset(PRESET)
+    run = Run(
+        config.runs / config.name,
+        {
+            "command": "demo",
+            "seed": config.seed,
+            "task": TASK,
+            "thinking_share": THINKING_SHARE,
+            "model_config": model_config,
+            "sft": SFT,
+            "rl": RL,
+        },
+    )
+    model = MiniMaxM1(model_config, rngs=nnx.Rngs(config.seed))
+    console.print(f"{PRESET} trains on {TASK}; everything goes to {run.directory}/")
+
+    def pair(number: int) -> Pair:
+        # Index apart from the RL problems' by the seed; held-out problems are apart by construction (rl/tasks/base.py).
+        problem = task.problem("train", config.seed + 1_000_000, number)
+        rng = np.random.default_rng([config.seed, number])
+        think = rng.random() < THINKING_SHARE
+        return tokenizer.encode(problem.prompt), [*tokenizer.encode(problem.demonstration(think)), tokenizer.eos_id]
+
+    start = time.monotonic()
+    model = sft(run, model, pair, SFT)
+    model = Trainer(run, model, task, tokenizer, RL, config.seed).train()
+    here = time.monotonic() - start
+    finish(run, model, tokenizer)
+    records = run.log.of(PHASE)
+    before, after = records[0], records[-1]
+    trained = run.log.of("sft")[-1]["seconds"] + after["seconds"]
+    console.print(
+        f"held-out reward {before['heldout_reward']:.3f} -> {after['heldout_reward']:.3f}, "
+        f"right answers {before['heldout_accuracy']:.1%} -> {after['heldout_accuracy']:.1%}, "
+        f"length {before['heldout_length']:.1f} -> {after['heldout_length']:.1f} tokens"
+    )
+    console.print(f"training took {trained / 60:.1f} minutes ({here / 60:.1f} of them now)")
+    console.print(f"see {run.directory}/curves.png, samples_before.md and samples_after.md, and let the model answer:")
+    console.print(f'  m1jax generate {run.directory}/export --prompt "+5x3:37=" --temperature 0')
