@@ -113,7 +113,7 @@ class _Blocks:
             first = jnp.where(jnp.concatenate([edge, changed], 1), index, 0)
             last = jnp.where(jnp.concatenate([changed, edge], 1), index, T - 1)
             padding = segment_ids == PADDING
-            # Per token, the first and last position of its segment. Padding begins no work and ends with what it follows.
+            # Per token, the first and last position of its segment. Padding begins no work, ends with what it follows.
             self.first = jnp.where(padding, T, jax.lax.cummax(first, axis=1))
             self.last = jax.lax.cummax(jnp.where(padding, -1, jax.lax.cummin(last, axis=1, reverse=True)), axis=1)
 
