@@ -30,13 +30,14 @@ class Collective:
 
     kind: str
     shape: str
-    """of the larger side on one device: what is gathered, or what is reduced; for example "bf16[4096,6144]\""""
+    """of the result on one device, for example "bf16[4096,6144]\""""
     devices: int
     """that take part in one exchange"""
     count: int
     """how often it runs in one call of the program; loops of unknown length count once"""
     bytes: int
-    """of `shape`, all runs together: an upper bound of what a device sends or receives, twice that for an all-reduce"""
+    """of what is gathered, exchanged or reduced, on one device and over all runs: about what it sends and receives
+    (twice that for an all-reduce)"""
 
 
 def collectives(compiled: Any) -> list[Collective]:
@@ -45,9 +46,10 @@ def collectives(compiled: Any) -> list[Collective]:
     found: Counter[tuple[str, str, int]] = Counter()
     for (kind, shape, devices), times in _walk(computations, entry, 1):
         found[kind, shape, devices] += times
-    listed = [
-        Collective(kind, shape, devices, count, count * _size(shape)) for (kind, shape, devices), count in found.items()
-    ]
+    listed = []
+    for (kind, shape, devices), count in found.items():
+        whole = _size(shape) * (devices if kind == "reduce-scatter" else 1)  # its result is only a part
+        listed.append(Collective(kind, shape, devices, count, count * whole))
     return sorted(listed, key=lambda c: (-c.bytes, c.kind, c.shape))
 
 
@@ -81,10 +83,6 @@ def _walk(computations: dict[str, list[str]], name: str, times: int) -> Iterator
             devices = _group_size(line)
             # An asynchronous start returns its operands too; of several shapes the whole is the largest.
             shape = max(("{}[{}]".format(*s) for s in _SHAPE.findall(result)), key=_size, default="")
-            if kind == "reduce-scatter":
-                shape = max(
-                    ("{}[{}]".format(*s) for s in _SHAPE.findall(rest.partition(")")[0])), key=_size, default=shape
-                )
             if kind == "all-reduce" and result.startswith("("):  # several arrays reduced at once
                 for s in _SHAPE.findall(result):
                     if devices > 1:
