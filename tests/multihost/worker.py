@@ -34,8 +34,8 @@ CONFIG = ModelConfig(
     num_kv_heads=2,
     head_dim=8,
     rotary_dim=4,
-    num_experts=2,
-    experts_per_token=1,
+    num_experts=4,
+    experts_per_token=2,  # of one alone the weight is always 1: its router would train on rounding errors
     initializer_range=0.2,
 )
 
