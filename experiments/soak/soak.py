@@ -29,8 +29,8 @@ def worker(directory: Path) -> None:
 
     from m1jax import save_pretrained
 
-    tiny_run.SFT = dataclasses.replace(tiny_run.SFT, steps=60, checkpoint_every=5)
-    tiny_run.RL = dataclasses.replace(tiny_run.RL, iterations=15)
+    tiny_run.SFT = dataclasses.replace(tiny_run.SFT, steps=20, checkpoint_every=4)
+    tiny_run.RL = dataclasses.replace(tiny_run.RL, iterations=5)
     save_pretrained(tiny_run.train(directory), directory / "export")
 
 
