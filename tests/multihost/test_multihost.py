@@ -129,14 +129,14 @@ def test_a_death_is_named_and_the_restart_loses_nothing(tmp_path, victim):
     """Worker or coordinator killed: the launcher says which, and the restarted job ends as if nothing had happened."""
     (tmp_path / "one").mkdir()
     (tmp_path / "job").mkdir()
-    want = one_process(tmp_path / "one", "sft", 5)
-    process = launch(tmp_path / "job", 2, 1, "sft", "fsdp=2", 5, 1.0, options=["restarts=1"], wait=False)
-    output = read_until(process, "update 3")
+    want = one_process(tmp_path / "one", "sft", 8)
+    process = launch(tmp_path / "job", 2, 1, "sft", "fsdp=2", 8, 1.0, options=["restarts=1"], wait=False)
+    output = read_until(process, "update 6")
     os.kill(sorted(descendants(process.pid))[victim], signal.SIGKILL)
     output += process.communicate(timeout=200)[0]
     assert process.returncode == 0, output
     assert re.search(rf"process {victim} of 2 \(pid \d+\) was killed by SIGKILL", output), output
-    assert results(tmp_path / "job")[0]["start"] == 2
+    assert results(tmp_path / "job")[0]["start"] in (2, 4, 6)  # checkpoints are written while updates go on
     check_equal(results(tmp_path / "job")[0], want)
 
 
