@@ -62,9 +62,8 @@ def main(config: Config) -> None:
         failure = _run(config)
         if failure is None:
             return
-        print(f"m1jax launch: {failure}", file=sys.stderr, flush=True)
         if attempt < config.restarts:
-            print(f"m1jax launch: restart {attempt + 1} of {config.restarts}", file=sys.stderr, flush=True)
+            print(f"m1jax launch: {failure}; restart {attempt + 1} of {config.restarts}", file=sys.stderr, flush=True)
     raise UserError(f"launch: {failure}; the job goes on from its last checkpoint when it is started again")
 
 
@@ -94,7 +93,8 @@ def join() -> None:
 def _run(config: Config) -> str | None:
     """One attempt. Returns what went wrong, or None."""
     port = _free_port()
-    processes = [_start(config, number, port) for number in range(config.processes)]
+    started = [_start(config, number, port) for number in range(config.processes)]
+    processes = [process for process, _ in started]
     stopping: list[float] = []
 
     def hand_on(received: int, _frame: Any) -> None:
@@ -120,13 +120,14 @@ def _run(config: Config) -> str | None:
     finally:
         for process in processes:  # the others cannot go on without one of them
             process.kill()
-        for process in processes:
+        for process, labels in started:
             process.wait()
+            labels.join(timeout=5)  # its last words may be why it failed
         for received, handler in before.items():
             signal.signal(received, handler)
 
 
-def _start(config: Config, number: int, port: int) -> subprocess.Popen[str]:
+def _start(config: Config, number: int, port: int) -> tuple[subprocess.Popen[str], threading.Thread]:
     environment = os.environ | {
         "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
         PROCESSES: str(config.processes),
@@ -146,8 +147,9 @@ def _start(config: Config, number: int, port: int) -> subprocess.Popen[str]:
         errors="replace",
         start_new_session=True,  # Ctrl-C reaches them once, through the launcher
     )
-    threading.Thread(target=_label, args=(process, number), daemon=True).start()
-    return process
+    labels = threading.Thread(target=_label, args=(process, number), daemon=True)
+    labels.start()
+    return process, labels
 
 
 def _label(process: subprocess.Popen[str], number: int) -> None:
