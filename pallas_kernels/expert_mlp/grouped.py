@@ -77,7 +77,8 @@ def forward(
     blocks = _blocks(assignments)
     rows = _sorted_rows(x, plan, blocks[-1])
 
-    def whole(e, out):
+    def whole(e, turn, out):
+        e = e + turn
         a, b, c = (_expert(w, e) for w in (w1, w3, w2))
 
         def block(at, size, out):
@@ -177,8 +178,12 @@ def _dot(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int) -> jax.Array:
 
 
 def _when(condition: jax.Array, f: Callable, carry):
-    """f(carry) if the condition holds. A loop of at most one turn, because it never copies what it carries."""
-    return jax.lax.fori_loop(0, condition.astype(jnp.int32), lambda _, carry: f(carry), carry)
+    """f(0, carry) if the condition holds. A loop of at most one turn, because it never copies what it carries.
+
+    XLA moves whatever does not depend on the turn in front of the loop, and so computes it whether the condition holds
+    or not: f must read its arrays at places that depend on the 0 it is given.
+    """
+    return jax.lax.fori_loop(0, condition.astype(jnp.int32), f, carry)
 
 
 def _blocks(assignments: int) -> tuple[int, ...]:
@@ -194,7 +199,10 @@ def _in_blocks(start: jax.Array, size: jax.Array, blocks: tuple[int, ...], block
     rest = size - full * largest
     smaller = 0
     for b in blocks:
-        run = functools.partial(block, start + full * largest, b)
+
+        def run(turn, carry, size=b):
+            return block(start + full * largest + turn, size, carry)
+
         carry = _when((rest > smaller) & (rest <= b), run, carry)
         smaller = b
     return carry
@@ -207,7 +215,8 @@ def _few(assignments: int, w1: jax.Array, w2: jax.Array) -> tuple[int, ...]:
     return tuple(n for smaller, n in zip((0, *FEW), FEW) if smaller < assignments)
 
 
-def _few_rows(rows, w1, w3, w2, e, start, n, out):
+def _few_rows(rows, w1, w3, w2, e, start, n, turn, out):
+    e, start = e + turn, start + turn
     r = jax.lax.dynamic_slice_in_dim(rows, start, n)
     hidden = jax.nn.silu(_chain(w1, e, r)) * _chain(w3, e, r)
     return jax.lax.dynamic_update_slice_in_dim(out, _chain(w2, e, hidden.T).T, start, 0)
