@@ -3,6 +3,7 @@
 What does not fit into VMEM or HBM fails here as it would on the chip.
 """
 
+import contextlib
 import importlib.metadata
 import os
 
@@ -10,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
@@ -39,5 +41,18 @@ def compile_for_tpu(function, *arguments: tuple[tuple[int, ...], str], chip: str
     mesh = Mesh(np.array(devices), ("chip",))
     everywhere = NamedSharding(mesh, PartitionSpec())
     structs = [jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere) for shape, dtype in arguments]
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # tells kernels which chip they are for
+    with _no_compilation_cache(), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # tells kernels which chip
         return jax.jit(function, **jit_options).lower(*structs).compile()
+
+
+@contextlib.contextmanager
+def _no_compilation_cache():
+    """A program for a chip that is not here can be written to the persistent cache, but not read back."""
+    was = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", was)
+        compilation_cache.reset_cache()
