@@ -1,6 +1,10 @@
-"""The one exception for what a user can put right, and a check that raises it."""
+"""The one exception for what a user can put right, a check that raises it, and an exit status."""
 
 from typing import Any
+
+STOPPED = 143
+"""Exit status of a training that was asked to stop, has saved, and goes on when it is started again: 128 + SIGTERM, so
+that nobody takes it for a finished one."""
 
 
 class UserError(Exception):

@@ -40,3 +40,36 @@ def forward_flops(config: ModelConfig, tokens: int, *, start: int = 0) -> int:
     (four times with full rematerialisation).
     """
     return 2 * tokens * parameters_per_token(config) + attention_flops(config, start, start + tokens)
+
+
+def training_flops(config: ModelConfig, tokens: float, pairs: float) -> float:
+    """FLOPs of one update on packed sequences (nothing recomputed): forward once, backward twice.
+
+    Args:
+        config: the model's.
+        tokens: in the batch, padding apart.
+        pairs: of a token with itself and each token before it in its sequence, n (n + 1) / 2 for a sequence of n.
+    """
+    d, lightning = config.head_dim, config.layer_types.count(LIGHTNING)
+    mixing = config.num_heads * 4 * d * (lightning * d * tokens + (config.num_layers - lightning) * pairs)
+    return 3 * (2 * tokens * parameters_per_token(config) + mixing)
+
+
+# Dense bfloat16 FLOP/s of one device, from the makers' data sheets, by the beginning of jax's `device_kind`.
+PEAK_FLOPS = {
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6": 918e12,
+    "TPU7x": 2307e12,
+}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """FLOP/s of a device, or None where nobody has said (a CPU)."""
+    return next((peak for name, peak in PEAK_FLOPS.items() if device_kind.startswith(name)), None)

@@ -22,7 +22,7 @@ from typing import Annotated, Any, NoReturn
 
 import tyro
 
-from m1jax.errors import UserError
+from m1jax.errors import STOPPED, UserError
 
 # Set by the launcher, read by `join`. The heartbeat may be set by hand on a cluster.
 PROCESSES, PROCESS_ID, HEARTBEAT = "M1JAX_PROCESSES", "M1JAX_PROCESS_ID", "M1JAX_HEARTBEAT_SECONDS"
@@ -54,6 +54,7 @@ def main(config: Config) -> None:
     """Runs the job; SIGTERM and Ctrl-C are handed on, so that it can save and leave.
 
     Raises:
+        SystemExit: the job was asked to stop and has saved, with status `STOPPED`.
         UserError: nothing to run, or a process failed (it is named) and no restart is left.
     """
     if config.processes < 1 or not config.command:
@@ -107,12 +108,16 @@ def _run(config: Config) -> str | None:
     try:
         while True:
             codes = [process.poll() for process in processes]
-            failed = next(((number, code) for number, code in enumerate(codes) if code), None)
+            failed = next(((number, code) for number, code in enumerate(codes) if code not in (None, 0, STOPPED)), None)
             if failed is not None:
                 number, code = failed
+                if stopping and code == -signal.SIGTERM:  # before it had begun to listen, or after its end
+                    raise SystemExit(STOPPED)
                 how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
                 return f"process {number} of {config.processes} (pid {processes[number].pid}) {how}"
-            if all(code == 0 for code in codes):
+            if None not in codes:
+                if STOPPED in codes:
+                    raise SystemExit(STOPPED)
                 return None
             if stopping and time.monotonic() > stopping[0] + config.patience:
                 return f"not all processes had left {config.patience} s after the request to stop"
@@ -189,8 +194,8 @@ def _run_here(arguments: list[str]) -> NoReturn:
     if isinstance(status, str):
         print(status, file=sys.stderr)
         status = 1
-    if not status:
-        sys.exit(0)
+    if status in (0, STOPPED):
+        sys.exit(status)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

@@ -18,6 +18,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
+from m1jax.train.meter import MEASURED
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 
@@ -49,7 +51,7 @@ def result(directory: Path) -> tuple[dict[str, bytes], list[dict]]:
     """The exported weights, and the metrics without those that measure time."""
     weights = {file.name: file.read_bytes() for file in (directory / "export").glob("*.safetensors")}
     records = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return weights, [{k: v for k, v in r.items() if k not in ("seconds", "tokens_per_second")} for r in records]
+    return weights, [{k: v for k, v in r.items() if k not in MEASURED} for r in records]
 
 
 def reached(directory: Path) -> str:

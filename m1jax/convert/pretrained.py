@@ -42,7 +42,11 @@ COMPANIONS = (
 
 
 def from_pretrained(
-    directory: str | os.PathLike[str], dtype: jax.typing.DTypeLike | None = None, mesh: Mesh | None = None
+    directory: str | os.PathLike[str],
+    dtype: jax.typing.DTypeLike | None = None,
+    mesh: Mesh | None = None,
+    *,
+    param_dtype: jax.typing.DTypeLike | None = None,
 ) -> MiniMaxM1:
     """The model in a directory of the authors' layout or of Transformers' ``minimax``.
 
@@ -52,6 +56,7 @@ def from_pretrained(
             float32 whatever it is.
         mesh: where to put the parameters (``m1jax.sharding.make_mesh``); each process reads what its devices need and
             nothing else. None: the default device.
+        param_dtype: of the parameters alone, where they should be more precise than the computation (training).
 
     Raises:
         UserError: the directory is no model of this kind, a file is missing, truncated or damaged, tensors are
@@ -67,7 +72,8 @@ def from_pretrained(
     if mesh is not None:
         check_shardable(config, mesh)
 
-    abstract = nnx.eval_shape(lambda: MiniMaxM1(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype))
+    stored = dtype if param_dtype is None else param_dtype
+    abstract = nnx.eval_shape(lambda: MiniMaxM1(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=stored))
     graph, state = nnx.split(abstract)
     shardings = None if mesh is None else parameter_shardings(state, mesh)
     places = by_path(config)

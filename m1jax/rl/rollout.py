@@ -15,6 +15,7 @@ from m1jax.rl.advantages import overlong_penalty
 from m1jax.rl.rewards import judge
 from m1jax.rl.tasks import Problem, Split, Task
 from m1jax.train import packing
+from m1jax.train.placement import gathered, on_host
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,48 +84,57 @@ class Sampler:
                     f"{self.task.name}: the prompt {problem.prompt[:60]!r} has {len(prompt)} tokens; "
                     f"max_prompt_tokens is {self.max_prompt_tokens}"
                 )
-        out = jax.device_get(
+        seeds = np.array([seed, split == "heldout"], np.uint32)
+        out = on_host(
             decode(
                 self.graph,
                 params,
                 *pad_prompts(prompts, self.max_prompt_tokens),
-                _keys(jnp.uint32(seed), jnp.uint32(split == "heldout"), jnp.asarray(numbers, jnp.uint32), self.samples),
-                jnp.array([self.tokenizer.eos_id], jnp.int32),
-                jnp.float32(self.temperature),
+                _keys(seeds, numbers.astype(np.uint32), self.samples),
+                np.array([self.tokenizer.eos_id], np.int32),
+                np.float32(self.temperature),
                 samples_per_prompt=self.samples,
                 max_new_tokens=self.max_new_tokens,
             )
         )
-        return [
-            self._judged(problem, prompt, [x[i * self.samples : (i + 1) * self.samples] for x in out])
-            for i, (problem, prompt) in enumerate(zip(problems, prompts))
-        ]
-
-    def _judged(self, problem: Problem, prompt: list[int], samples: list[np.ndarray]) -> Group:
-        tokens, log_probs, lengths, finished = samples
-        responses = [row[:n].tolist() for row, n in zip(tokens, lengths)]
+        tokens, log_probs, lengths, finished = (x.reshape(self.prompts, self.samples, *x.shape[1:]) for x in out)
+        responses = [[row[:n].tolist() for row, n in zip(*group)] for group in zip(tokens, lengths)]
         texts = [
-            self.tokenizer.decode(response[:-1] if done else response) for response, done in zip(responses, finished)
+            [self.tokenizer.decode(r[:-1] if done else r) for r, done in zip(*group)]
+            for group in zip(responses, finished)
         ]
-        judgements = [
-            judge(self.task, problem, text, finished=bool(done), format_reward=self.format_reward)
-            for text, done in zip(texts, finished)
-        ]
+        rewards, correct = self._judged(problems, texts, finished)
         penalty = overlong_penalty(lengths, max_tokens=self.max_new_tokens, buffer_tokens=self.overlong_buffer)
-        return Group(
-            problem,
-            prompt,
-            responses,
-            [row[:n] for row, n in zip(log_probs, lengths)],
-            texts,
-            np.array([j.reward for j in judgements], np.float32) + penalty,
-            np.array([j.correct for j in judgements]),
-            finished,
-        )
+        return [
+            Group(
+                problems[i],
+                prompts[i],
+                responses[i],
+                [row[:n] for row, n in zip(log_probs[i], lengths[i])],
+                texts[i],
+                rewards[i] + penalty[i],
+                correct[i],
+                finished[i],
+            )
+            for i in range(self.prompts)
+        ]
+
+    def _judged(
+        self, problems: list[Problem], texts: list[list[str]], finished: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Rewards [prompts, samples] float32 and whether right, bool. Each process judges its share of the problems."""
+        verdicts = np.zeros((2, *finished.shape), np.float32)
+        for i in range(jax.process_index(), len(problems), jax.process_count()):
+            for j, (text, done) in enumerate(zip(texts[i], finished[i])):
+                found = judge(self.task, problems[i], text, finished=bool(done), format_reward=self.format_reward)
+                verdicts[:, i, j] = found.reward, found.correct
+        rewards, correct = gathered(verdicts).sum(axis=0)
+        return rewards, correct > 0
 
 
-@jax.jit(static_argnums=3)
-def _keys(seed: jax.Array, split: jax.Array, problems: jax.Array, samples: int) -> jax.Array:
+@jax.jit(static_argnums=2)
+def _keys(seeds: jax.Array, problems: jax.Array, samples: int) -> jax.Array:
+    seed, split = seeds
     base = jax.random.fold_in(jax.random.key(seed), split)
 
     def one(problem: jax.Array) -> jax.Array:

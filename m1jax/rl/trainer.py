@@ -1,7 +1,6 @@
 """Reinforcement learning with CISPO on verifiable tasks (MiniMax-M1 report, section 3): `m1jax train rl`."""
 
 import dataclasses
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,21 +12,24 @@ from flax import nnx
 
 from m1jax.chat import Tokenizer
 from m1jax.checkpoint import Checkpoints
-from m1jax.convert.pretrained import from_pretrained, save_pretrained
-from m1jax.errors import UserError, require_positive
+from m1jax.config import ModelConfig
+from m1jax.errors import STOPPED, UserError, require_positive
+from m1jax.flops import forward_flops, training_flops
 from m1jax.model import MiniMaxM1
 from m1jax.rl.advantages import group_advantages, informative
 from m1jax.rl.losses import cispo_loss
 from m1jax.rl.rollout import Group, Sampler, build_updates
 from m1jax.rl.tasks import Task, UserProblems, get_task
-from m1jax.train import packing
+from m1jax.train import placement
 from m1jax.train.data import read_prompt_answers
-from m1jax.train.guards import NonFiniteGuard, OnNonFinite
+from m1jax.train.guards import NonFiniteGuard, OnNonFinite, StopRequests
+from m1jax.train.meter import Meter, Tracer
 from m1jax.train.metrics import draw_curves
 from m1jax.train.optimizer import OptimizerConfig
 from m1jax.train.progress import Reporter
 from m1jax.train.run import Run, write_atomically
-from m1jax.train.step import LossFn, init_state, make_train_step
+from m1jax.train.sft import export
+from m1jax.train.step import LossFn, make_train_step
 
 PHASE = "rl"
 # Statistics also logged for each update of a generation batch: they show how far off-policy the late ones are.
@@ -157,14 +159,25 @@ class Trainer:
         tokenizer: the model's.
         recipe: how.
         seed: of problems and sampling.
+        profile: trace some updates into the run's `profile/`.
     """
 
-    def __init__(self, run: Run, model: MiniMaxM1, task: Task, tokenizer: Tokenizer, recipe: RLRecipe, seed: int):
+    def __init__(
+        self,
+        run: Run,
+        model: MiniMaxM1,
+        task: Task,
+        tokenizer: Tokenizer,
+        recipe: RLRecipe,
+        seed: int,
+        *,
+        profile: bool = False,
+    ):
         self.run, self.recipe, self.seed = run, recipe, seed
         self.config = model.config
         self.graph, params = nnx.split(model)
         optimizer = recipe.optimizer.build(recipe.iterations * recipe.updates)
-        self.state = init_state(params, optimizer)
+        self.state = placement.place_state(params, optimizer)
         self.position = Position()
         self.buffer: dict[str, np.ndarray] | None = None
         loss_fn = rl_loss(self.graph, max_weight=recipe.max_weight, temperature=recipe.temperature, remat=recipe.remat)
@@ -182,15 +195,23 @@ class Trainer:
             format_reward=recipe.format_reward,
             overlong_buffer=recipe.overlong_buffer,
         )
-        self._clock = 0.0
+        self._tracer = Tracer(run.directory / "profile" if profile else None)
 
     def train(self) -> MiniMaxM1:
-        """Runs all phases to the end and returns the trained policy."""
+        """Runs all phases to the end and returns the trained policy.
+
+        Raises:
+            SystemExit: asked to stop (SIGTERM), with status `STOPPED`; everything is saved.
+        """
         recipe, position = self.recipe, self.position
-        with Checkpoints(self.run.checkpoints_of(PHASE), config=self.config, keep=2) as self._checkpoints:
+        with (
+            Checkpoints(self.run.checkpoints_of(PHASE), config=self.config, keep=2) as self._checkpoints,
+            StopRequests() as self._stop,
+            self._tracer,
+        ):
             fresh = not self._restore()
+            self._meter = Meter(self.position.seconds, self.position.tokens)
             with Reporter("RL", recipe.iterations, self.position.iteration) as reporter:
-                self._clock = time.monotonic()
                 if fresh:
                     heldout = self._evaluate("before")
                     self.run.log.append(PHASE, 0, heldout)
@@ -199,7 +220,7 @@ class Trainer:
                     if self.buffer is None:
                         self._generate()
                     while self.buffer is not None and position.update < len(self.buffer["tokens"]):
-                        self._update()
+                        self._update(reporter)
                     self._finish(reporter)
         return nnx.merge(self.graph, self.state.params)
 
@@ -217,7 +238,7 @@ class Trainer:
                 break
         kept = kept[: recipe.prompts]
         position.generated = {**_summary(asked), "asked": len(asked), "kept": len(kept)}
-        position.tokens += sum(int(g.lengths.sum()) for g in asked)
+        self._meter.add(*_work(self.config, asked))
         if not kept:
             return
         self.buffer = build_updates(
@@ -229,20 +250,24 @@ class Trainer:
             micro_batches=recipe.micro_batches,
         )
 
-    def _update(self) -> None:
+    def _update(self, reporter: Reporter) -> None:
         """One update of phase 4, and a checkpoint if one is due."""
         assert self.buffer is not None
         recipe, position = self.recipe, self.position
-        batch = {name: value[position.update] for name, value in self.buffer.items()}
-        self.state, stats = self._step(self.state, batch, packing.filled_micro_batches(batch))
+        share, shares = placement.share_of_rows()
+        mine = slice(share * recipe.rows // shares, (share + 1) * recipe.rows // shares)
+        batch = placement.place_batch({name: x[position.update][:, mine] for name, x in self.buffer.items()})
+        self._tracer.next()
+        self.state, stats = self._step(self.state, batch)
         stats = {name: float(value) for name, value in jax.device_get(stats).items()}
         self._guard.check(int(self.state.step), stats.pop("skipped"), batch, stats)
+        tokens = stats.pop("tokens")
+        self._meter.add(tokens, training_flops(self.config, tokens, stats.pop("pairs")))
         position.update += 1
-        position.tokens += int((batch["segment_ids"] != packing.PADDING).sum())
         position.stats.append(stats)
-        number = position.iteration * recipe.updates + position.update
-        if number % recipe.checkpoint_every == 0 and position.update < len(self.buffer["tokens"]):
-            self._save(number)
+        if position.update < len(self.buffer["tokens"]):  # else `_finish` saves
+            number = position.iteration * recipe.updates + position.update
+            self._save(number, due=number % recipe.checkpoint_every == 0, reporter=reporter)
 
     def _finish(self, reporter: Reporter) -> None:
         """Phase 5. The record is on disk before the checkpoint that lies behind it (see MetricsLog)."""
@@ -253,15 +278,14 @@ class Trainer:
         last = position.iteration == recipe.iterations
         if last or position.iteration % recipe.evaluate_every == 0:
             record |= self._evaluate("after" if last else None)
-        self._tick()
-        record |= {"seconds": round(position.seconds, 3), "tokens_per_second": position.tokens / position.seconds}
+        record |= self._meter.record()
         self.run.log.append(PHASE, position.iteration, record)
         shown = ("reward", "length", "entropy", "ratio_max", "clipped", "heldout_reward", "tokens_per_second")
         reporter.update(position.iteration, {n.replace("_per_second", "/s"): record[n] for n in shown if n in record})
         number = position.iteration * recipe.updates
         # Due if a multiple of checkpoint_every lies within the updates since the last regular place for one.
-        if last or number // recipe.checkpoint_every > (number - 1) // recipe.checkpoint_every:
-            self._save(number)
+        due = last or number // recipe.checkpoint_every > (number - 1) // recipe.checkpoint_every
+        self._save(number, due=due, reporter=reporter)
 
     def _evaluate(self, samples: str | None) -> dict[str, float]:
         """Mean reward, accuracy and length on held-out problems; `samples` names a file to show some responses in."""
@@ -271,16 +295,17 @@ class Trainer:
             for i in range(recipe.evaluate_rounds)
             for group in self._sampler.sample(self.state.params, "heldout", self.seed, i * recipe.prompts)
         ]
-        if samples is not None:
+        if samples is not None and placement.writes():
             _write_samples(groups[:8], self.run.directory / f"samples_{samples}.md")
         return {f"heldout_{name}": value for name, value in _summary(groups).items()}
 
-    def _tick(self) -> None:
-        now = time.monotonic()
-        self.position.seconds, self._clock = self.position.seconds + now - self._clock, now
-
-    def _save(self, number: int) -> None:
-        self._tick()
+    def _save(self, number: int, *, due: bool, reporter: Reporter) -> None:
+        """A checkpoint where one is due or the training is asked to stop, which it then does."""
+        stopping = self._stop.requested() and self.position.iteration < self.recipe.iterations
+        if not due and not stopping:
+            return
+        self._meter.tick()
+        self.position.seconds, self.position.tokens = self._meter.seconds, self._meter.tokens
         self._checkpoints.save(
             number,
             params=self.state.params,
@@ -288,6 +313,10 @@ class Trainer:
             arrays={} if self.buffer is None else {"buffer": self.buffer},
             meta=dataclasses.asdict(self.position),
         )
+        if stopping:
+            self._checkpoints.wait()
+            reporter.message(f"asked to stop: update {number} is saved; the same command goes on from there")
+            raise SystemExit(STOPPED)
 
     def _restore(self) -> bool:
         found = self._checkpoints.restore(params=self.state.params, state=self.state._replace(params=()))
@@ -297,6 +326,17 @@ class Trainer:
             self.buffer = found.arrays.get("buffer")
         self.run.log.resume(PHASE, -1 if found is None else self.position.iteration)
         return found is not None
+
+
+def _work(config: ModelConfig, groups: list[Group]) -> tuple[int, int]:
+    """Generated tokens, and the operations they took; the responses to a problem share its prompt."""
+    tokens = flops = 0
+    for group in groups:
+        start = len(group.prompt)
+        flops += forward_flops(config, start)
+        flops += sum(forward_flops(config, n, start=start) for n in group.lengths.tolist())
+        tokens += int(group.lengths.sum())
+    return tokens, flops
 
 
 def _summary(groups: list[Group]) -> dict[str, float]:
@@ -368,6 +408,10 @@ class Config:
     runs: Path = Path("runs")
     seed: int = 0
     """Order of the problems, and sampling."""
+    mesh: str = ""
+    """How the devices share the work, for example fsdp=4,tensor=2 (docs/multihost.md); one device without it."""
+    profile: bool = False
+    """Trace three updates into RUNS/NAME/profile, for xprof or TensorBoard."""
     recipe: tyro.conf.OmitArgPrefixes[RLRecipe] = dataclasses.field(default_factory=RLRecipe)
 
 
@@ -381,16 +425,19 @@ def main(config: Config) -> None:
     else:
         assert config.task is not None
         task = get_task(config.task)
-    tokenizer = Tokenizer.from_dir(config.model)
-    model = from_pretrained(config.model)
-    run = Run(config.runs / config.name, {"command": "train rl", "model_config": model.config, **vars(config)})
-    model = Trainer(run, model, task, tokenizer, config.recipe, config.seed).train()
-    finish(run, model, tokenizer)
+    recipe = config.recipe
+    with placement.use_mesh(config.mesh):
+        tokenizer = Tokenizer.from_dir(config.model)
+        model = placement.load_model(config.model, [(recipe.rows, recipe.row_length)])
+        settings = {"command": "train rl", "model_config": model.config, "model": config.model, "data": config.data}
+        settings |= {"task": config.task, "seed": config.seed, "recipe": recipe}
+        run = Run(config.runs / config.name, settings)
+        model = Trainer(run, model, task, tokenizer, recipe, config.seed, profile=config.profile).train()
+        finish(run, model, tokenizer)
 
 
 def finish(run: Run, model: MiniMaxM1, tokenizer: Tokenizer) -> None:
     """Draws the curves and exports the model."""
-    draw_curves(run.log.records, CURVES, run.directory / "curves.png")
-    save_pretrained(model, run.directory / "export")
-    tokenizer.save(run.directory / "export")
-    run.log.close()
+    if placement.writes():
+        draw_curves(run.log.records, CURVES, run.directory / "curves.png")
+    export(run, model, tokenizer)

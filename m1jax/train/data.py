@@ -1,50 +1,170 @@
-"""Files of prompts and answers."""
+"""JSON lines as random-access sources of training examples, shuffled and mixed by grain.
+
+Everything is read by position (grain's `MapDataset`): what number n of a mixture is depends on the files, the weights
+and the seed alone, so that processes read only their shares, and a number is all there is to resume.
+"""
 
 import json
+import mmap
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, Generic, TypeVar
 
+import grain
+import jax
+import numpy as np
+
+from m1jax.chat import Tokenizer, encode_chat
+from m1jax.chat.tokenizer import BEGIN_OF_DOCUMENT
 from m1jax.errors import UserError
+from m1jax.train import packing
+
+T = TypeVar("T")
+PAIR = '{"prompt": "...", "answer": "..."}'
+
+
+class JsonLines(Generic[T]):
+    """One value per line that is not empty, read when it is asked for.
+
+    Args:
+        path: the file, UTF-8.
+        convert: JSON object of a line -> value; raises UserError saying what is wrong with it.
+        expected: how a line should look, for messages.
+
+    Raises:
+        UserError: the file is missing or empty, or a line is wrong (naming the line). All lines are looked at in the
+            beginning, before any work is lost; of several processes, each looks at its share.
+    """
+
+    def __init__(self, path: str | Path, convert: Callable[[dict[str, Any]], T], expected: str):
+        self._path, self._convert, self._expected = Path(path), convert, expected
+        self._lines: list[tuple[int, int, int]] = []  # line number, first byte, last byte
+        try:
+            with open(path, "rb") as file:
+                position = 0
+                for number, line in enumerate(file, 1):
+                    if line.strip():
+                        self._lines.append((number, position, position + len(line)))
+                    position += len(line)
+                if not self._lines:
+                    raise UserError(f"{path}: no lines; expected {expected} on every line")
+                self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror}); expected {expected} on every line") from error
+        for index in range(jax.process_index(), len(self), jax.process_count()):
+            self[index]
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def __repr__(self) -> str:
+        return f"JsonLines({self._path})"
+
+    def __getitem__(self, index: int) -> T:
+        number, start, stop = self._lines[index]
+        where = f"{self._path}, line {number}"
+        try:
+            record = json.loads(self._bytes[start:stop].decode())
+        except UnicodeDecodeError as error:
+            raise UserError(f"{where}: not UTF-8 ({error.reason}); save the file as UTF-8") from error
+        except json.JSONDecodeError as error:
+            raise UserError(
+                f"{where}, column {error.colno}: not JSON ({error.msg}); expected {self._expected}"
+            ) from error
+        if not isinstance(record, dict):
+            raise UserError(f"{where}: a {type(record).__name__}, not an object; expected {self._expected}")
+        try:
+            return self._convert(record)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
+
+
+def prompt_answer(record: dict[str, Any]) -> tuple[str, str]:
+    """The texts of `{"prompt": ..., "answer": ...}`. An answer may be a number; it becomes text."""
+    if missing := [key for key in ("prompt", "answer") if key not in record]:
+        raise UserError(f"no {' and no '.join(map(repr, missing))}; expected {PAIR}")
+    prompt, answer = record["prompt"], record["answer"]
+    if isinstance(answer, int | float) and not isinstance(answer, bool):
+        answer = str(answer)
+    return _text("prompt", prompt), _text("answer", answer)
 
 
 def read_prompt_answers(path: str | Path) -> list[tuple[str, str]]:
-    """Reads JSON lines `{"prompt": "...", "answer": "..."}`; empty lines are skipped.
+    """(prompt, answer) of every line `{"prompt": ..., "answer": ...}` of a file; UserError as `JsonLines` raises it."""
+    lines = JsonLines(path, prompt_answer, PAIR)
+    return [lines[index] for index in range(len(lines))]
 
-    Returns:
-        (prompt, answer) pairs. An answer may be a number in the file; it becomes text.
+
+class Conversations(JsonLines[packing.Example]):
+    """Examples for fine-tuning, weight one on what the assistant writes and zero elsewhere.
+
+    A line is `{"messages": [...], "tools": [...]}` (tools may be missing) in the prompt format of `m1jax.chat`, or
+    `{"prompt": ..., "answer": ...}`, taken as they are with an end token behind the answer.
 
     Raises:
-        UserError: the file is missing, not UTF-8 or empty, or a line is not such an object; the message names the line.
+        UserError: also for a conversation without an assistant's turn, or longer than `longest` positions.
     """
-    path = Path(path)
-    expected = 'expected {"prompt": "...", "answer": "..."}'
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); {expected} on every line") from error
-    pairs = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+
+    def __init__(self, path: str | Path, tokenizer: Tokenizer, longest: int):
+        def convert(record: dict[str, Any]) -> packing.Example:
+            if "messages" in record:
+                ids, written = encode_chat(tokenizer, record["messages"], record.get("tools"))
+                example = packing.masked(ids, written)
+            else:
+                prompt, answer = prompt_answer(record)
+                example = packing.example(
+                    tokenizer.encode(prompt), [*tokenizer.encode(answer), tokenizer.eos_id], weight=1.0
+                )
+            if not example["weight"].any():
+                raise UserError("nothing to learn: the assistant writes nothing in it")
+            if len(example["tokens"]) > longest:
+                raise UserError(f"{len(example['tokens']) + 1} tokens; row_length is {longest}: raise it, or cut it")
+            return example
+
+        super().__init__(path, convert, f'{{"messages": [...]}} or {PAIR}')
+
+
+class Documents(JsonLines[packing.Example]):
+    """Examples for pre-training from lines `{"text": "..."}`: a whole document each, of any length, all learned."""
+
+    def __init__(self, path: str | Path, tokenizer: Tokenizer):
+        begin = tokenizer.token_id(BEGIN_OF_DOCUMENT)
+
+        def convert(record: dict[str, Any]) -> packing.Example:
+            text = _text("text", record.get("text"))
+            return packing.example([begin], [*tokenizer.encode(text), tokenizer.eos_id], weight=1.0)
+
+        super().__init__(path, convert, '{"text": "..."}')
+
+
+def mixture(files: Sequence[str], source: Callable[[str], JsonLines[T]], *, seed: int) -> grain.MapDataset:
+    """An endless shuffled mixture; each file is gone through again and again, every time in another order.
+
+    Args:
+        files: "PATH" or "PATH=WEIGHT"; weights say how many values are taken from each file, and are 1 where not given.
+        source: opens a file.
+        seed: of the orders.
+
+    Raises:
+        UserError: no file, a weight that is no positive number, or what `source` raises.
+    """
+    if not files:
+        raise UserError("give at least one file of data")
+    datasets, weights = [], []
+    for number, file in enumerate(files):
+        path, _, weight = file.partition("=")
         try:
-            record = json.loads(line.decode())
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}, line {number}: not UTF-8 ({error.reason}); save the file as UTF-8") from error
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{path}, line {number}, column {error.colno}: not JSON ({error.msg}); {expected}"
-            ) from error
-        if not isinstance(record, dict):
-            raise UserError(f"{path}, line {number}: a {type(record).__name__}, not an object; {expected}")
-        missing = [key for key in ("prompt", "answer") if key not in record]
-        if missing:
-            raise UserError(f"{path}, line {number}: no {' and no '.join(map(repr, missing))}; {expected}")
-        prompt, answer = record["prompt"], record["answer"]
-        if isinstance(answer, int | float) and not isinstance(answer, bool):
-            answer = str(answer)
-        for name, value in (("prompt", prompt), ("answer", answer)):
-            if not isinstance(value, str) or not value.strip():
-                raise UserError(f"{path}, line {number}: {name!r} is {value!r}; it must be a text that is not empty")
-        pairs.append((prompt, answer))
-    if not pairs:
-        raise UserError(f"{path}: no lines; {expected} on every line")
-    return pairs
+            weights.append(float(weight or 1))
+        except ValueError:
+            weights.append(0.0)
+        if not 0 < weights[-1] < float("inf"):
+            raise UserError(f"data: {file!r}: {weight!r} is no weight; write FILE or FILE=2.5")
+        order = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+        datasets.append(grain.MapDataset.source(source(path)).shuffle(seed=order).repeat())
+    return datasets[0] if len(datasets) == 1 else grain.MapDataset.mix(datasets, weights)
+
+
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise UserError(f"{name!r} is {value!r}; it must be a text that is not empty")
+    return value

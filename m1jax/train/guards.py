@@ -4,12 +4,14 @@ The step itself never applies a bad update (`apply_if_finite`), because its old 
 the statistics, there would be nothing left to go back to. What happens next is the host's choice (`NonFiniteGuard`).
 """
 
+import itertools
 import json
 import os
 import signal
+import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -83,29 +85,35 @@ class NonFiniteGuard:
         return path
 
 
-def stop_requested(step: int) -> bool:
-    """Whether the cluster asked to stop (SIGTERM to any process) and this is the update after which all stop together.
+class StopRequests:
+    """Turns SIGTERM (to any process of the job) into an answer of `requested`. A context manager.
 
-    Call it once per update with increasing step numbers, on every process; save a checkpoint and leave when it says so.
-    In a single process without `jax.distributed`, use `install_sigterm` before.
+    With `jax.distributed`, JAX listens by itself and finds the update after which all processes can stop together.
     """
-    if jax.distributed.is_initialized():
-        return multihost_utils.reached_preemption_sync_point(step)
-    return _terminated
 
+    _asked = itertools.count(1)  # of the whole process: the coordination service wants numbers that only grow
 
-def install_sigterm() -> None:
-    """Makes SIGTERM a request that `stop_requested` reports. With `jax.distributed`, JAX listens by itself."""
+    def __init__(self) -> None:
+        self._received = False
+        self._before: Any = None
 
-    def note(_signal: int, _frame: Any) -> None:
-        global _terminated
-        _terminated = True
+    def __enter__(self) -> Self:
+        if not jax.distributed.is_initialized() and threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGTERM, self._note)
+        return self
 
-    if not jax.distributed.is_initialized():
-        signal.signal(signal.SIGTERM, note)
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
 
+    def requested(self) -> bool:
+        """Whether to save and leave now. To be called once after every update, by every process."""
+        if jax.distributed.is_initialized():
+            return multihost_utils.reached_preemption_sync_point(next(self._asked))
+        return self._received
 
-_terminated = False
+    def _note(self, _signal: int, _frame: Any) -> None:
+        self._received = True
 
 
 def _local(value: Any) -> np.ndarray:

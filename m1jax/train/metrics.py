@@ -18,10 +18,11 @@ class MetricsLog:
 
     Args:
         directory: the run's directory; made if missing.
+        writes: whether this process writes; the others of a job keep `records` only.
     """
 
-    def __init__(self, directory: str | Path):
-        self._directory = Path(directory)
+    def __init__(self, directory: str | Path, *, writes: bool = True):
+        self._directory, self._writes = Path(directory), writes
         self._directory.mkdir(parents=True, exist_ok=True)
         self._path = self._directory / "metrics.jsonl"
         self._events: Any = None
@@ -31,6 +32,8 @@ class MetricsLog:
         """Forget what was logged in this phase after `step` (the step of the checkpoint that was restored; -1:
         everything)."""
         self.records = [r for r in self.records if r["phase"] != phase or r["step"] <= step]
+        if not self._writes:
+            return
         temporary = self._path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(record) + "\n" for record in self.records))
         os.replace(temporary, self._path)
@@ -44,6 +47,8 @@ class MetricsLog:
         """Add one record, forced to disk. Values: numbers, or lists of numbers (not shown in TensorBoard)."""
         record = {"phase": phase, "step": step, **values}
         self.records.append(record)
+        if not self._writes:
+            return
         with open(self._path, "a") as file:
             file.write(json.dumps(record) + "\n")
             file.flush()

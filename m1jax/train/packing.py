@@ -36,6 +36,19 @@ def example(prompt: Sequence[int], response: Sequence[int], **fields: np.ndarray
     return columns
 
 
+def masked(ids: np.ndarray, learned: np.ndarray) -> Example:
+    """A sequence of which some tokens are learned.
+
+    Args:
+        ids: [n + 1] int32, at least two.
+        learned: [n + 1] bool.
+
+    Returns:
+        Arrays of length n; weight is one where a learned token is predicted.
+    """
+    return {"tokens": ids[:-1], "targets": ids[1:], "weight": learned[1:].astype(np.float32)}
+
+
 def pack(examples: Sequence[Example], row_length: int) -> dict[str, np.ndarray]:
     """First-fit decreasing: longest example first, each into the first row with room. Deterministic.
 
@@ -108,8 +121,3 @@ def micro_batches(packed: Mapping[str, np.ndarray], rows: int, count: int | None
         padded[:filled] = value
         batches[name] = padded.reshape(count, rows, value.shape[1])
     return batches
-
-
-def filled_micro_batches(batches: Mapping[str, np.ndarray]) -> int:
-    """How many leading micro-batches of `micro_batches` hold anything."""
-    return int((batches["segment_ids"][:, 0, 0] != PADDING).sum())

@@ -7,6 +7,8 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from m1jax.train.placement import writes
+
 
 class Reporter:
     """Shows how far a phase is. A context manager.
@@ -21,9 +23,10 @@ class Reporter:
     def __init__(
         self, title: str, total: int, done: int = 0, *, every_seconds: float = 5.0, console: Console | None = None
     ):
-        self.console = console or Console(highlight=False, soft_wrap=True)
-        self._title, self._total, self._first = title, total, done
-        self._every, self._start, self._last_line = every_seconds, time.monotonic(), -every_seconds
+        self.console = console or Console(highlight=False, soft_wrap=True, quiet=not writes())
+        self._title, self._total = title, total
+        self._every, self._last_line = every_seconds, -every_seconds
+        self._first: tuple[float, int] | None = None  # when the first step was made, and which it was
         self._bar = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=24),
@@ -51,12 +54,22 @@ class Reporter:
             self._bar.update(self._task, completed=done, figures=text)
             return
         now = time.monotonic()
+        self._first = self._first or (now, done)
         if done < self._total and now - self._last_line < self._every:
             return
         self._last_line = now
-        rate = (now - self._start) / max(done - self._first, 1)
-        left = int(rate * (self._total - done))
-        self.console.print(f"{self._title} {done}/{self._total}  {text}  left {left // 60}:{left % 60:02}")
+        self.console.print(f"{self._title} {done}/{self._total}  {text}  left {self._left(now, done)}")
+
+    def _left(self, now: float, done: int) -> str:
+        """At the pace since the first step: that one also compiled, and tells nothing about the others."""
+        assert self._first is not None
+        began, first = self._first
+        if done >= self._total:
+            return "0:00"
+        if done == first:
+            return "unknown"
+        left = int((now - began) / (done - first) * (self._total - done))
+        return f"{left // 60}:{left % 60:02}"
 
     def message(self, text: str) -> None:
         """One line above the bar."""

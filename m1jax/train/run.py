@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from m1jax.errors import UserError
+from m1jax.train import placement
 from m1jax.train.metrics import MetricsLog
 
 
@@ -32,11 +33,11 @@ class Run:
             # Before its first checkpoint a run has nothing to go on with: it may be started anew, with other settings.
             if file.exists() and any((self.directory / "checkpoints").glob("*/*")):
                 _compare(json.loads(file.read_text()), json.loads(text), file)
-            else:
+            elif placement.writes():
                 write_atomically(file, text)
         except (OSError, json.JSONDecodeError) as error:
             raise UserError(f"{file}: {error}; choose another name for the run, or remove {directory}") from error
-        self.log = MetricsLog(self.directory)
+        self.log = MetricsLog(self.directory, writes=placement.writes())
 
     def checkpoints_of(self, phase: str) -> Path:
         return self.directory / "checkpoints" / phase

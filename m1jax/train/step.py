@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from m1jax.train.guards import apply_if_finite
+from pallas_kernels import PADDING
 
 Params = Any
 Batch = Any
@@ -68,22 +69,41 @@ def accumulate(
     return jax.lax.fori_loop(0, count, body, start)
 
 
+def token_counts(segment_ids: jax.Array) -> Stats:
+    """`tokens` of packed rows [..., time], and `pairs` of a token with itself and those before it in its segment: what
+    a batch costs depends on these two (`m1jax.flops.training_flops`). float32."""
+    steps = jnp.arange(segment_ids.shape[-1])
+    starts = jnp.diff(segment_ids, axis=-1, prepend=-2) != 0
+    first = jax.lax.cummax(jnp.where(starts, steps, 0), axis=segment_ids.ndim - 1)
+    real = segment_ids != PADDING
+    return {
+        "tokens": jnp.sum(real, dtype=jnp.float32),
+        "pairs": jnp.sum(jnp.where(real, steps - first + 1, 0).astype(jnp.float32)),
+    }
+
+
 def make_train_step(
     loss_fn: LossFn, optimizer: optax.GradientTransformation
-) -> Callable[[TrainState, Batch, int], tuple[TrainState, Stats]]:
-    """Build `step(state, batches, count) -> (state, stats)`, jitted, the old state donated.
+) -> Callable[..., tuple[TrainState, Stats]]:
+    """Build `step(state, batches, count=None) -> (state, stats)`, jitted, the old state donated.
 
-    stats are those of loss_fn plus `loss`, `grad_norm` (global norm before clipping) and `skipped`: 1 where loss or
-    gradients were not finite and parameters and optimizer state stayed as they were.
+    `batches` holds `segment_ids` and whatever loss_fn wants, all [micro-batches, rows, time]. `count` of them are used;
+    None: the leading ones that hold any token.
+
+    stats are those of loss_fn plus `loss`, `grad_norm` (global norm before clipping), `tokens` and `pairs` (see
+    `token_counts`) and `skipped`: 1 where loss or gradients were not finite and parameters and optimizer state stayed
+    as they were.
     """
 
     @jax.jit(donate_argnums=0)
-    def step(state: TrainState, batches: Batch, count: jax.Array) -> tuple[TrainState, Stats]:
+    def step(state: TrainState, batches: Batch, count: jax.Array | None = None) -> tuple[TrainState, Stats]:
+        if count is None:
+            count = jnp.sum(jnp.any(batches["segment_ids"] != PADDING, axis=(1, 2)))
         grads, loss, stats = accumulate(loss_fn, state.params, batches, count)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         updated = optax.apply_updates(state.params, updates), opt_state
         (params, opt_state), skipped = apply_if_finite(updated, (state.params, state.opt_state), loss, grads)
         stats |= {"loss": loss, "grad_norm": optax.tree.norm(grads), "skipped": skipped}
-        return TrainState(params, opt_state, state.step + 1), stats
+        return TrainState(params, opt_state, state.step + 1), stats | token_counts(batches["segment_ids"])
 
     return step

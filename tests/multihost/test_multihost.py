@@ -82,6 +82,7 @@ def check_equal(got, want):
     np.testing.assert_allclose(got["norms"], want["norms"], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_result_of_one(tmp_path):
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()

@@ -58,7 +58,11 @@ def main(directory: Path, kind: str, spec: str, steps: int, seconds: float = 0.0
     optimizer = OptimizerConfig(learning_rate=1e-2, eps=1e-8).build(steps)
     graph, params = nnx.split(MiniMaxM1(CONFIG, rngs=nnx.Rngs(0)))
     loss = supervised_loss(graph, 0.01) if kind == "sft" else rl_loss(graph, max_weight=5.0)
-    with jax.set_mesh(mesh), Checkpoints(directory / "checkpoints", config=CONFIG, keep=2) as checkpoints:
+    with (
+        jax.set_mesh(mesh),
+        Checkpoints(directory / "checkpoints", config=CONFIG, keep=2) as checkpoints,
+        guards.StopRequests() as stop,
+    ):
         shapes = jax.eval_shape(lambda p: init_state(p, optimizer), params)
         placed = jax.jit(lambda p: init_state(p, optimizer), out_shardings=parameter_shardings(shapes, mesh))
         state = placed(jax.tree.map(np.asarray, params))
@@ -77,7 +81,7 @@ def main(directory: Path, kind: str, spec: str, steps: int, seconds: float = 0.0
             losses.append(float(stats["loss"]))
             print(f"update {step} loss {losses[-1]:.6f}", flush=True)
             time.sleep(max(0.0, begun + seconds - time.monotonic()))
-            leaving = guards.stop_requested(step)
+            leaving = stop.requested()
             if leaving or step % 2 == 0 or step == steps:
                 checkpoints.save(step, params=state.params, state=state._replace(params=()), meta={})
             if leaving:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from m1jax.train.meter import MEASURED
+
 PROGRAM = Path(__file__).with_name("tiny_run.py")
 ROOT = PROGRAM.parents[2]
 
@@ -45,7 +47,7 @@ def weights(directory):
 
 def metrics(directory):
     records = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in r.items() if k not in ("seconds", "tokens_per_second")} for r in records]
+    return [{k: v for k, v in r.items() if k not in MEASURED} for r in records]
 
 
 def check(program, undisturbed, directory, kills):

@@ -52,13 +52,10 @@ def test_an_unknown_choice_is_refused(tmp_path):
         guards.NonFiniteGuard(tmp_path, "ignore")  # pyright: ignore[reportArgumentType]
 
 
-def test_sigterm_becomes_a_request(monkeypatch):
-    monkeypatch.setattr(guards, "_terminated", False)
+def test_sigterm_becomes_a_request():
     before = signal.getsignal(signal.SIGTERM)
-    try:
-        guards.install_sigterm()
-        assert not guards.stop_requested(1)
+    with guards.StopRequests() as stop:
+        assert not stop.requested()
         os.kill(os.getpid(), signal.SIGTERM)
-        assert guards.stop_requested(2)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        assert stop.requested()
+    assert signal.getsignal(signal.SIGTERM) == before

@@ -1,0 +1,122 @@
+"""Where a training's arrays lie: on the ambient mesh (``jax.set_mesh``), or without one on the default device.
+
+Every process holds its share of parameters and optimizer state, reads its share of each batch, and computes the same
+statistics; process 0 alone writes logs, samples and exports.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from m1jax.convert.pretrained import from_pretrained, read_config
+from m1jax.errors import UserError
+from m1jax.model import MiniMaxM1
+from m1jax.sharding import AXES, ROWS, check_shardable, make_mesh, parameter_shardings, process_rows, rows_of_batch
+from m1jax.train.step import TrainState, init_state
+
+
+def use_mesh(spec: str) -> contextlib.AbstractContextManager[Any]:
+    """`with use_mesh("fsdp=4,tensor=2"):` trains on that mesh; an empty spec means one device.
+
+    Raises:
+        UserError: what `make_mesh` raises, or several processes without a spec.
+    """
+    if spec:
+        return jax.set_mesh(make_mesh(spec))
+    if jax.process_count() > 1:
+        raise UserError(
+            f"{jax.process_count()} processes with {jax.device_count()} devices need a mesh: give --mesh fsdp=-1, or "
+            f"any sizes of {', '.join(AXES)} whose product is {jax.device_count()}"
+        )
+    return contextlib.nullcontext()
+
+
+def current_mesh() -> Mesh | None:
+    """The mesh of `use_mesh`."""
+    mesh = jax.sharding.get_mesh()
+    return None if mesh.empty else mesh
+
+
+def load_model(directory: str | os.PathLike[str], shapes: Iterable[tuple[int, int]]) -> MiniMaxM1:
+    """The model in a directory, ready to be trained: float32 master weights on the mesh, the platform's compute dtype.
+
+    Args:
+        directory: as for `from_pretrained`.
+        shapes: (rows, time) of the micro-batches that will come.
+
+    Raises:
+        UserError: before any weight is read, if the mesh cannot shard the model or these batches; or what
+            `from_pretrained` raises.
+    """
+    mesh = current_mesh()
+    if mesh is not None:
+        config = read_config(Path(directory))
+        for rows, time in shapes:
+            check_shardable(config, mesh, batch=rows, time=time)
+    return from_pretrained(directory, param_dtype=jnp.float32, mesh=mesh)
+
+
+def place_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state of a training that begins with these parameters, on the mesh."""
+    mesh = current_mesh()
+    if mesh is None:
+        return init_state(params, optimizer)
+    if jax.process_count() > 1:  # an array of this process alone must become one that all share
+        params = jax.tree.map(lambda x: np.asarray(x) if x.is_fully_addressable else x, params)
+    params = jax.device_put(params, parameter_shardings(params, mesh))
+    shapes = jax.eval_shape(lambda p: init_state(p, optimizer)._replace(params=()), params)
+    rest = jax.jit(
+        lambda p: init_state(p, optimizer)._replace(params=()), out_shardings=parameter_shardings(shapes, mesh)
+    )(params)
+    return rest._replace(params=params)
+
+
+def share_of_rows() -> tuple[int, int]:
+    """(which, of how many): the share of every batch's rows that this process reads. Processes whose devices hold the
+    same rows have the same share."""
+    mesh = current_mesh()
+    if mesh is None:
+        return 0, 1
+    everything = int(np.prod([mesh.shape[axis] for axis in ROWS]))
+    mine = process_rows(everything, mesh)
+    return mine.start // len(mine), everything // len(mine)
+
+
+def place_batch(local: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """A batch from this process's share of its rows, fields [count, its rows, time]."""
+    mesh = current_mesh()
+    if mesh is None:
+        return dict(local)
+    rows = next(iter(local.values())).shape[1] * share_of_rows()[1]
+    return rows_of_batch(dict(local), rows, mesh)
+
+
+def on_host(tree: Any) -> Any:
+    """Arrays as numpy, whole, in every process."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def gathered(value: np.ndarray) -> np.ndarray:
+    """[processes, ...]: this process's value beside those of all others; shapes are equal everywhere."""
+    if jax.process_count() == 1:
+        return value[None]
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(value))
+
+
+def writes() -> bool:
+    """Whether this process writes what all know: logs, samples, curves."""
+    return jax.process_index() == 0
