@@ -4,7 +4,7 @@ import os
 
 # Eight devices, so that a wrong PartitionSpec fails here and not on a pod. Programs for one device are not affected.
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 " + os.environ.get("XLA_FLAGS", "")
-os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Transformers and tokenizers: nothing from the network, and no warning about threads in forked workers.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -6,6 +6,10 @@ import jax.numpy as jnp
 PADDING = 2**31 - 1  # int32 max: a segment id of tokens that are not there
 
 
+def unsupported(*arrays: jax.Array | None) -> None:
+    """Why this implementation cannot run for these arguments: never, it always can."""
+
+
 def visible(T: int, S: int, segment_ids: jax.Array | None, q_start: jax.Array | None) -> jax.Array:
     """[B or 1, T, S] bool: which key each query sees."""
     i = jnp.arange(T)[None, :, None] + (0 if q_start is None else q_start[:, None, None])
@@ -16,7 +20,7 @@ def visible(T: int, S: int, segment_ids: jax.Array | None, q_start: jax.Array | 
     return seen
 
 
-def forward(
+def attention(
     q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None, q_start: jax.Array | None
 ) -> jax.Array:
     """Shapes as in `api.softmax_attention`; o [B, T, Hq, D] in q's dtype. Differentiable by JAX itself."""
