@@ -13,7 +13,8 @@ from m1jax.errors import UserError
 # Words of the command -> (module:function, what it does). The function takes one dataclass: its fields are the options.
 COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("m1jax.demo:main", "train a small M1 on this machine in minutes: SFT, then CISPO"),
-    "train sft": ("m1jax.train.sft:main", "fine-tune a model on prompts and answers"),
+    "train pretrain": ("m1jax.train.pretrain:main", "pre-train a model further on documents"),
+    "train sft": ("m1jax.train.sft:main", "fine-tune a model on conversations, or prompts and answers"),
     "train rl": ("m1jax.rl.trainer:main", "train a model with CISPO on problems whose answers can be verified"),
     "generate": ("m1jax.commands.generate:main", "let a model answer prompts"),
     "launch": ("m1jax.launch:main", "start a command in several processes on this machine and watch them"),

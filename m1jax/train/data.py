@@ -20,6 +20,7 @@ from m1jax.errors import UserError
 from m1jax.train import packing
 
 T = TypeVar("T")
+ENDLESS = 2**48  # values of a mixture: grain divides lengths as floats, which sys.maxsize does not survive
 PAIR = '{"prompt": "...", "answer": "..."}'
 
 
@@ -137,31 +138,38 @@ class Documents(JsonLines[packing.Example]):
         super().__init__(path, convert, '{"text": "..."}')
 
 
-def mixture(files: Sequence[str], source: Callable[[str], JsonLines[T]], *, seed: int) -> grain.MapDataset:
-    """An endless shuffled mixture; each file is gone through again and again, every time in another order.
-
-    Args:
-        files: "PATH" or "PATH=WEIGHT"; weights say how many values are taken from each file, and are 1 where not given.
-        source: opens a file.
-        seed: of the orders.
+def weighted(files: Sequence[str]) -> list[tuple[str, float]]:
+    """(path, weight) of every "PATH" or "PATH=WEIGHT"; 1 where none is given.
 
     Raises:
-        UserError: no file, a weight that is no positive number, or what `source` raises.
+        UserError: no file, or a weight that is no positive number.
     """
     if not files:
-        raise UserError("give at least one file of data")
-    datasets, weights = [], []
-    for number, file in enumerate(files):
+        raise UserError("data: give at least one file")
+    found = []
+    for file in files:
         path, _, weight = file.partition("=")
         try:
-            weights.append(float(weight or 1))
+            found.append((path, float(weight or 1)))
         except ValueError:
-            weights.append(0.0)
-        if not 0 < weights[-1] < float("inf"):
+            found.append((path, 0.0))
+        if not 0 < found[-1][1] < float("inf"):
             raise UserError(f"data: {file!r}: {weight!r} is no weight; write FILE or FILE=2.5")
-        order = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
-        datasets.append(grain.MapDataset.source(source(path)).shuffle(seed=order).repeat())
-    return datasets[0] if len(datasets) == 1 else grain.MapDataset.mix(datasets, weights)
+    return found
+
+
+def mixture(sources: Sequence[tuple[JsonLines[Any], float]], *, seed: tuple[int, ...]) -> grain.MapDataset:
+    """An endless shuffled mixture; each source is gone through again and again, every time in another order.
+
+    Args:
+        sources: with weights, which say how many values are taken from each.
+        seed: of the orders.
+    """
+    datasets = []
+    for number, (source, _) in enumerate(sources):
+        order = int(np.random.SeedSequence([*seed, number]).generate_state(1)[0])
+        datasets.append(grain.MapDataset.source(source).shuffle(seed=order).repeat())
+    return datasets[0] if len(datasets) == 1 else grain.MapDataset.mix(datasets, [weight for _, weight in sources])
 
 
 def _text(name: str, value: Any) -> str:

@@ -11,12 +11,14 @@ from m1jax.errors import UserError, require_positive
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW with a warm-up and a linear decay of the learning rate."""
+    """AdamW with a warm-up of the learning rate, a constant part and a linear decay."""
 
     learning_rate: float
     """peak learning rate"""
     warmup_steps: int = 0
     """updates until the peak is reached"""
+    constant_fraction: float = 0.0
+    """share of the updates after the warm-up that stay at the peak before the decay begins"""
     final_fraction: float = 1.0
     """learning rate of the last update, as a fraction of the peak (1: no decay)"""
     weight_decay: float = 0.0
@@ -29,14 +31,20 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         require_positive(self, "learning_rate", "clip_norm", "eps")
-        require_positive(self, "warmup_steps", "final_fraction", "weight_decay", "beta1", "beta2", zero=True)
+        require_positive(
+            self, "warmup_steps", "constant_fraction", "final_fraction", "weight_decay", "beta1", "beta2", zero=True
+        )
+        if self.constant_fraction > 1:
+            raise UserError(f"constant_fraction = {self.constant_fraction} is a share of the updates, at most one")
         if max(self.beta1, self.beta2) >= 1:
             raise UserError(f"beta1 = {self.beta1} and beta2 = {self.beta2} must be less than one")
 
     def schedule(self, total_steps: int) -> optax.Schedule:
         """Learning rate over update number 0 .. total_steps - 1."""
-        decay_steps = max(total_steps - self.warmup_steps, 1)
-        decay = optax.linear_schedule(self.learning_rate, self.learning_rate * self.final_fraction, decay_steps)
+        steps = max(total_steps - self.warmup_steps, 1)
+        constant = round(self.constant_fraction * steps)
+        final = self.learning_rate * self.final_fraction
+        decay = optax.linear_schedule(self.learning_rate, final, max(steps - constant, 1), constant)
         if self.warmup_steps == 0:
             return decay
         warmup = optax.linear_schedule(self.learning_rate / self.warmup_steps, self.learning_rate, self.warmup_steps)

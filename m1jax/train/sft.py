@@ -14,7 +14,7 @@ from m1jax.convert.pretrained import save_pretrained
 from m1jax.errors import UserError, require_positive
 from m1jax.model import MiniMaxM1
 from m1jax.train import packing, placement
-from m1jax.train.data import Conversations, mixture
+from m1jax.train.data import ENDLESS, Conversations, mixture, weighted
 from m1jax.train.loop import LoopRecipe, fit, supervised_loss
 from m1jax.train.optimizer import OptimizerConfig
 from m1jax.train.run import Run
@@ -22,7 +22,6 @@ from m1jax.train.run import Run
 __all__ = ["Config", "Pair", "SFTRecipe", "main", "sft", "supervised_loss"]
 
 Pair = tuple[list[int], list[int]]
-ENDLESS = 2**48  # examples; grain divides lengths as floats, which sys.maxsize does not survive
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -132,11 +131,9 @@ def main(config: Config) -> None:
     recipe = config.recipe
     with placement.use_mesh(config.mesh):
         tokenizer = Tokenizer.from_dir(config.model)
-        examples = mixture(
-            config.data,
-            lambda path: Conversations(path, tokenizer, recipe.row_length),
-            seed=config.seed,
-        )
+        files = weighted(config.data)
+        sources = [(Conversations(path, tokenizer, recipe.row_length), weight) for path, weight in files]
+        examples = mixture(sources, seed=(config.seed,))
         model = placement.load_model(config.model, [(recipe.rows, recipe.row_length)])
         settings = {"command": "train sft", "model_config": model.config, "model": config.model, "data": config.data}
         run = Run(config.runs / config.name, {**settings, "seed": config.seed, "recipe": recipe})

@@ -1,4 +1,4 @@
-"""`m1jax train sft` and `m1jax train rl` on meshes and in several processes give the result of one device."""
+"""`m1jax train pretrain`, `sft` and `rl` on meshes and in several processes give the result of one device."""
 
 import functools
 import json
@@ -35,8 +35,14 @@ CONFIG = ModelConfig(
 OPTIMIZER = ["--learning-rate", "1e-3", "--eps", "1e-8"]
 SFT = ["--steps", "6", "--batch", "8", "--row-length", "64", "--rows", "8", "--log-every", "1"]
 SFT += ["--checkpoint-every", "1", "--warmup-steps", "2", *OPTIMIZER]
+PRETRAIN = ["--context", "32:3,64", "--steps", "6", "--batch-tokens", "1024", "--micro-batch-tokens", "512"]
+PRETRAIN += ["--log-every", "1", "--checkpoint-every", "1", "--warmup-steps", "2", *OPTIMIZER]
 RL = ["--iterations", "2", "--prompts", "8", "--samples", "4", "--updates", "2", "--rounds", "1", "--rows", "8"]
 RL += ["--max-prompt-tokens", "24", "--max-new-tokens", "8", "--row-length", "32", "--evaluate-rounds", "1", *OPTIMIZER]
+
+
+def slow(kind):
+    return pytest.param(kind, marks=pytest.mark.slow)
 
 
 @pytest.fixture(scope="module")
@@ -49,12 +55,28 @@ def files(tmp_path_factory):
     problems = [task.problem("train", 0, i) for i in range(16)]
     pairs = [{"prompt": p.prompt, "answer": p.demonstration(bool(rng.integers(2)))} for p in problems]
     (home / "data.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    documents = [{"text": " ".join(pair["answer"] for pair in pairs[i:])} for i in range(16)]
+    (home / "web.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
     return home
 
 
 def command(files, kind, runs, name, *options):
-    data = ["--data", str(files / "data.jsonl"), *SFT] if kind == "sft" else ["--task", "sums", *RL]
-    return ["train", kind, str(files / "model"), *data, "--runs", str(runs), "--name", name, *map(str, options)]
+    recipes = {
+        "pretrain": ["--data", f"{files}/web.jsonl", *PRETRAIN],
+        "sft": ["--data", f"{files}/data.jsonl", *SFT],
+        "rl": ["--task", "sums", *RL],
+    }
+    return [
+        "train",
+        kind,
+        str(files / "model"),
+        *recipes[kind],
+        "--runs",
+        str(runs),
+        "--name",
+        name,
+        *map(str, options),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +94,7 @@ def one_device(files, tmp_path_factory):
 def launch(processes, devices, arguments, *options):
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("M1JAX_", "JAX_COORDINATOR"))}
     line = [sys.executable, "-u", "-m", "m1jax.cli", "launch", "--processes", str(processes), "--devices", str(devices)]
+    line += ["--heartbeat", "200"]  # a crowded machine may let a process wait for long
     return subprocess.Popen(
         [*line, *options, "--", *arguments],
         env=clean | {"PYTHONPATH": str(ROOT)},
@@ -103,13 +126,13 @@ def check_equal(run, want):
     assert len(list((run / "tensorboard").iterdir())) == 1  # one process wrote
 
 
-@pytest.mark.parametrize("kind", [pytest.param("sft", marks=pytest.mark.slow), "rl"])
+@pytest.mark.parametrize("kind", [slow("pretrain"), slow("sft"), "rl"])
 def test_eight_devices(files, one_device, tmp_path, kind):
     cli.main(command(files, kind, tmp_path, kind, "--mesh", "fsdp=2,expert=2,tensor=2"))
     check_equal(tmp_path / kind, one_device(kind))
 
 
-@pytest.mark.parametrize("kind", ["sft", pytest.param("rl", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", [slow("pretrain"), "sft", slow("rl")])
 def test_two_processes(files, one_device, tmp_path, kind):
     output = launched(2, 2, command(files, kind, tmp_path, kind, "--mesh", "fsdp=2,tensor=2"))
     check_equal(tmp_path / kind, one_device(kind))
@@ -117,7 +140,7 @@ def test_two_processes(files, one_device, tmp_path, kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["sft", "rl"])
+@pytest.mark.parametrize("kind", ["pretrain", "sft", "rl"])
 @pytest.mark.parametrize("mesh", ["data=2,fsdp=2", "expert=2,tensor=2", "sequence=2,fsdp=2"])
 def test_four_processes(files, one_device, tmp_path, kind, mesh):
     launched(4, 1, command(files, kind, tmp_path, kind, "--mesh", mesh))
@@ -125,7 +148,7 @@ def test_four_processes(files, one_device, tmp_path, kind, mesh):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["sft", "rl"])
+@pytest.mark.parametrize("kind", ["pretrain", "sft", "rl"])
 def test_sigterm_and_a_restart_elsewhere(files, one_device, tmp_path, kind):
     """SIGTERM to a job of two processes: status 143, and one process on another mesh goes on to the same end."""
     process = launch(2, 2, command(files, kind, tmp_path, kind, "--mesh", "fsdp=4"))

@@ -1,7 +1,19 @@
+import json
+from pathlib import Path
+
 import pytest
 
+from m1jax.chat import Tokenizer
 from m1jax.errors import UserError
-from m1jax.train.data import read_prompt_answers
+from m1jax.train.data import (
+    Conversations,
+    Documents,
+    JsonLines,
+    mixture,
+    prompt_answer,
+    read_prompt_answers,
+    weighted,
+)
 
 
 def test_reads_texts_and_numbers(tmp_path):
@@ -34,3 +46,51 @@ def test_missing_and_empty_files(tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(UserError, match="no lines"):
         read_prompt_answers(tmp_path / "empty.jsonl")
+
+
+def test_only_what_the_assistant_writes_is_learned(tmp_path):
+    file, tokenizer = tmp_path / "chat.jsonl", Tokenizer.tiny()
+    messages = [{"role": "user", "content": "two?"}, {"role": "assistant", "content": "2"}] * 2
+    file.write_text(json.dumps({"messages": messages}) + '\n{"prompt": "a", "answer": "bc"}\n')
+    chat, pair = Conversations(file, tokenizer, 500)
+    learned = chat["targets"][chat["weight"] > 0]
+    assert tokenizer.decode(learned) == "2<end_of_sentence>2<end_of_sentence>"
+    assert tokenizer.decode(pair["targets"][pair["weight"] > 0]) == "bc<end_of_sentence>"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"messages": [{"role": "user", "content": "a"}]}', "line 2: nothing to learn"),
+        ('{"messages": [{"role": "robot", "content": "a"}]}', r"line 2: messages\[0\]: expected an object whose role"),
+        ('{"prompt": "a", "answer": "bcdefghi"}', "line 2: 10 tokens; row_length is 8"),
+        ('{"text": "a"}', "line 2: no 'prompt' and no 'answer'"),
+    ],
+)
+def test_a_conversation_that_cannot_be_learned_is_named(tmp_path, line, message):
+    file = tmp_path / "chat.jsonl"
+    file.write_text('{"prompt": "a", "answer": "b"}\n' + line + "\n")
+    with pytest.raises(UserError, match="chat.jsonl, " + message):
+        Conversations(file, Tokenizer.tiny(), 8)
+
+
+def test_a_document_is_named_too(tmp_path):
+    (tmp_path / "web.jsonl").write_text('{"text": "hi"}\n{"txt": "hi"}\n')
+    with pytest.raises(UserError, match=r"web\.jsonl, line 2: 'text' is None"):
+        Documents(tmp_path / "web.jsonl", Tokenizer.tiny())
+
+
+def test_a_mixture_keeps_its_weights(tmp_path):
+    sources = []
+    for name, weight in weighted([f"{tmp_path}/a.jsonl=3", f"{tmp_path}/b.jsonl"]):
+        Path(name).write_text("".join(f'{{"prompt": "{name[-7]}", "answer": "{i}"}}\n' for i in range(6)))
+        sources.append((JsonLines(name, prompt_answer, "pairs"), weight))
+    mixed = mixture(sources, seed=(0,))
+    first: list = [mixed[i] for i in range(16)]
+    assert [sum(prompt == p for prompt, _ in first) for p in "ab"] == [12, 4]
+    assert sorted(answer for prompt, answer in first if prompt == "a") == sorted("012345" * 2)  # each as often
+    assert [mixture(sources, seed=(0,))[i] for i in range(16)] == first
+    assert [mixture(sources, seed=(1,))[i] for i in range(16)] != first
+    for wrong in ("a.jsonl=0", "a.jsonl=x", "a.jsonl=-1", "a.jsonl=nan"):
+        with pytest.raises(UserError, match="is no weight"):
+            weighted([wrong])
