@@ -259,7 +259,10 @@ PRESETS: dict[str, ModelConfig] = {
         num_heads=4,
         num_kv_heads=2,
         head_dim=16,
-        rotary_dim=8,
+        # Every dimension turns, and fast enough to tell neighbours apart within the demo's short texts; Transformers'
+        # `minimax`, which knows no partial rotation, then computes the same.
+        rotary_dim=16,
+        rope_theta=100.0,
         num_experts=4,
         max_position_embeddings=4096,
         initializer_range=0.05,

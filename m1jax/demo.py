@@ -25,11 +25,11 @@ from m1jax.train.sft import Pair, SFTRecipe, sft
 
 PRESET = "m1-demo"
 TASK = "sums+board"
-THINKING_SHARE = 0.35
+THINKING_SHARE = 0.2
 """of the demonstrations think step by step"""
 SFT = SFTRecipe(
-    optimizer=OptimizerConfig(learning_rate=6e-3, warmup_steps=30, final_fraction=0.1),
-    steps=1300,
+    optimizer=OptimizerConfig(learning_rate=5e-3, warmup_steps=200, final_fraction=0.1),
+    steps=1600,
     batch=64,
     row_length=96,
     rows=16,
@@ -37,17 +37,17 @@ SFT = SFTRecipe(
     log_every=25,
 )
 RL = RLRecipe(
-    optimizer=OptimizerConfig(learning_rate=2e-4, final_fraction=0.1),
-    iterations=30,
+    optimizer=OptimizerConfig(learning_rate=4e-4, warmup_steps=16, final_fraction=0.1),
+    iterations=12,
     prompts=64,
     samples=8,
     updates=16,
     rounds=2,
-    max_prompt_tokens=12,
-    max_new_tokens=20,
+    max_prompt_tokens=14,
+    max_new_tokens=16,
     row_length=96,
     rows=16,
-    evaluate_every=5,
+    evaluate_every=3,
     evaluate_rounds=4,
     checkpoint_every=120,
 )
@@ -109,4 +109,4 @@ def main(config: Config) -> None:
     )
     console.print(f"training took {trained / 60:.1f} minutes ({here / 60:.1f} of them now)")
     console.print(f"see {run.directory}/curves.png, samples_before.md and samples_after.md, and let the model answer:")
-    console.print(f'  m1jax generate {run.directory}/export --prompt "+5x3:37=" --temperature 0')
+    console.print(f'  m1jax generate {run.directory}/export --prompt "+3815962470=" --temperature 0')

@@ -29,20 +29,23 @@ def test_held_out_problems_are_never_trained_on(name):
 
 def test_sums_add_up():
     problem = get_task("sums").problem("train", 0, 0)
-    step, times, start = int(problem.prompt[1]), int(problem.prompt[3]), int(problem.prompt[5:7])
-    assert int(problem.answer) == (start + step * times) % 100
-    assert problem.thinking is not None
-    assert [int(problem.thinking[3 * i + 1 : 3 * i + 3]) for i in range(times)] == [
-        (start + step * (i + 1)) % 100 for i in range(times)
-    ]
+    digits = [int(digit) for digit in problem.prompt[1:-1]]
+    assert problem.prompt == f"+{''.join(map(str, digits))}="
+    assert problem.thinking == "".join(str(sum(digits[: i + 1]) % 10) for i in range(len(digits)))
+    assert problem.answer == str(sum(digits) % 10)
 
 
-def test_pieces_stay_on_the_board():
+def test_pieces_move_as_instructed():
     for index in range(50):
         problem = get_task("board").problem("train", 0, index)
-        right, up, times, square = int(problem.prompt[:2]), int(problem.prompt[2:4]), *problem.prompt[5:].split(":")
-        file, rank = "abcdefgh".index(square[0]) + right * int(times), int(square[1]) - 1 + up * int(times)
-        assert problem.answer == f"{'abcdefgh'[file % 8]}{rank % 8 + 1}"
+        moves, square = problem.prompt[:-1].split(":")
+        file, rank = "abcdefgh".index(square[0]), int(square[1]) - 1
+        squares = ""
+        for across, along in zip(moves[::2], moves[1::2]):
+            file = {"<": (file - 1) % 8, ">": (file + 1) % 8, "|": 7 - file}[across]
+            rank = {"v": (rank - 1) % 8, "^": (rank + 1) % 8, "-": 7 - rank}[along]
+            squares += f"{'abcdefgh'[file]}{rank + 1}"
+        assert (problem.thinking, problem.answer) == (squares, squares[-2:])
 
 
 def test_a_mixture_takes_turns():

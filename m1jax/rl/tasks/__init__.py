@@ -4,10 +4,10 @@ reasoning-gym."""
 from m1jax.rl.tasks.base import Mixture, Problem, Split, Task, split_response
 from m1jax.rl.tasks.board import BoardMoves
 from m1jax.rl.tasks.reasoning_gym import ReasoningGym
-from m1jax.rl.tasks.sums import RepeatedSums
+from m1jax.rl.tasks.sums import DigitSums
 from m1jax.rl.tasks.user import UserProblems
 
-BUILT_IN = {"sums": RepeatedSums, "board": BoardMoves}
+BUILT_IN = {"sums": DigitSums, "board": BoardMoves}
 
 
 def get_task(name: str) -> Task:
@@ -23,10 +23,10 @@ def get_task(name: str) -> Task:
 __all__ = [
     "BUILT_IN",
     "BoardMoves",
+    "DigitSums",
     "Mixture",
     "Problem",
     "ReasoningGym",
-    "RepeatedSums",
     "Split",
     "Task",
     "UserProblems",
