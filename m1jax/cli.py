@@ -17,6 +17,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train sft": ("m1jax.train.sft:main", "fine-tune a model on conversations, or prompts and answers"),
     "train rl": ("m1jax.rl.trainer:main", "train a model with CISPO on problems whose answers can be verified"),
     "generate": ("m1jax.commands.generate:main", "let a model answer prompts"),
+    "plan": ("m1jax.commands.plan:main", "does a model fit on hardware you do not have, how fast, at what price"),
     "launch": ("m1jax.launch:main", "start a command in several processes on this machine and watch them"),
     "convert": ("m1jax.convert.main:main", "convert between official files, Transformers' files and checkpoints"),
     "checkpoint ls": ("m1jax.convert.inspect:ls", "list the checkpoints of a run"),

@@ -139,6 +139,13 @@ def check_shardable(
             raise UserError(f"mesh: {axis} = {sizes[axis]} cannot shard this model: {problem}{hint}")
 
 
+def is_shardable(
+    config: ModelConfig, sizes: dict[str, int], *, batch: int | None = None, time: int | None = None
+) -> bool:
+    """Whether ``check_shardable`` would accept them; quick, because it looks for no sizes nearby."""
+    return all(_problem(config, sizes, axis, batch, time) is None for axis in AXES if sizes[axis] > 1)
+
+
 def _problem(config: ModelConfig, sizes: dict[str, int], axis: str, batch: int | None, time: int | None) -> str | None:
     """The first thing that keeps ``axis`` from being cut at its size, the other axes as they are."""
     for axes, name, value in _cuts(config, batch, time):

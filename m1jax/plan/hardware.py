@@ -1,0 +1,93 @@
+"""Chips: memory, speed, links and price of one, and how many a name like v5p-1024 or h200x64 means."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+from m1jax.errors import UserError
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chip:
+    """One device. Memory and speeds are the makers' (docs.cloud.google.com/tpu, NVIDIA's data sheets)."""
+
+    memory: float
+    """bytes of HBM that a program may use"""
+    flops: float
+    """peak bfloat16 FLOP/s, dense"""
+    bandwidth: float
+    """HBM, bytes/s"""
+    link: float
+    """to the neighbours, bytes/s in one direction"""
+    network: float | None = None
+    """to devices of other hosts, bytes/s in one direction; None: the links reach everywhere (TPU)"""
+    host: int
+    """devices of one host (GPU: reached by `link`)"""
+    price: float
+    """US dollars per device and hour"""
+    price_source: str
+    cores: int = 1
+    """what the maker's names count instead of devices: v5p-8 is four chips"""
+    topologies: dict[int, str] = dataclasses.field(default_factory=dict)
+    """devices -> slice as libtpu names it"""
+
+
+_FLAT = {4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
+_CUBES = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8"}
+_CUBES |= {1024: "8x8x16", 2048: "8x16x16", 4096: "16x16x16"}
+_CLOUD = "Google Cloud, on demand, US, list of 2025"
+_RENTED = "RunPod, as listed by deploybase.ai, September 2025"
+_REPORT = "the M1 report: 512 GPUs, three weeks, $534,700"
+
+# What XLA for TPU itself calls available when it refuses a program; on GPUs 90 % of the card, as users set it.
+CHIPS: dict[str, Chip] = {
+    "v5e": Chip(memory=15.75 * GIB, flops=197e12, bandwidth=819e9, link=200e9, host=8, price=1.20,
+                price_source=_CLOUD, topologies=_FLAT),
+    "v5p": Chip(memory=95.74 * GIB, flops=459e12, bandwidth=2765e9, link=600e9, host=4, price=4.20,
+                price_source=_CLOUD, cores=2, topologies=_CUBES),
+    "v6e": Chip(memory=31.25 * GIB, flops=918e12, bandwidth=1638e9, link=400e9, host=8, price=2.70,
+                price_source=_CLOUD, topologies=_FLAT),
+    "h100": Chip(memory=0.9 * 80e9, flops=989e12, bandwidth=3350e9, link=450e9, network=50e9, host=8, price=2.69,
+                 price_source=_RENTED),
+    "h800": Chip(memory=0.9 * 80e9, flops=989e12, bandwidth=3350e9, link=200e9, network=50e9, host=8, price=2.07,
+                 price_source=_REPORT),
+    "h200": Chip(memory=0.9 * 141e9, flops=989e12, bandwidth=4800e9, link=450e9, network=50e9, host=8, price=3.59,
+                 price_source=_RENTED),
+    "b200": Chip(memory=0.9 * 180e9, flops=2250e12, bandwidth=7700e9, link=900e9, network=50e9, host=8, price=5.98,
+                 price_source=_RENTED),
+}  # fmt: skip
+
+
+def parse_hardware(name: str) -> tuple[str, Chip, int]:
+    """(kind, chip, devices) of "h200x64" (64 devices of any kind) or a cloud's "v6e-256", "v5p-1024" (512 chips).
+
+    Raises:
+        UserError: no such name, kind or count.
+    """
+    match = re.fullmatch(r"([a-z]+\d*[a-z]*?\d*[a-z]?)([-x])(\d+)", name.lower())
+    known = f"known: {', '.join(CHIPS)}, with a number of devices as in h200x64, v6e-256 or v5p-1024 (512 chips)"
+    if match is None or match[1] not in CHIPS:
+        raise UserError(f"hardware {name!r} is unknown; {known}")
+    kind, chip = match[1], CHIPS[match[1]]
+    if match[2] == "-" and not chip.topologies:
+        raise UserError(f"hardware {name!r}: write {kind}x{match[3]}, the number of devices")
+    count, rest = divmod(int(match[3]), chip.cores if match[2] == "-" else 1)
+    if rest or count < 1:
+        raise UserError(f"hardware {name!r}: {match[3]} is no number of {kind}'s cores, {chip.cores} to a chip")
+    return kind, chip, count
+
+
+def parse_tokens(text: str) -> int:
+    """Tokens from "32768", "128k" (x 1,024) or "1m" (x 1,048,576).
+
+    Raises:
+        UserError: it is none of these.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([km]?)", text.lower().replace(",", "").replace("_", ""))
+    count = float(match[1]) * {"": 1, "k": 2**10, "m": 2**20}[match[2]] if match else 0
+    if count < 1 or count != int(count):
+        raise UserError(f"context {text!r} should be a number of tokens such as 32768, 128k or 1m")
+    return int(count)

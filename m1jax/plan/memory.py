@@ -1,0 +1,131 @@
+"""Bytes per device, by kind, of one step: from the sharding table and from what XLA keeps at the moment of its peak.
+
+Exact are parameters, optimizer and caches. The rest are the arrays that the compiled programs for TPUs hold when they
+need most, read off their schedules (`experiments/plan_memory` compares with the compiler). bf16 compute throughout.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from m1jax.config import LIGHTNING, ModelConfig
+from m1jax.model import MiniMaxM1
+from m1jax.model.head import CHUNK_ELEMENTS
+from m1jax.model.parallel import MOE_TOKENS
+from m1jax.plan.setup import Setup
+from m1jax.sharding import CUT, parameter_specs
+
+Bytes = dict[str, float]
+ATTENTION_ARRAYS = 8  # [rows, time, hidden] alive in the backward pass of one attention layer
+
+
+def memory(setup: Setup) -> Bytes:
+    """Kind -> bytes on each device when the step needs most."""
+    return _generation(setup) if setup.task == "generate" else _training(setup)
+
+
+def elements(setup: Setup) -> tuple[float, float]:
+    """Parameters on one device: (of the layers, of embedding, head and last norm)."""
+    layers = other = 0.0
+    for in_layer, size, axes in _leaves(setup.model):
+        share = size / math.prod(setup.mesh[axis] for axis in axes)
+        layers, other = (layers + share, other) if in_layer else (layers, other + share)
+    return layers, other
+
+
+def expert_bytes(setup: Setup) -> float:
+    """w1, w3 and w2 of one layer in bfloat16 on one device, gathered over fsdp for use."""
+    m, mesh = setup.model, setup.mesh
+    return 2 * 3 * m.num_experts / mesh["expert"] * m.intermediate_size / mesh["tensor"] * m.hidden_size
+
+
+def attention_bytes(setup: Setup) -> float:
+    """The projections of the mean layer in bfloat16 on one device, gathered over fsdp and expert for use."""
+    m = setup.model
+    inner, kv = m.num_heads * m.head_dim, m.num_kv_heads * m.head_dim
+    lightning = m.layer_types.count(LIGHTNING)
+    size = lightning * 5 * inner + (m.num_layers - lightning) * 2 * (inner + kv)
+    return 2 * m.hidden_size * size / m.num_layers / setup.mesh["tensor"]
+
+
+def gathered_tokens(setup: Setup) -> int:
+    """Tokens a device would see in the experts if it took them all at once."""
+    return setup.rows_per_device * setup.residual_time * setup.expert_group
+
+
+def head_bytes(setup: Setup) -> float:
+    """The head in float32 on one device, gathered over fsdp and expert."""
+    return 4 * setup.model.vocab_size / setup.mesh["tensor"] * setup.model.hidden_size
+
+
+def _training(setup: Setup) -> Bytes:
+    m = setup.model
+    layers, other = elements(setup)
+    count = layers + other
+    tokens = setup.rows_per_device * setup.time_per_device
+    hidden = 2 * m.hidden_size  # bytes of one token between layers
+    routed = m.experts_per_token * min(MOE_TOKENS, gathered_tokens(setup))
+    inner = m.intermediate_size / setup.mesh["tensor"]
+    saved = m.num_layers * setup.rows_per_device * setup.residual_time * hidden
+    if not setup.remat:
+        saved = m.num_layers * (
+            expert_bytes(setup) + attention_bytes(setup)  # gathered weights are kept as well
+            + tokens * (13 * hidden + 13 * m.num_heads * m.head_dim / setup.mesh["tensor"])
+        )  # fmt: skip
+        if gathered_tokens(setup) <= MOE_TOKENS:  # else its pieces are recomputed in any case
+            saved += m.num_layers * routed * (10 * m.hidden_size + 19 * inner)
+    layer = (
+        ATTENTION_ARRAYS * tokens * hidden
+        + routed * (14 * m.hidden_size + 10 * inner)  # float32: three of hidden, two of inner; bfloat16: one of each
+        + 4 / 3 * expert_bytes(setup)
+        + 4 * head_bytes(setup)
+        + 4 * count
+    )
+    chunk = 4 * min(CHUNK_ELEMENTS, tokens * m.vocab_size / setup.mesh["tensor"])
+    head = 5 * head_bytes(setup) + 2 * chunk
+    peak = max(layer, head)  # the gradients of this micro-batch are there in the layers' backward pass only
+    return {
+        "parameters": 4 * count,
+        "optimizer": 8 * count,
+        "gradients": 4 * count + (4 * count if peak == layer else 0),
+        "weights cast": 2 * layers,
+        "activations": saved,
+        "temporaries": peak - (4 * count if peak == layer else 0),
+    }
+
+
+def _generation(setup: Setup) -> Bytes:
+    m = setup.model
+    layers, other = elements(setup)
+    rows, tensor = setup.rows_per_device, setup.mesh["tensor"]
+    lightning = m.layer_types.count(LIGHTNING)
+    state = 4 * rows * m.num_heads / tensor * m.head_dim**2
+    keys = 2 * rows * setup.context * m.num_kv_heads / tensor * m.head_dim  # one layer's; its values are as large
+    states, kv = lightning * state, (m.num_layers - lightning) * 2 * keys
+    routed = m.experts_per_token * min(MOE_TOKENS, gathered_tokens(setup))
+    experts = routed * (8 * m.hidden_size + 4 * m.intermediate_size / tensor) + expert_bytes(setup)
+    head = head_bytes(setup) / 2 if math.prod(setup.mesh[axis] for axis in CUT) > 1 and setup.piece > 1 else 0.0
+    return {
+        "parameters": 2 * (layers + other) + 2 * m.num_layers * m.num_experts * m.hidden_size,  # float32 routers
+        "states": states,
+        "KV cache": kv,
+        "new cache": states + kv,  # the scan over layers writes another, which then takes the place of the old one
+        "temporaries": max(3 * keys * (lightning < m.num_layers), experts) + head,
+    }
+
+
+@functools.lru_cache(maxsize=8)
+def _leaves(config: ModelConfig) -> tuple[tuple[bool, int, tuple[str, ...]], ...]:
+    """(in a layer, number of elements, mesh axes it is cut over) of every parameter."""
+    params = nnx.split(nnx.eval_shape(lambda: MiniMaxM1(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)))[1]
+    specs = jax.tree.leaves(parameter_specs(params), is_leaf=lambda x: isinstance(x, jax.sharding.PartitionSpec))
+    found = []
+    for (path, leaf), spec in zip(jax.tree_util.tree_leaves_with_path(params), specs):
+        axes = [a for entry in spec if entry is not None for a in ((entry,) if isinstance(entry, str) else entry)]
+        found.append(("layers" in jax.tree_util.keystr(path), math.prod(leaf.shape), tuple(axes)))
+    return tuple(found)
