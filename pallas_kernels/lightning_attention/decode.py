@@ -17,7 +17,7 @@ def decode(q, k, v, log_decay, pool, slots):
     state = pool.at[slots].get(mode="fill", fill_value=0.0)
     update = k.astype(jnp.float32)[..., :, None] * v.astype(jnp.float32)[..., None, :]
     # lam - 1 keeps the digits that lam near 1 would lose, always to the same side, step after step.
-    state = state + jnp.expm1(log_decay)[:, None, None] * state + update
+    state = state + (jnp.expm1(log_decay)[:, None, None] * state + update)
     o = jnp.einsum("nhk,nhkv->nhv", q.astype(jnp.float32), state, precision=lax.Precision.HIGHEST)
     pool = pool.at[jnp.where(idle, pool.shape[0], slots)].set(state, mode="drop", unique_indices=True)
     return jnp.where(idle[:, None, None], 0.0, o).astype(q.dtype), pool

@@ -76,7 +76,7 @@ def decode(q, k, v, log_decay, pool, slots, *, interpret=False):
             def _(index):
                 stage = lax.rem(index, jnp.int32(stages))
                 sequence, head, columns, slot = locate(index)
-                lam = jnp.exp(decay_ref[head])
+                lam_minus_1 = decay_ref[head]
                 plgpu.barrier_wait(full.at[stage])
 
                 @pl.when(slot >= 0)
@@ -85,9 +85,9 @@ def decode(q, k, v, log_decay, pool, slots, *, interpret=False):
                     seen = ops.zeros((_ROWS, _WIDTH))
                     for start in range(0, size, _ROWS):
                         rows = pl.ds(start, _ROWS)
-                        state = lam * states[stage, rows] + down(keys.at[stage, rows]) * ops.along(
-                            value, (_ROWS, _WIDTH)
-                        )
+                        state = states[stage, rows]
+                        update = down(keys.at[stage, rows]) * ops.along(value, (_ROWS, _WIDTH))
+                        state = state + (lam_minus_1 * state + update)
                         states[stage, rows] = state
                         seen += down(queries.at[stage, rows]) * state
                     plgpu.commit_smem()
@@ -125,5 +125,5 @@ def decode(q, k, v, log_decay, pool, slots, *, interpret=False):
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
         interpret=hopper_scan.interpreter(interpret) or False,
         name="lightning_attention_decode",
-    )(q, k, v, log_decay, slots, pool_ref)
+    )(q, k, v, jnp.expm1(log_decay), slots, pool_ref)  # lam itself, near 1, would lose digits step after step.
     return o, jax.freeze(pool_ref)

@@ -43,7 +43,7 @@ def decode(q, k, v, log_decay, pool, slots, *, interpret: bool | pltpu.Interpret
         ),
         interpret=interpret,
         name="lightning_attention_decode",
-    )(row, own, log_decay, q, k, v, pool)
+    )(row, own, jnp.expm1(log_decay), q, k, v, pool)  # lam itself, near 1, would lose digits step after step.
     return o, pool
 
 
@@ -60,7 +60,7 @@ def _rows(slots):
     return jnp.maximum(slots[neighbour], 0), active.astype(jnp.int32)
 
 
-def _kernel(row, own, log_decay, q, k, v, old, o, new):
+def _kernel(row, own, lam_minus_1, q, k, v, old, o, new):
     head_block, n = pl.program_id(0), pl.program_id(1)
     heads = q.shape[1]
     same_row = (n > 0) & (row[jnp.maximum(n - 1, 0)] == row[n])
@@ -71,8 +71,8 @@ def _kernel(row, own, log_decay, q, k, v, old, o, new):
         columns = [x[0].astype(jnp.float32).T for x in (q, k)]
         values = v[0].astype(jnp.float32)
         for h in range(heads):
-            decay = jnp.exp(jnp.full((1, values.shape[1]), log_decay[head_block * heads + h]))
-            state = decay * old[0, h] + columns[1][:, h : h + 1] * values[h : h + 1]
+            state, update = old[0, h], columns[1][:, h : h + 1] * values[h : h + 1]
+            state = state + (lam_minus_1[head_block * heads + h] * state + update)
             new[0, h] = state
             o[0, h : h + 1] = jnp.sum(columns[0][:, h : h + 1] * state, axis=0, keepdims=True).astype(o.dtype)
 

@@ -327,3 +327,16 @@ class DecodeSuite:
         assert not np.asarray(o, np.float32)[slots < 0].any()
         untouched = np.setdiff1d(np.arange(sequences + 2), slots)
         np.testing.assert_array_equal(np.asarray(new_pool)[untouched], pool[untouched])
+
+    def test_decay_near_one(self):
+        """As in M1's late layers: what a rounded lam loses, it loses to the same side in each of thousands of steps."""
+        slopes = np.array([1e-3, 4.95e-5, 1e-5, 1e-6], np.float32)
+        pool = np.random.default_rng(0).uniform(0.5, 2, (1, len(slopes), 64, 64)).astype(np.float32)
+        nothing = jnp.zeros((1, len(slopes), 64))
+        op = functools.partial(lightning_attention_decode, implementation=self.implementation)
+        _, new = jax.jit(op, donate_argnums=4)(
+            nothing, nothing, nothing, -slopes, jnp.asarray(pool), np.zeros(1, np.int32)
+        )
+        lost = 1 - (np.asarray(new, np.float64) / pool).mean((0, 2, 3))
+        # The mean over 4,096 numbers, each rounded once to 2^-24 at most.
+        np.testing.assert_allclose(lost, -np.expm1(-slopes.astype(np.float64)), rtol=0, atol=3e-9)

@@ -40,7 +40,8 @@ class TestHopper(Suite):
             # q k, one number per head, is rounded to bfloat16 once: up to 2^-8, which no sum over tokens evens out.
             tolerance = (2**-16 + self.tolerances[dtype] ** 2) ** 0.5
             for name, result, truth in zip(NAMES, results, problem(case)[1], strict=True):
-                assert_close(name, result, truth, tolerance)
+                if case.initial or name != "d_initial_state":
+                    assert_close(name, result, truth, tolerance)
         else:
             super().check(case, dtype, results)
 

@@ -52,7 +52,13 @@ def check(record_property, chip, direction, length, heads, size=128, dtype="bflo
     print(f"{chip} {direction} T={length} H={heads} d={size} {dtype}: {memory.temp_size_in_bytes} B of temporaries")
     record_property("temporary_bytes", memory.temp_size_in_bytes)
     # Segment ids once more, their summaries, the states transposed for dq, and copies of what is tiny: never q's size.
-    assert memory.temp_size_in_bytes <= 2 * batch * (length * 4 + heads * size * max(size, 128) * 4) + (8 << 20)
+    allowed = 2 * batch * (length * 4 + heads * size * max(size, 128) * 4) + (1 << 20)
+    if width := -heads * size % 128:
+        # XLA fills lanes better with time than with these channels, so it stores the program's own arguments and
+        # results that way and copies them to and from rows of channels. Inside a model no program begins here.
+        tensors = {"forward": 4, "backward": 7}[direction]
+        allowed += tensors * batch * length * (heads * size + width) * jnp.dtype(dtype).itemsize
+    assert memory.temp_size_in_bytes <= allowed
 
 
 @chips
