@@ -23,7 +23,7 @@ LAYERS = [
 ]
 # Tokens and prompts stand apart: everybody may use them, they use nobody.
 CHAT = "chat"
-OPTIONAL = {"torch", "transformers", "tokamax", "fla", "reasoning_gym"}
+OPTIONAL = {"torch", "transformers", "fla", "reasoning_gym"}
 
 
 def imports(path):
@@ -80,9 +80,8 @@ def test_imports_point_one_way(path):
 @pytest.mark.parametrize("path", files("pallas_kernels"), ids=lambda path: str(path.relative_to(ROOT)))
 def test_kernels_stand_on_jax_alone(path):
     allowed = {"jax", "jaxlib", "numpy", "jaxtyping", "pallas_kernels", *sys.stdlib_module_names}
-    for line, module, top in imports(path):
-        name = module.split(".")[0]
-        assert name in allowed or (name == "tokamax" and not top), f"{path}:{line}: pallas_kernels imports {module}"
+    for line, module, _ in imports(path):
+        assert module.split(".")[0] in allowed, f"{path}:{line}: pallas_kernels imports {module}"
 
 
 def test_importing_is_light():
