@@ -87,10 +87,10 @@ def test_kernels_stand_on_jax_alone(path):
 def test_importing_is_light():
     """No device is touched, nothing optional comes along, and nothing is computed."""
     script = (
-        "import sys, m1jax, pallas_kernels, m1jax.chat\n"
+        "import sys, m1jax, pallas_kernels, m1jax.chat, m1jax.commands.plan\n"
         "from jax._src import xla_bridge\n"
         "assert not xla_bridge._backends, 'importing initialised a device'\n"
-        f"loaded = {sorted(OPTIONAL | {'matplotlib', 'tensorboardX', 'grain', 'math_verify'})!r}\n"
+        f"loaded = {sorted(OPTIONAL | {'matplotlib', 'tensorboardX', 'grain', 'math_verify', 'libtpu'})!r}\n"
         "print([name for name in loaded if name in sys.modules])\n"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)

@@ -209,7 +209,12 @@ def _print(plan: dict[str, Any]) -> None:
     if plan["compiled"]:
         table.add_row("the compiler says", f"{plan['compiled']['peak_bytes'] / GB:.2f}")
     console.print(table)
-    console.print("[green]It fits.[/]" if plan["fits"] else "[red]It does not fit.[/] What would:")
+    if not plan["fits"]:
+        console.print("[red]It does not fit.[/] What would:")
+    elif plan["total_bytes"] > 0.9 * plan["memory_bytes"]:
+        console.print("[yellow]It fits, but barely[/]: less than 10 % to spare, by which this computation may be off.")
+    else:
+        console.print("[green]It fits.[/]")
     for remedy in plan["remedies"]:
         console.print(f"  {remedy}")
     if not plan["fits"] and not plan["remedies"]:

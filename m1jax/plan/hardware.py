@@ -38,7 +38,7 @@ class Chip:
 _FLAT = {4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
 _CUBES = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8"}
 _CUBES |= {1024: "8x8x16", 2048: "8x16x16", 4096: "16x16x16"}
-_CLOUD = "Google Cloud, on demand, US, list of 2025"
+_CLOUD = "Google Cloud, on demand, US, as known in 2025"
 _RENTED = "RunPod, as listed by deploybase.ai, September 2025"
 _REPORT = "the M1 report: 512 GPUs, three weeks, $534,700"
 
@@ -67,7 +67,7 @@ def parse_hardware(name: str) -> tuple[str, Chip, int]:
     Raises:
         UserError: no such name, kind or count.
     """
-    match = re.fullmatch(r"([a-z]+\d*[a-z]*?\d*[a-z]?)([-x])(\d+)", name.lower())
+    match = re.fullmatch(r"([a-z0-9]+)([-x])(\d+)", name.lower())
     known = f"known: {', '.join(CHIPS)}, with a number of devices as in h200x64, v6e-256 or v5p-1024 (512 chips)"
     if match is None or match[1] not in CHIPS:
         raise UserError(f"hardware {name!r} is unknown; {known}")
