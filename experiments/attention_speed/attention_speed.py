@@ -78,7 +78,7 @@ def measure_attention(add, lengths):
         forms += [("blocked", sizes, ids) for sizes in BLOCKS]
         for name, sizes, segment_ids in forms:
             if sizes is not None:
-                blocked.Q_ROWS, blocked.K_BLOCK = sizes
+                blocked.GPU_Q_ROWS, blocked.GPU_K_BLOCK = sizes
                 jax.clear_caches()
             what = dict(implementation=name, blocks=sizes, segments=1 if segment_ids is None else 8, tokens=length)
             op = functools.partial(softmax_attention, segment_ids=segment_ids, implementation=name)
