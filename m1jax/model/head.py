@@ -7,13 +7,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from m1jax.model import parallel
+from m1jax.model.layers import apart, linear
 
 CHUNK_ELEMENTS = 2**26  # logits alive at once in log_probs: 256 MiB of float32, whatever time and vocabulary are
 
 
 def logits(hidden: Float[Array, "... hidden"], lm_head: Float[Array, "vocab hidden"]) -> Float[Array, "... vocab"]:
     """Float32 product: the report (section 3.2, figure 3) needs it for sampler and trainer to agree."""
-    return jnp.einsum("...d,vd->...v", hidden.astype(jnp.float32), lm_head.astype(jnp.float32), precision="highest")
+    return linear(hidden.astype(jnp.float32), lm_head.astype(jnp.float32), precision="highest")
 
 
 def log_probs(
@@ -51,10 +52,9 @@ def _log_probs(
         x = jnp.pad(x, [(0, 0), (0, padded - time)] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(batch, padded // chunk, chunk, *x.shape[2:]), 1, 0)
 
-    @jax.checkpoint
     def one(hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
         scores = logits(hidden, lm_head) / temperature
-        top = jax.lax.stop_gradient(jnp.max(scores, axis=-1))
+        top = apart(jax.lax.stop_gradient(jnp.max(scores, axis=-1)))
         if vocab_axis is not None:
             top = jax.lax.pmax(top, vocab_axis)
         weights = jnp.exp(scores - top[..., None])
@@ -67,6 +67,9 @@ def _log_probs(
         chosen = total(jnp.where(here, chosen, 0.0))
         return chosen - normaliser, normaliser - mean
 
+    if chunk == time:  # one chunk: its logits may stay
+        return one(hidden, targets)
+    one = jax.checkpoint(one)
     _, parts = jax.lax.scan(lambda _, xs: (None, one(*xs)), None, (chunks(hidden), chunks(targets)))
     log_prob, entropy = (jnp.moveaxis(part, 0, 1).reshape(batch, padded)[:, :time] for part in parts)
     return log_prob, entropy

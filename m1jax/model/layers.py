@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
+
+from m1jax.sharding import ambient_mesh
 
 
 def init_normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, dtype: jax.typing.DTypeLike) -> nnx.Param:
@@ -14,18 +18,59 @@ def init_normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, dtype: jax.t
     return nnx.Param(std * jax.random.normal(rngs.params(), shape, dtype))
 
 
-def linear(x: Float[Array, "... inputs"], weight: Float[Array, "outputs inputs"]) -> Float[Array, "... outputs"]:
+def linear(
+    x: Float[Array, "... inputs"], weight: Float[Array, "outputs inputs"], precision: str | None = None
+) -> Float[Array, "... outputs"]:
     """``x @ weight.T`` in x's dtype. Weights keep the checkpoint's orientation [out, in]."""
-    return jnp.einsum("...i,oi->...o", x, weight.astype(x.dtype))
+    weight = weight.astype(x.dtype)
+    return jnp.einsum("...i,oi->...o", by_token(x), weight, precision=precision).reshape(*x.shape[:-1], len(weight))
 
 
+def by_token(x: Float[Array, "... channels"]) -> Float[Array, "... channels"]:
+    """All tokens on one axis, for which XLA:CPU sums over tokens without transposing them first.
+
+    Under a mesh, x itself: batch and time may be cut over axes of their own.
+    """
+    return x.reshape(-1, x.shape[-1]) if ambient_mesh() is None else x
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def rms_norm(
     x: Float[Array, "... channels"], weight: Float[Array, " channels"], eps: float
 ) -> Float[Array, "... channels"]:
     """RMSNorm (Zhang & Sennrich 2019) as the authors round it: float32 inside, cast back, then times the weight."""
+    return _rms_norm_forward(x, weight, eps)[0]
+
+
+def _rms_norm_forward(x: jax.Array, weight: jax.Array, eps: float) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     x32 = x.astype(jnp.float32)
-    normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-    return normed.astype(x.dtype) * weight.astype(x.dtype)
+    inverse = apart(jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1) + eps))
+    return (x32 * inverse[..., None]).astype(x.dtype) * weight.astype(x.dtype), (x, weight, inverse)
+
+
+def _rms_norm_backward(eps: float, saved: tuple[jax.Array, ...], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Both sums are products with a vector at hand, which XLA:CPU computes far faster than the reductions."""
+    del eps
+    x, weight, inverse = saved
+    x32, dy32, weight32 = (a.astype(jnp.float32) for a in (x, dy, weight))
+    product = dy32 * x32
+    along = jnp.einsum("...c,c->...", product, weight32, precision="highest") * inverse**3 / x.shape[-1]
+    dx = dy32 * weight32 * inverse[..., None] - x32 * along[..., None]
+    per_token = by_token(inverse[..., None])[..., 0]
+    dweight = jnp.tensordot(per_token, by_token(product), per_token.ndim, precision="highest")
+    return dx.astype(x.dtype), dweight.astype(weight.dtype)
+
+
+rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
+
+
+def apart(x: jax.Array) -> jax.Array:
+    """x itself, but XLA:CPU's library of fused operations, which has no clamp, ends here.
+
+    Given a whole chain from a norm's sum of squares to the next product, it computes the chain again for every tile of
+    the product: the head on 8,192 tokens took 1.4 s instead of 0.2.
+    """
+    return jax.lax.clamp(-jnp.inf, x, jnp.inf)
 
 
 def rotary(
