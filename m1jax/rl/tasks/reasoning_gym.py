@@ -1,5 +1,6 @@
 """The families of reasoning-gym (extra `tasks`) as tasks: problems made from seeds and judged by their own scorers."""
 
+import difflib
 import importlib
 from typing import Any
 
@@ -24,8 +25,10 @@ class ReasoningGym:
             ) from error
         known = importlib.import_module("reasoning_gym.factory").DATASETS
         if family not in known:
+            near = difflib.get_close_matches(family, known, n=5, cutoff=0)
             raise UserError(
-                f"task {family!r} is neither built in nor a family of reasoning-gym; it has: {', '.join(sorted(known))}"
+                f"task {family!r} is neither built in nor one of the {len(known)} families of reasoning-gym; "
+                f"the nearest are {', '.join(near)}"
             )
         self.name = family
         self._scorer = self._dataset(0)
