@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -34,11 +35,15 @@ def by_token(x: Float[Array, "... channels"]) -> Float[Array, "... channels"]:
     return x.reshape(-1, x.shape[-1]) if ambient_mesh() is None else x
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def rms_norm(
     x: Float[Array, "... channels"], weight: Float[Array, " channels"], eps: float
 ) -> Float[Array, "... channels"]:
     """RMSNorm (Zhang & Sennrich 2019) as the authors round it: float32 inside, cast back, then times the weight."""
+    return cast(jax.Array, _rms_norm(x, weight, eps))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     return _rms_norm_forward(x, weight, eps)[0]
 
 
@@ -61,7 +66,7 @@ def _rms_norm_backward(eps: float, saved: tuple[jax.Array, ...], dy: jax.Array) 
     return dx.astype(x.dtype), dweight.astype(weight.dtype)
 
 
-rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
+_rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
 
 
 def apart(x: jax.Array) -> jax.Array:
