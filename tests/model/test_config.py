@@ -1,5 +1,6 @@
 """ModelConfig: presets, periods, and reading and writing the two published spellings."""
 
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -24,9 +25,10 @@ def test_presets_keep_every_part_and_survive_both_layouts(name):
     config = ModelConfig.preset(name)
     assert {LIGHTNING, SOFTMAX} == set(config.layer_types)
     assert config.num_kv_heads < config.num_heads
-    assert config.rotary_dim < config.head_dim
+    partial = name != "m1-demo"  # trained for minutes, on texts that need sharper positions
+    assert (config.rotary_dim < config.head_dim) == partial
     assert ModelConfig.from_hf(json.loads(json.dumps(config.to_hf("official")))) == config
-    with pytest.warns(UserWarning, match="rotates all"):
+    with pytest.warns(UserWarning, match="rotates all") if partial else contextlib.nullcontext():
         assert ModelConfig.from_hf(json.loads(json.dumps(config.to_hf("transformers")))) == config
 
 
