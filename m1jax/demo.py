@@ -29,7 +29,7 @@ THINKING_SHARE = 0.2
 """of the demonstrations think step by step"""
 SFT = SFTRecipe(
     optimizer=OptimizerConfig(learning_rate=5e-3, warmup_steps=200, final_fraction=0.1),
-    steps=1600,
+    steps=2600,
     batch=64,
     row_length=96,
     rows=16,
