@@ -92,7 +92,7 @@ def measure_attention(add, lengths):
 
 
 def measure_experts(add, tokens, hidden, inner, experts, chosen=2):
-    """The largest difference to the oracle at a small size, then times at the size given."""
+    """Errors against the oracle at a small size, then times at the size given."""
     rng = np.random.default_rng(0)
 
     def inputs(tokens, hidden, inner, experts):
@@ -100,29 +100,41 @@ def measure_experts(add, tokens, hidden, inner, experts, chosen=2):
         w1, w3 = (normal(i, experts, inner, hidden, scale=hidden**-0.5) for i in (1, 2))
         w2 = normal(3, experts, hidden, inner, scale=inner**-0.5)
         routes = np.stack([rng.permutation(experts)[:chosen] for _ in range(tokens)])
-        return x, w1, w3, w2, jnp.asarray(routes, jnp.int32), jnp.full((tokens, chosen), 1 / chosen, jnp.bfloat16)
+        weights = normal(5, tokens, chosen, scale=0.1) + 0.5
+        return (x, w1, w3, w2, weights), jnp.asarray(routes, jnp.int32)
 
-    small = inputs(512, 256, 384, 8)
-    results = [expert_mlp(*small, implementation=name) for name in ("ragged", "reference")]
-    add(what="experts error", implementation="ragged", o=relative_rms(*results))
-    x, w1, w3, w2, routes, weights = inputs(tokens, hidden, inner, experts)
+    def op(name, routes):
+        def function(x, w1, w3, w2, weights):
+            return expert_mlp(x, w1, w3, w2, routes, weights, implementation=name)
+
+        return function
+
+    arrays, routes = inputs(2500, 256, 384, 4)
+    do = normal(4, 2500, 256)
+    truths = with_gradients(op("reference", routes), do)(*arrays)
+    for name in ("ragged", "hopper"):
+        results = with_gradients(op(name, routes), do)(*arrays)
+        errors = (relative_rms(*pair) for pair in zip(results, truths, strict=True))
+        names = ("y", "dx", "dw1", "dw3", "dw2", "dweights")
+        add(what="experts error", implementation=name, **dict(zip(names, errors, strict=True)))
+    arrays, routes = inputs(tokens, hidden, inner, experts)
     flop = 6 * tokens * chosen * hidden * inner
     what = dict(what="experts", tokens=tokens, experts=experts, hidden=hidden, inner=inner)
 
-    def op(x, w1, w3, w2):
-        return expert_mlp(x, w1, w3, w2, routes, weights, implementation="ragged")
-
-    def dense(x, w1, w3, w2):
+    def dense(x, w1, w3, w2, weights):
         """Each expert an equal share of the rows, in order: products alone."""
         rows = jnp.repeat(x, chosen, 0).reshape(experts, -1, hidden)
         inside = jax.nn.silu(jnp.einsum("end,efd->enf", rows, w1)) * jnp.einsum("end,efd->enf", rows, w3)
         return jnp.einsum("enf,edf->end", inside, w2).reshape(tokens, chosen, hidden).sum(1)
 
     do = normal(4, tokens, hidden)
-    for name, function in (("ragged", op), ("dense", dense)):
+    forms = [("hopper", op("hopper", routes)), ("dense", dense)]
+    if tokens * chosen <= 64 * experts or tokens == 16384:
+        forms.append(("ragged", op("ragged", routes)))
+    for name, function in forms:
         for direction, factor, timed in (("forward", 1, jax.jit(function)), ("both", 3, with_gradients(function, do))):
             try:
-                ms = milliseconds(timed, x, w1, w3, w2)
+                ms = milliseconds(timed, *arrays)
                 add(**what, implementation=name, direction=direction, ms=ms, tflop_per_s=factor * flop / ms * 1e-9)
             except Exception as error:
                 add(**what, implementation=name, direction=direction, failed=str(error)[:200])

@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels._compat import target_platform, vary_over, varying_axes
-from pallas_kernels.expert_mlp import grouped, ragged, reference
+from pallas_kernels.expert_mlp import grouped, hopper, ragged, reference
 
 IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
     "reference": reference.forward,
     "ragged": ragged.forward,
     "grouped": grouped.forward,
+    "hopper": hopper.forward,
 }
 
 
@@ -35,9 +36,10 @@ def expert_mlp(
         routes: [N, k] integers, the experts of each token. An id outside 0..E-1 costs nothing and adds nothing:
             padding, or an expert that lives on another device.
         weights: [N, k] float, how much of each expert's output the token takes.
-        implementation: "auto" takes "grouped" on CPU and "ragged" elsewhere. "reference" is the oracle of the tests,
-            "ragged" sorts and uses `jax.lax.ragged_dot`, "grouped" loops over the experts in use (any platform; made
-            for CPU).
+        implementation: "auto" takes "grouped" on CPU, "hopper" where it can run, and "ragged" elsewhere. "reference" is
+            the oracle of the tests, "ragged" sorts and uses `jax.lax.ragged_dot`, "grouped" loops over the experts in
+            use (any platform; made for CPU), "hopper" are Pallas kernels for H100 and H200: bfloat16, D and F
+            multiples of 128.
 
     Returns:
         y [N, D] in x's dtype. Differentiable in x, w1, w3, w2 and weights. Works under jit, vmap, shard_map and
@@ -51,7 +53,10 @@ def expert_mlp(
     if x.shape[0] == 0 or routes.shape[1] == 0:
         return jnp.zeros_like(x)
     if implementation == "auto":
-        implementation = "grouped" if target_platform() == "cpu" else "ragged"
+        cannot = hopper.unsupported(x, w1, w3, w2)
+        implementation = "grouped" if target_platform() == "cpu" else "ragged" if cannot else "hopper"
+    elif implementation == "hopper" and (reason := hopper.unsupported(x, w1, w3, w2)) is not None:
+        raise ValueError(f"expert_mlp: implementation 'hopper' cannot run here: {reason}")
     if implementation not in IMPLEMENTATIONS:
         known = ", ".join(("auto", *IMPLEMENTATIONS))
         raise ValueError(f"expert_mlp: unknown implementation {implementation!r}; known: {known}")

@@ -12,7 +12,7 @@ so one kernel (`hopper_scan`) is all there is: forward walks once (q, k, v); bac
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import _compat
+from pallas_kernels import _hopper
 from pallas_kernels.lightning_attention import hopper_parts
 from pallas_kernels.lightning_attention.hopper_decode import decode
 from pallas_kernels.lightning_attention.hopper_scan import Role, scan
@@ -20,17 +20,12 @@ from pallas_kernels.lightning_attention.segments import PADDING
 
 __all__ = ["backward", "decode", "forward", "unsupported"]
 
-_HOPPER = ("H100", "H200", "H800", "H20", "GH200")
-
 
 def unsupported(q: jax.Array, k: jax.Array, v: jax.Array) -> str | None:
     """Why this implementation cannot run for these arguments ([B,T,H,D], or [N,H,D] to decode), or None."""
-    platform = _compat.target_platform()
-    if platform != "gpu":
-        return f"it needs an NVIDIA Hopper GPU, and this program is for {platform}"
-    kind = _device_kind()
-    if not any(name in kind for name in _HOPPER):
-        return f"it needs an NVIDIA Hopper GPU, and this one is {kind!r}"
+    reason = _hopper.missing()
+    if reason is not None:
+        return reason
     if q.ndim == 4 and q.dtype != jnp.bfloat16:
         return f"it takes bfloat16: the matrix units would quietly round {q.dtype} to TF32, about three digits"
     if q.shape[-1] != v.shape[-1] or q.shape[-1] not in (64, 128):
@@ -103,7 +98,7 @@ def _parts(q, length, log_decay, segment_ids) -> hopper_parts.Parts:
 def _splits(q) -> int:
     """How many blocks share a head: two where both halves of all heads find a multiprocessor at once."""
     batch, _, heads, size = q.shape
-    return 2 if size == 128 and 2 * batch * heads <= hopper_parts.BLOCKS else 1
+    return 2 if size == 128 and 2 * batch * heads <= _hopper.MULTIPROCESSORS else 1
 
 
 def _padded(arrays, segment_ids):
@@ -114,8 +109,3 @@ def _padded(arrays, segment_ids):
         if segment_ids is not None:
             segment_ids = jnp.pad(segment_ids, ((0, 0), (0, missing)), constant_values=PADDING)
     return arrays, segment_ids
-
-
-def _device_kind() -> str:
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return device.device_kind if device is not None else jax.devices()[0].device_kind

@@ -12,9 +12,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import _hopper
 from pallas_kernels.lightning_attention import hopper_scan
 
-_BLOCKS = 132  # The multiprocessors of an H100 or H200 (SXM).
 _WIDTH = 64  # Value columns of an item.
 _ROWS = 64  # Rows of the state that are in registers at a time.
 
@@ -24,7 +24,7 @@ def decode(q, k, v, log_decay, pool, slots, *, interpret=False):
     sequences, heads, size = q.shape
     parts = size // _WIDTH
     items = sequences * heads * parts
-    blocks = min(items, _BLOCKS)
+    blocks = min(items, _hopper.MULTIPROCESSORS)
     stages = 6 if size == 128 else 12  # 192 KB.
     ops = hopper_scan.operations(interpret)
 
@@ -123,7 +123,7 @@ def decode(q, k, v, log_decay, pool, slots, *, interpret=False):
         jax.ShapeDtypeStruct(v.shape, q.dtype, manual_axis_type=jax.typeof(q).manual_axis_type),
         mesh=plgpu.Mesh(grid=(blocks,), grid_names=("block",), num_threads=2, thread_name="group"),
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
-        interpret=hopper_scan.interpreter(interpret) or False,
+        interpret=_hopper.interpreter(interpret) or False,
         name="lightning_attention_decode",
     )(q, k, v, jnp.expm1(log_decay), slots, pool_ref)  # lam itself, near 1, would lose digits step after step.
     return o, jax.freeze(pool_ref)

@@ -9,10 +9,9 @@ LASP-2 (arXiv 2502.07563) with a decay, on one device.
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels._hopper import MULTIPROCESSORS
 from pallas_kernels.lightning_attention.segments import is_real
 
-BLOCKS = 132
-"""How many thread blocks run at once: the multiprocessors of an H100 or H200 (SXM)."""
 SHORTEST = 1024
 """Tokens below which a part is not worth its state."""
 FEWEST = 4
@@ -28,7 +27,7 @@ class Parts:
         """blocks_per_row: how many thread blocks walk through a row that is not cut."""
         self.batch, self.count = batch, 1
         while (
-            2 * self.count * batch * blocks_per_row <= BLOCKS
+            2 * self.count * batch * blocks_per_row <= MULTIPROCESSORS
             and length % (2 * self.count * 64) == 0
             and length // (2 * self.count) >= SHORTEST
         ):

@@ -26,12 +26,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import _compat
+from pallas_kernels import _compat, _hopper
 from pallas_kernels.lightning_attention.segments import is_real
 
 CHUNK = 64
 _META = 128  # int32 per chunk: CHUNK bounds of rows, the chunk's own bound, its count of real tokens, unused.
-_TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -301,7 +300,7 @@ def scan(
             plgpu.set_max_registers(24, action="decrease")
             produce()
 
-    tiled = functools.partial(plgpu.SMEM, dtype=jnp.bfloat16, transforms=_TILED)
+    tiled = functools.partial(plgpu.SMEM, dtype=jnp.bfloat16, transforms=_hopper.TILED)
     released = {"num_arrivals": 1 + state_groups, "num_barriers": stages}
     if paired:
         grid = {"grid": (heads, batch), "grid_names": ("head", "row"), "cluster": (2,), "cluster_names": ("part",)}
@@ -332,7 +331,7 @@ def scan(
         thread_name="group",
         kernel_name="lightning_attention_backward_in_time" if reverse else "lightning_attention_forward_in_time",
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
-        interpret=interpreter(interpret),
+        interpret=_hopper.interpreter(interpret),
     )(*inputs)
     axes = _compat.varying_axes(*inputs)
     outputs = [_compat.vary_over(x, axes) for x in outputs]
@@ -417,7 +416,7 @@ class _Chip:
 
     def wgmma(self, acc, a, b, transpose_a=False, transpose_b=False):
         """Starts acc += a b."""
-        plgpu.wgmma(acc, _transposed(a) if transpose_a else a, _transposed(b) if transpose_b else b)
+        plgpu.wgmma(acc, _hopper.transposed(a) if transpose_a else a, _hopper.transposed(b) if transpose_b else b)
 
     def result(self, acc, in_flight=0):
         """The accumulator once no more than `in_flight` products are still running."""
@@ -467,22 +466,7 @@ def operations(interpret):
     return _Emulated() if interpret else _Chip()
 
 
-def interpreter(interpret):
-    """What `plgpu.kernel` wants to be told: the GPU interpreter's parameters, or None."""
-    if interpret is not True:
-        return interpret or None
-    if jax.__version_info__ < (0, 11):
-        from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
-    else:
-        InterpretGPUParams = plgpu.InterpretGPUParams
-    return InterpretGPUParams(detect_races=True)
-
-
 def _load(ref, layout):
     if jax.__version_info__ < (0, 11):
         return plgpu.load(ref, (), layout=layout, optimized=False)
     return plgpu.load(ref, layout=layout, optimized=False)
-
-
-def _transposed(ref):
-    return plgpu.transpose_ref(ref, (1, 0)) if jax.__version_info__ < (0, 11) else ref.transpose((1, 0))

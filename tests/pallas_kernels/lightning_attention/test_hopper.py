@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import lightning_attention, lightning_attention_decode
+from pallas_kernels import _hopper, lightning_attention, lightning_attention_decode
 from pallas_kernels.lightning_attention import hopper, hopper_parts, hopper_scan, reference
 from tests.pallas_kernels.lightning_attention.suite import NAMES, Case, DecodeSuite, Suite, assert_close, problem
 
@@ -168,8 +168,8 @@ def test_says_why_not():
 
 @pytest.fixture
 def on_an_h200(monkeypatch):
-    monkeypatch.setattr(hopper._compat, "target_platform", lambda: "gpu")
-    monkeypatch.setattr(hopper, "_device_kind", lambda: "NVIDIA H200")
+    monkeypatch.setattr(_hopper._compat, "target_platform", lambda: "gpu")
+    monkeypatch.setattr(_hopper, "_device_kind", lambda: "NVIDIA H200")
 
 
 @pytest.mark.usefixtures("on_an_h200")
@@ -186,8 +186,8 @@ def test_says_which_dtypes_and_sizes():
 
 
 def test_says_which_chips(monkeypatch):
-    monkeypatch.setattr(hopper._compat, "target_platform", lambda: "gpu")
-    monkeypatch.setattr(hopper, "_device_kind", lambda: "NVIDIA B200")
+    monkeypatch.setattr(_hopper._compat, "target_platform", lambda: "gpu")
+    monkeypatch.setattr(_hopper, "_device_kind", lambda: "NVIDIA B200")
     q = jnp.zeros((1, 8, 2, 64), jnp.bfloat16)
     with pytest.raises(ValueError, match="NVIDIA B200"):
         lightning_attention(q, q, q, jnp.zeros(2), implementation="hopper")
