@@ -26,7 +26,7 @@ BATCHES = ((2, 32768), (4, 4096), (4, 32768), (16, 4096))
 SEQUENCES = (1, 4, 16, 64, 256)
 FLA_UP_TO = 1 << 18
 CHUNKED_UP_TO = 1 << 16
-PARTS = {"ceilings": 60, "check": 150, "ours": 240, "decode": 60, "few_heads": 90, "chunked": 90, "fla": 300}
+PARTS = {"ceilings": 60, "check": 150, "ours": 240, "decode": 60, "few_heads": 180, "chunked": 90, "fla": 300}
 """Seconds that each part may take."""
 
 
@@ -126,6 +126,7 @@ def check(rows, toy):
         return float(jnp.linalg.norm(wide(x) - wide(truth)) / jnp.linalg.norm(wide(truth)))
 
     cases = [(1, 4096, 64, 128), (1, 1000, 6, 64), (4, 1001, 64, 128), (2, 2047, 40, 128)]
+    cases += [(1, 8192, 8, 128), (1, 4096, 32, 128), (2, 4096, 3, 64)]  # In parts.
     for batch, length, heads, size in [(1, 72, 1, 64)] if toy else cases:
         for packed in (False, True):
             about = {"what": "error", "batch": batch, "length": length, "heads": heads, "size": size, "packed": packed}
@@ -267,35 +268,42 @@ def ours(rows, toy):
 
 
 def few_heads(rows, toy):
-    """Rows of few heads, cut into parts and not."""
+    """Rows of few heads, cut into parts and not; and what heads that forget quickly save then."""
     import jax
     import jax.numpy as jnp
 
     from pallas_kernels.lightning_attention import hopper, hopper_parts
 
-    fewest = hopper_parts.FEWEST
-    for heads, length in () if toy else ((1, 32768), (8, 8192), (8, 32768), (8, 131072), (16, 32768)):
+    shortest = hopper_parts.SHORTEST
+    spread_out = [(1, 32768), (8, 8192), (8, 32768), (8, 131072), (16, 32768), (32, 8192), (32, 32768)]
+    cases = [(heads, length, "all", cut, 0.0) for heads, length in spread_out for cut in (True, False)]
+    # Of 64 heads those of the first and the last of eight devices.
+    cases += [(8, 32768, which, True, forget) for which in ("fastest", "slowest") for forget in (0.0, 1e-6)]
+    for heads, length, which, cut, forget_below in () if toy else cases:
         q, k, v, do, log_decay = jax_inputs(1, length, heads)
+        if which != "all":
+            log_decay = -jnp.asarray(slopes(HEADS)[:heads] if which == "fastest" else slopes(HEADS)[-heads:])
         d_state = jnp.zeros((1, heads, SIZE, SIZE))
-        for cut in (True, False):
-            hopper_parts.FEWEST = fewest if cut else 1 << 30
-            jax.clear_caches()
-            about = {"implementation": "hopper", "batch": 1, "length": length, "heads": heads, "size": SIZE, "cut": cut}
+        hopper_parts.SHORTEST = shortest if cut else 1 << 30
+        jax.clear_caches()
+        about = {"implementation": "hopper", "batch": 1, "length": length, "heads": heads, "size": SIZE, "cut": cut}
+        about |= {"decays": which, "forget_below": forget_below}
+        options = {"forget_below": forget_below}
 
-            def forward(q, k, v, log_decay=log_decay):
-                return hopper.forward(q, k, v, log_decay, None, None)
+        def forward(q, k, v, log_decay=log_decay, options=options):
+            return hopper.forward(q, k, v, log_decay, None, None, **options)
 
-            def backward(q, k, v, do, d_state, log_decay=log_decay):
-                return hopper.backward(q, k, v, log_decay, None, None, do, d_state)
+        def backward(q, k, v, do, d_state, log_decay=log_decay, options=options):
+            return hopper.backward(q, k, v, log_decay, None, None, do, d_state, **options)
 
-            calls = {
-                "forward": functools.partial(jax.jit(forward), q, k, v),
-                "backward": functools.partial(jax.jit(backward), q, k, v, do, d_state),
-            }
-            for what, call in calls.items():
-                with rows.attempt(what=what, **about):
-                    ms, spread = milliseconds(call, jax.block_until_ready)
-                    rows.add(what=what, **about, ms=ms, spread=spread)
+        calls = {
+            "forward": functools.partial(jax.jit(forward), q, k, v),
+            "backward": functools.partial(jax.jit(backward), q, k, v, do, d_state),
+        }
+        for what, call in calls.items():
+            with rows.attempt(what=what, **about):
+                ms, spread = milliseconds(call, jax.block_until_ready)
+                rows.add(what=what, **about, ms=ms, spread=spread)
 
 
 def chunked(rows, toy):

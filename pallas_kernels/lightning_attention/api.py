@@ -31,6 +31,7 @@ def lightning_attention(
     initial_state: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
     implementation: str = "auto",
+    forget_below: float = 0.0,
 ) -> tuple[jax.Array, jax.Array]:
     """Causal linear attention with one constant decay per head; differentiable, memory linear in T.
 
@@ -43,6 +44,9 @@ def lightning_attention(
         changes. Tokens with the id PADDING are not there: their output and gradients are zero, and they leave the state
         as it is, decay included. As the largest id PADDING can only stand at the end of a row.
       implementation: "auto" (the best that can run here), "reference", "chunked", "hopper" or "tpu".
+      forget_below: a weight lam^n that is smaller may be taken as zero, in [0, 1): less work for heads that forget
+        quickly, where an implementation has a use for it ("hopper", few heads of long rows). It changes o_t by at most
+        forget_below / (1 - lam) * max |q_t k_j| |v_j|, states and gradients alike. 0 leaves out what is zero anyway.
 
     Returns:
       o [B,T,H,V] in q's dtype, and the float32 state [B,H,K,V] after the last real token: the last segment's, or
@@ -50,14 +54,18 @@ def lightning_attention(
 
     Raises:
       ValueError: a shape that does not match, a positive log_decay or segment_ids that go down (the last two only where
-        the values are known, that is outside jit), an unknown implementation, or a named one that cannot run here.
+        the values are known, that is outside jit), an unknown implementation, or a named one that cannot run here, or
+        forget_below outside [0, 1).
       TypeError: a dtype other than those above.
     """
     check(q, k, v, log_decay, initial_state, segment_ids)
+    if not 0 <= forget_below < 1:
+        raise ValueError(f"forget_below must be a weight in [0, 1): got {forget_below}")
     name = _choose(implementation, IMPLEMENTATIONS, "chunked", q, k, v)
     arrays = (q, k, v, log_decay, initial_state, segment_ids)
     axes = _compat.varying_axes(*arrays)
-    return _attention_jit(name, *(x if x is None else _compat.vary_over(jnp.asarray(x), axes) for x in arrays))
+    how = name, (("forget_below", forget_below),) if name == "hopper" else ()
+    return _attention_jit(how, *(x if x is None else _compat.vary_over(jnp.asarray(x), axes) for x in arrays))
 
 
 def check(q, k, v, log_decay, initial_state, segment_ids):
@@ -121,16 +129,16 @@ def _decode(q, k, v, log_decay, pool, slots, name):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(name, q, k, v, log_decay, initial_state, segment_ids):
-    return _folded(name, "forward")(q, k, v, log_decay, initial_state, segment_ids)
+def _attention(how, q, k, v, log_decay, initial_state, segment_ids):
+    return _folded(*how, "forward")(q, k, v, log_decay, initial_state, segment_ids)
 
 
-def _attention_forward(name, *arrays):
-    return _attention(name, *arrays), arrays
+def _attention_forward(how, *arrays):
+    return _attention(how, *arrays), arrays
 
 
-def _attention_backward(name, arrays, cotangents):
-    dq, dk, dv, d_initial_state = _folded(name, "backward")(*arrays, *cotangents)
+def _attention_backward(how, arrays, cotangents):
+    dq, dk, dv, d_initial_state = _folded(*how, "backward")(*arrays, *cotangents)
     return dq, dk, dv, None, None if arrays[4] is None else d_initial_state, None
 
 
@@ -143,12 +151,12 @@ def _merge(x):
 
 
 @functools.cache
-def _folded(name: str, direction: str):
+def _folded(name: str, options: tuple[tuple[str, float], ...], direction: str):
     """An implementation's forward or backward, for which `vmap` means a larger batch: kernels need no batching rule."""
 
     @jax.custom_batching.custom_vmap
     def function(*arrays):
-        return getattr(_module(name), direction)(*arrays)
+        return getattr(_module(name), direction)(*arrays, **dict(options))
 
     @function.def_vmap
     def fold(size, batched, *arrays):  # pyright: ignore[reportUnusedFunction]

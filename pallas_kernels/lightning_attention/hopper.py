@@ -33,27 +33,27 @@ def unsupported(q: jax.Array, k: jax.Array, v: jax.Array) -> str | None:
     return None
 
 
-def forward(q, k, v, log_decay, initial_state, segment_ids, *, interpret=False):
+def forward(q, k, v, log_decay, initial_state, segment_ids, *, forget_below=0.0, interpret=False):
     """(o [B,T,H,V] bfloat16, final_state [B,H,K,V] float32); arguments as in `lightning_attention`."""
     length = q.shape[1]
     (q, k, v), segment_ids = _padded((q, k, v), segment_ids)
     parts = _parts(q, length, log_decay, segment_ids)
-    before, final_state = parts.states_before(k, v, initial_state)
-    (o,), (state,) = scan(
+    options = {"forget_below": forget_below, "interpret": interpret}
+    (o,), (states,) = scan(
         [parts.cut(x) for x in (q, k, v)],
         [Role(q=0, k=1, v=2, final=True)],
         log_decay,
-        [None if before is None else before.mT],
+        [parts.states_before(k, v, initial_state, **options)],
         parts.segment_ids,
         length=length // parts.count,
         reverse=False,
         splits=_splits(parts.cut(q)),
         interpret=interpret,
     )
-    return parts.join(o)[:, :length], state.mT if final_state is None else final_state
+    return parts.join(o)[:, :length], parts.last(states).mT
 
 
-def backward(q, k, v, log_decay, initial_state, segment_ids, do, d_final_state, *, interpret=False):
+def backward(q, k, v, log_decay, initial_state, segment_ids, do, d_final_state, *, forget_below=0.0, interpret=False):
     """(dq, dk, dv bfloat16, d_initial_state float32) for the gradients `do` and `d_final_state`.
 
     States are recomputed: nothing is kept from forward but its arguments.
@@ -61,32 +61,33 @@ def backward(q, k, v, log_decay, initial_state, segment_ids, do, d_final_state, 
     length = q.shape[1]
     (q, k, v, do), segment_ids = _padded((q, k, v, do), segment_ids)
     parts = _parts(q, length, log_decay, segment_ids)
-    before, _ = parts.states_before(k, v, initial_state)
-    behind, d_initial_state = parts.gradients_behind(q, do, d_final_state)
+    options = {"forget_below": forget_below, "interpret": interpret}
+    before = parts.states_before(k, v, initial_state, **options)
+    behind = parts.gradients_behind(q, do, d_final_state, **options)
     q, k, v, do = (parts.cut(x) for x in (q, k, v, do))
     (dq,), _ = scan(
         (do, v, k),
         [Role(q=0, k=1, v=2)],
         log_decay,
-        [before],
+        [None if before is None else before.mT],
         parts.segment_ids,
         length=length // parts.count,
         reverse=False,
         splits=_splits(q),
         interpret=interpret,
     )
-    (dv, dk), (first,) = scan(
+    (dv, dk), (gradients,) = scan(
         (q, k, v, do),
         [Role(q=1, k=0, v=3), Role(q=2, k=3, v=0, final=True)],
         log_decay,
-        [behind.mT, behind],
+        [behind, behind.mT],
         parts.segment_ids,
         length=length // parts.count,
         reverse=True,
         interpret=interpret,
     )
     dq, dk, dv = (parts.join(x)[:, :length] for x in (dq, dk, dv))
-    return dq, dk, dv, first if d_initial_state is None else d_initial_state
+    return dq, dk, dv, parts.first(gradients)
 
 
 def _parts(q, length, log_decay, segment_ids) -> hopper_parts.Parts:

@@ -30,7 +30,8 @@ from pallas_kernels import _compat, _hopper
 from pallas_kernels.lightning_attention.segments import is_real
 
 CHUNK = 64
-_META = 128  # int32 per chunk: CHUNK bounds of rows, the chunk's own bound, its count of real tokens, unused.
+META = 128
+"""int32 per chunk: CHUNK bounds of rows, the chunk's own bound, its count of real tokens, unused."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,9 +79,9 @@ def scan(
     parts = splits * len(roles)
     width = size // splits
     chunks = pl.cdiv(length, CHUNK)
-    metadata = None if segment_ids is None else _metadata(segment_ids, reverse)
+    chunk_facts = None if segment_ids is None else metadata(segment_ids, reverse)
     given = [s for s in initial if s is not None]
-    inputs = (*arrays, log_decay, *given, *(() if metadata is None else (metadata,)))
+    inputs = (*arrays, log_decay, *given, *(() if chunk_facts is None else (chunk_facts,)))
     finals = sum(role.final for role in roles)
     # What both blocks of a pair read, in the places 0 and 1, and what each block reads for itself.
     shared = (roles[0].k, roles[0].v) if two_roles else (roles[0].q, roles[0].k)
@@ -102,7 +103,7 @@ def scan(
         array_refs, (decay_ref,) = take(len(arrays)), take(1)
         given_refs = take(len(given))
         initial_refs = [None if s is None else given_refs.pop(0) for s in initial]
-        (meta_ref,) = take(1) if metadata is not None else (None,)
+        (meta_ref,) = take(1) if chunk_facts is not None else (None,)
         output_refs, final_refs = take(len(roles)), take(finals)
         final_refs = [final_refs.pop(0) if role.final else None for role in roles]
         shared_smem, own_smem, state_smem, weighted_smem, o_smem, meta_smem, full, empty, state_full, state_empty = refs
@@ -134,17 +135,6 @@ def scan(
             if meta_ref is not None:
                 return meta_smem[slot, CHUNK + 1]
             return jnp.minimum(length - chunk_of(step) * CHUNK, CHUNK)
-
-        def goes_on(bound, step):
-            """Does a segment with this bound reach into the chunk from the chunk before it in the walk?"""
-            start = chunk_of(step) * CHUNK
-            return bound >= start + CHUNK if reverse else bound < start
-
-        def powers(n, leaving):
-            """[64] lam^(i+1), or, leaving the chunk in the other direction, lam^(n-1-i) (1 beyond the real tokens)."""
-            i = ops.iota((CHUNK,), 0, rows=True)
-            exponent = jnp.maximum(n - 1 - i, 0) if leaving else i + 1
-            return jnp.exp(log_lam * exponent.astype(jnp.float32))
 
         def produce():
             together = {"collective_axes": "part"} if paired else {}
@@ -201,15 +191,8 @@ def scan(
                 _, k, v = operands(slot)
                 plgpu.barrier_wait(full.at[slot])
                 n = real_tokens(step, slot)
-                weights = powers(n, leaving=not reverse)
-                kept = jnp.exp(log_lam * n.astype(jnp.float32))
-                if meta_ref is not None:
-                    bound = meta_smem[slot, CHUNK]
-                    i = ops.iota((CHUNK,), 0, rows=True)
-                    token = chunk_of(step) * CHUNK + i
-                    weights = jnp.where(token <= bound if reverse else token >= bound, weights, 0.0)
-                    weights = jnp.where(i < n, weights, 0.0)
-                    kept = jnp.where(goes_on(bound, step), kept, 0.0)
+                bound = None if meta_ref is None else meta_smem[slot, CHUNK]
+                weights, kept = passing_on(ops, log_lam, chunk_of(step), n, bound, reverse)
                 weighted = v[:, mine].astype(jnp.float32) * ops.down(weights, (CHUNK, 64))
                 weighted_smem[:, mine] = weighted.astype(jnp.bfloat16)
                 plgpu.commit_smem()
@@ -251,11 +234,11 @@ def scan(
                 q, k, v = operands(slot)
                 plgpu.barrier_wait(full.at[slot])
                 n = real_tokens(step, slot)
-                weights = powers(n, leaving=reverse)
+                weights = _powers(ops, log_lam, n, leaving=reverse)
                 bound = None
                 if meta_ref is not None:
                     bound = ops.load(meta_smem.at[slot, pl.ds(0, CHUNK)], rows=True)
-                    weights = jnp.where(goes_on(bound, step), weights, 0.0)
+                    weights = jnp.where(_goes_on(bound, chunk_of(step), reverse), weights, 0.0)
 
                 def look_back(within, before):
                     ops.wgmma(within, q, k, transpose_b=True)
@@ -320,8 +303,8 @@ def scan(
             tiled((state_buffers, width, size)),
             tiled((CHUNK, width)),
             tiled((CHUNK, width)),
-            plgpu.SMEM((stages, _META), jnp.int32),
-            plgpu.Barrier(num_arrivals=3 if metadata is None else 4, num_barriers=stages),
+            plgpu.SMEM((stages, META), jnp.int32),
+            plgpu.Barrier(num_arrivals=3 if chunk_facts is None else 4, num_barriers=stages),
             empty,
             plgpu.Barrier(num_arrivals=state_groups, num_barriers=state_buffers),
             plgpu.Barrier(num_barriers=state_buffers),
@@ -338,7 +321,35 @@ def scan(
     return outputs[: len(roles)], outputs[len(roles) :]
 
 
-def _metadata(segment_ids: jax.Array, reverse: bool) -> jax.Array:
+def passing_on(ops, log_lam, chunk, n, bound, reverse):
+    """What a chunk with n real tokens does to the state: u [64] for its tokens and lam^n for the state from before.
+
+    bound: the chunk's own, see `metadata`; None where rows are not packed.
+    """
+    weights = _powers(ops, log_lam, n, leaving=not reverse)
+    kept = jnp.exp(log_lam * n.astype(jnp.float32))
+    if bound is not None:
+        i = ops.iota((CHUNK,), 0, rows=True)
+        token = chunk * CHUNK + i
+        weights = jnp.where(token <= bound if reverse else token >= bound, weights, 0.0)
+        weights = jnp.where(i < n, weights, 0.0)
+        kept = jnp.where(_goes_on(bound, chunk, reverse), kept, 0.0)
+    return weights, kept
+
+
+def _goes_on(bound, chunk, reverse):
+    """Does a segment with this bound reach into the chunk from the chunk before it in the walk?"""
+    return bound >= (chunk + 1) * CHUNK if reverse else bound < chunk * CHUNK
+
+
+def _powers(ops, log_lam, n, leaving):
+    """[64] lam^(i+1), or, leaving the chunk in the other direction, lam^(n-1-i) (1 beyond the real tokens)."""
+    i = ops.iota((CHUNK,), 0, rows=True)
+    exponent = jnp.maximum(n - 1 - i, 0) if leaving else i + 1
+    return jnp.exp(log_lam * exponent.astype(jnp.float32))
+
+
+def metadata(segment_ids: jax.Array, reverse: bool) -> jax.Array:
     """[B, chunks, 128] int32: what the kernel must know of a chunk's segments.
 
     A token's bound is the first (backward in time: last) token of its segment; of the segment that the walk begins
@@ -370,7 +381,7 @@ def _metadata(segment_ids: jax.Array, reverse: bool) -> jax.Array:
     fill = -1 if reverse else far
     bound = jnp.pad(bound, ((0, 0), (0, chunks * CHUNK - length)), constant_values=fill)
     bound = bound.reshape(batch, chunks, CHUNK)
-    rest = jnp.zeros((batch, chunks, _META - CHUNK - 2), jnp.int32)
+    rest = jnp.zeros((batch, chunks, META - CHUNK - 2), jnp.int32)
     return jnp.concatenate([bound, chunk_bound[..., None], n[..., None], rest], axis=-1)
 
 

@@ -10,10 +10,11 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from pallas_kernels import _hopper, lightning_attention, lightning_attention_decode
-from pallas_kernels.lightning_attention import hopper, hopper_parts, hopper_scan, reference
+from pallas_kernels.lightning_attention import hopper, hopper_parts, hopper_scan, hopper_sums, reference
 from tests.pallas_kernels.lightning_attention.suite import NAMES, Case, DecodeSuite, Suite, assert_close, problem
 
 OLD = jax.__version_info__ < (0, 11)
@@ -90,6 +91,14 @@ def test_the_ring_goes_round(monkeypatch):
     check(monkeypatch, Case(length=328, heads=1, key_size=128, slopes="layer 78", initial=True))
 
 
+def reference_sums(k, v, log_decay, segment_ids, reverse):
+    """[B,H,K,V]: the state that a row leaves behind, or the gradient of the one before it."""
+    if reverse:
+        nothing = jnp.zeros((k.shape[0], k.shape[2], k.shape[3], v.shape[3]))
+        return reference.backward(k, k, v, log_decay, None, segment_ids, v, nothing)[3]
+    return reference.forward(k, k, v, log_decay, None, segment_ids)[1]
+
+
 def parts_case(rows, initial=True):
     return Case(length=512, heads=2, key_size=64, slopes="layer 78", rows=rows, initial=initial)
 
@@ -120,8 +129,14 @@ def test_parts_walked_side_by_side(monkeypatch, case):
             finals += [final.mT] * role.final
         return results, finals
 
+    def state_sums(k, v, log_decay, segment_ids, *, parts, reverse, forget_below, interpret):
+        sums = reference_sums(k, v, log_decay, segment_ids, reverse).mT
+        sums = sums.reshape(-1, parts, *sums.shape[1:])
+        return (sums[:, 1:] if reverse else sums[:, :-1]).reshape(-1, *sums.shape[2:])
+
     monkeypatch.setattr(hopper_parts, "SHORTEST", 64)
     monkeypatch.setattr(hopper, "scan", scan)
+    monkeypatch.setattr(hopper_parts, "state_sums", state_sums)
     (q, k, v, initial_state, do, d_final_state), truths = problem(case)
     arrays = q, k, v, case.log_decay, initial_state if case.initial else None, case.segment_ids
     arrays = [x if x is None else jnp.asarray(x) for x in arrays]
@@ -134,12 +149,12 @@ def test_parts_walked_side_by_side(monkeypatch, case):
 @pytest.mark.parametrize(
     ("length", "heads", "parts"),
     [
-        *((32768, 64, 1), (32768, 32, 1), (32768, 16, 4), (32768, 8, 8), (32768, 1, 32)),
-        *((2048, 1, 1), (4096, 1, 4), (8191, 8, 1), (8192 - 64, 8, 1), (8192, 8, 8)),
+        *((32768, 64, 1), (32768, 34, 1), (32768, 32, 2), (32768, 16, 4), (32768, 8, 8), (32768, 1, 32)),
+        *((1024, 1, 1), (2048, 1, 2), (4096, 1, 4), (8191, 8, 1), (8192 - 64, 8, 1), (8192, 8, 8)),
     ],
 )
 def test_how_many_parts(length, heads, parts):
-    """As many as find a multiprocessor for each of their blocks, all alike, not too short, and not too few."""
+    """As many as find a multiprocessor for each of their blocks, all alike and not too short."""
     q = jax.ShapeDtypeStruct((1, -(-length // 8) * 8, heads, 128), jnp.bfloat16)
     assert hopper._parts(q, length, jnp.zeros(heads), None).count == parts
 
@@ -149,6 +164,32 @@ def test_parts_in_the_kernels(monkeypatch):
     monkeypatch.setattr(hopper_parts, "SHORTEST", 64)
     rows = ((100, 120, -36),)
     check(monkeypatch, Case(length=256, heads=1, key_size=64, slopes="layer 40", rows=rows, initial=True))
+
+
+@needs_newer_interpreter
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_sums_between_parts(reverse, packed):
+    """Heads that remember everything, 88 tokens and one: what no longer counts is not read, and nothing is missing."""
+    rng = np.random.default_rng(0)
+    k, v = (jnp.asarray(rng.normal(size=(3, 192, 3, 64)), jnp.bfloat16) for _ in range(2))
+    log_decay = jnp.array([-1e-4, -1.0, -60.0])
+    rows = ((192,), (100, 40, -52), (64, 128))
+    ids = Case(length=192, heads=3, key_size=64, rows=rows).segment_ids if packed else None
+    options = dict(parts=3, reverse=reverse, interpret=True)
+    truth = reference_sums(k, v, log_decay, ids, reverse).mT[slice(1, None) if reverse else slice(-1)]
+    sums = hopper_sums.state_sums(k, v, log_decay, ids, forget_below=0.0, **options)
+    assert_close("sums", sums, truth, 3e-3)
+    # What has a smaller weight than this may go; at 1e-4 a token the first head loses nothing.
+    some = hopper_sums.state_sums(k, v, log_decay, ids, forget_below=1e-9, **options)
+    assert_close("sums", some, truth, 3e-3)
+
+
+def test_what_heads_remember():
+    tokens = hopper_sums.remembered(jnp.array([0.0, -1e-4, -1.0]), 0.0)
+    assert tokens[0] == jnp.inf
+    np.testing.assert_allclose(tokens[1:], [873365.4, 87.33654], rtol=1e-5)
+    np.testing.assert_allclose(hopper_sums.remembered(jnp.array([-1.0]), 1e-6), [13.8155], rtol=1e-5)
 
 
 @needs_newer_interpreter
