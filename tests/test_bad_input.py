@@ -276,10 +276,20 @@ def test_a_run_cannot_go_on_with_other_settings(tmp_path, capsys):
         Run(tmp_path / "runs" / "x", {"seed": 2})
 
 
+def test_a_run_does_not_replace_a_model(directory, tmp_path, capsys):
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "1+1=", "answer": "2"}\n')
+    before = (directory / "config.json").read_text()
+    message = run(capsys, "train", "sft", directory, "--data", data, "--runs", tmp_path, "--name", directory.name)
+    assert "holds a model" in message
+    assert (directory / "config.json").read_text() == before
+
+
 CONVERT = {
     "nothing there": (lambda d: ("nowhere", "target"), r"nowhere"),
     "onto itself": (lambda d: (d, d), "different directories"),
     "onto something else": (lambda d: (d, d.parent / "taken"), "taken"),
+    "onto everything": (lambda d: (d, "/", "--to", "official"), "different directories"),
     "a form that only Transformers has": (lambda d: (d, "target", "--to", "official", "--experts", "merged"), "merged"),
     "no threads": (lambda d: (d, "target", "--threads", "0"), "threads"),
 }

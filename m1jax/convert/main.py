@@ -209,7 +209,8 @@ def _files_target(source: Source, config: ConvertConfig, layout: Literal["offici
         (directory / CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
         copy_companions(source.directory, directory)
 
-    partial = config.dst.absolute().with_name(f".{config.dst.absolute().name}.converting")
+    final = config.dst.resolve()
+    partial = final.parent / f".{final.name}.converting"
     return Target(partial, dtypes, pieces, plan.sizes, plan.headers, complete)
 
 
@@ -234,7 +235,7 @@ def _orbax_target(source: Source, config: ConvertConfig) -> Target:
         orbax.complete(directory, source.config, arrays, sums)
         copy_companions(source.directory, directory)
 
-    partial = config.dst.absolute() / f"{orbax.STEP}.converting"
+    partial = config.dst.resolve() / f"{orbax.STEP}.converting"
     return Target(partial, dtypes, pieces, sizes, heads, complete)
 
 
@@ -311,7 +312,7 @@ class Journal:
 
 
 def _convert(source: Source, target: Target, config: ConvertConfig) -> None:
-    final = config.dst.absolute()
+    final = config.dst.resolve()
     orbax_target = target.directory.parent == final
     if orbax_target:
         orbax.check_new(final)
