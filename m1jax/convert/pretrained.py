@@ -18,7 +18,19 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from m1jax.config import Layout, ModelConfig
-from m1jax.convert.files import INDEX, Plan, Weights, Writer, compare, full_disk, read_json, shortened, unmerged
+from m1jax.convert.files import (
+    INDEX,
+    Plan,
+    Weights,
+    Writer,
+    cast,
+    compare,
+    finite,
+    full_disk,
+    read_json,
+    shortened,
+    unmerged,
+)
 from m1jax.convert.names import Tensor, tensors, transformers_merged
 from m1jax.errors import UserError
 from m1jax.model import MiniMaxM1
@@ -146,7 +158,8 @@ def save_pretrained(
         tokenizer_from: a directory whose tokenizer files are copied along.
 
     Raises:
-        UserError: Transformers has no such model (shared expert), the disk is full, or the directory is in use.
+        UserError: Transformers has no such model (shared expert), a value is too large for the dtype, the disk is full,
+            or the directory is in use.
     """
     config = model.config
     values = config.to_hf(layout)
@@ -159,16 +172,22 @@ def save_pretrained(
         if jax.process_index() == 0:
             partial = stack.enter_context(new_directory(Path(directory)))
             writer = stack.enter_context(Writer(partial, plan))
-        for path, here in by_path(config).items():
+        for path, parts in by_path(config).items():
             slices: dict[tuple[int, ...], list[Tensor]] = {}
-            for tensor in here:
+            for tensor in parts:
                 slices.setdefault(tensor.index[:1], []).append(tensor)
             for first, members in slices.items():
                 layer = _to_host(parameters[path][first])
                 for tensor in members if writer else ():
                     assert writer is not None
                     to = plan.entries[tensor.name].dtype
-                    writer.write(tensor.name, layer[tensor.index[1:]].astype(to, copy=False))
+                    here = layer[tensor.index[1:]]
+                    out = cast(here, to)
+                    if here.dtype != to and finite(here) and not finite(out):
+                        raise UserError(
+                            f"values in {tensor.name} are too large for {to}; save it as bfloat16 or float32"
+                        )
+                    writer.write(tensor.name, out)
         if writer is not None and partial is not None:
             writer.finish()
             (partial / CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from m1jax import MiniMaxM1, ModelConfig, UserError, from_pretrained
+from m1jax import MiniMaxM1, ModelConfig, UserError, from_pretrained, save_pretrained
 from m1jax.checkpoint import Checkpoints
 from m1jax.convert import files, main
 from m1jax.convert.files import Plan, Weights
@@ -233,6 +233,26 @@ def test_nan_is_refused(copy, tmp_path):
     with pytest.raises(UserError, match=r"NaN or infinity in lm_head.weight; the conversion was not completed"):
         convert(copy, tmp_path / "out", to="official")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("to", ["official", "orbax"])
+def test_what_the_dtype_cannot_hold_is_refused(copy, tmp_path, to):
+    entry = Weights(copy).entries["lm_head.weight"]
+    with open(entry.file, "r+b") as file:
+        file.seek(entry.start)
+        file.write(np.array(1e6, entry.dtype).tobytes())
+    with pytest.raises(UserError, match=r"values in lm_head.weight are too large for float16; the conversion was not"):
+        convert(copy, tmp_path / "out", to=to, dtype="float16")
+    assert not list((tmp_path / "out").glob("[0-9]" if to == "orbax" else "*"))
+    with pytest.raises(UserError, match=r"lm_head.weight are too large for float16"):
+        save_pretrained(from_pretrained(copy), tmp_path / "out2", dtype=np.float16)
+    assert not (tmp_path / "out2").exists()
+
+
+@pytest.mark.parametrize("size", [0, float("nan"), float("inf")])
+def test_shards_have_a_size(golden, tmp_path, size):
+    with pytest.raises(UserError, match="shard-gb"):
+        convert(golden, tmp_path / "out", to="official", shard_gb=size)
 
 
 def test_a_full_disk_keeps_what_is_done(golden, tmp_path, monkeypatch):
