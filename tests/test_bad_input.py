@@ -323,6 +323,13 @@ def test_convert_a_damaged_model(directory, tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
+@pytest.mark.parametrize("option", ["processes=0", "restarts=-1", "devices=0", "heartbeat=0", "patience=-1"])
+def test_launch(capsys, option):
+    name, value = option.split("=")
+    message = run(capsys, "launch", f"--{name}", value, "--", "checkpoint", "ls", "runs")
+    assert re.search(f"--processes|{name} = {value}", message)
+
+
 @pytest.mark.parametrize("command", ["ls", "show", "verify"])
 def test_checkpoint_commands_where_there_is_none(tmp_path, capsys, command):
     assert str(tmp_path) in run(capsys, "checkpoint", command, tmp_path)
