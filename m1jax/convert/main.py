@@ -329,6 +329,8 @@ def _convert(source: Source, target: Target, config: ConvertConfig) -> None:
         orbax.check_new(final)
     else:
         check_replaceable(final)
+    if isinstance(source, orbax.Checkpoint):
+        source.check_contents(config.process_index, config.process_count)
     identity = hashlib.sha256(
         repr(
             (

@@ -301,6 +301,11 @@ def test_a_damaged_checkpoint_as_source(tmp_path):
         checkpoints.save(2, params=nnx.split(model)[1])
     with pytest.raises(UserError, match="holds no parameters"):
         convert(tmp_path / "run" / "1", tmp_path / "out")
+    file = max((tmp_path / "run/2/tree/params").rglob("*"), key=lambda path: path.stat().st_size * path.is_file())
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(UserError, match=f"the contents of .*{file.name} have changed since it was saved"):
+        convert(tmp_path / "run", tmp_path / "out")
     (tmp_path / "run/2/checkpoint.json").write_text("x")
     with pytest.raises(UserError, match="holds no parameters"):  # the one before, which is whole
         convert(tmp_path / "run", tmp_path / "out")
