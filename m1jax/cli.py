@@ -45,9 +45,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except UserError as error:
         _stop(str(error))
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        _stop(f"no space left on the disk{f' for {error.filename}' if error.filename else ''}: free some and run again")
+        file = f" for {error.filename}" if error.filename else ""
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            _stop(f"no space left on the disk{file}: free some and run again")
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            _stop(f"not permitted{file} ({error.strerror}): choose another place, or change its permissions")
+        raise
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import numbers
+import sys
 import warnings
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from m1jax.errors import UserError
 
@@ -75,9 +75,11 @@ class ModelConfig:
         for name in ("rms_norm_eps", "rope_theta"):
             if getattr(self, name) <= 0:
                 raise UserError(f"config: {name} = {getattr(self, name)}, but it must be positive")
-        unknown = sorted(set(self.layer_types) - {LIGHTNING, SOFTMAX})
+        unknown = [kind for kind in self.layer_types if kind not in (LIGHTNING, SOFTMAX)]
         if unknown or not self.layer_types:
-            raise UserError(f"config: layer_types must hold 'lightning' and 'softmax', one per layer; found {unknown}")
+            raise UserError(
+                f"config: layer_types must hold 'lightning' and 'softmax', one per layer; found {unknown[:3]}"
+            )
         if self.num_heads % self.num_kv_heads:
             raise UserError(
                 f"config: num_kv_heads = {self.num_kv_heads} does not divide num_heads = {self.num_heads}; "
@@ -189,7 +191,8 @@ def _has_type(value: Any, wanted: str) -> bool:
     if wanted.startswith("tuple") or isinstance(value, bool):
         return isinstance(value, tuple)
     if wanted == "float":
-        return isinstance(value, numbers.Real) and math.isfinite(value)
+        # Integers may be larger than any float.
+        return isinstance(value, numbers.Real) and abs(cast(float, value)) <= sys.float_info.max
     return isinstance(value, numbers.Integral) or (value is None and "None" in wanted)
 
 
@@ -376,16 +379,17 @@ def _read(
 
 def _read_official_layers(values: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
     kinds = values["attn_type_list"]
-    if any(kind not in (0, 1) for kind in kinds):
-        raise UserError(f"config: attn_type_list holds 0 (lightning) and 1 (softmax), found {sorted(set(kinds))}")
+    unknown = [kind for kind in kinds if kind not in (0, 1)]
+    if unknown:
+        raise UserError(f"config: attn_type_list holds 0 (lightning) and 1 (softmax), found {unknown[:3]}")
     return {"layer_types": tuple(SOFTMAX if kind else LIGHTNING for kind in kinds)}
 
 
 def _read_transformers_layers(values: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
     names = {"linear_attention": LIGHTNING, "full_attention": SOFTMAX}
-    unknown = sorted(set(values["layer_types"]) - set(names))
+    unknown = [kind for kind in values["layer_types"] if kind not in tuple(names)]
     if unknown:
-        raise UserError(f"config: layer_types holds {unknown}; expected 'linear_attention' and 'full_attention'")
+        raise UserError(f"config: layer_types holds {unknown[:3]}; expected 'linear_attention' and 'full_attention'")
     rope = values["rope_parameters"]
     for name, value in (
         ("head_dim", fields["head_dim"]),
@@ -394,6 +398,8 @@ def _read_transformers_layers(values: Mapping[str, Any], fields: Mapping[str, An
     ):
         if not _has_type(value, "float"):
             raise UserError(f"config: {name} = {value!r} should be a number")
+    if not 0 <= rope.get("partial_rotary_factor", 1.0) <= 1:
+        raise UserError(f"config: partial_rotary_factor = {rope['partial_rotary_factor']} must lie between 0 and 1")
     if rope.get("rope_type", "default") != "default":
         raise UserError(f"config: rope_type {rope['rope_type']!r}; MiniMax-M1 has unscaled RoPE ('default') only")
     return {

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from m1jax.chat import Tokenizer
 from m1jax.config import ModelConfig
+from m1jax.errors import require_seed
 from m1jax.model import MiniMaxM1
 from m1jax.rl.tasks import get_task
 from m1jax.rl.trainer import PHASE, RLRecipe, Trainer, finish
@@ -69,6 +70,7 @@ class Config:
 
 def main(config: Config) -> None:
     """Trains; RUNS/NAME then holds what `m1jax train rl` leaves: checkpoints, metrics, curves, samples, the model."""
+    require_seed(config.seed)
     console = Console(highlight=False, soft_wrap=True)
     tokenizer, task = Tokenizer.tiny(), get_task(TASK)
     model_config = ModelConfig.preset(PRESET)

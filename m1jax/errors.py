@@ -1,4 +1,4 @@
-"""The one exception for what a user can put right, a check that raises it, and an exit status."""
+"""The one exception for what a user can put right, checks that raise it, and an exit status."""
 
 from typing import Any
 
@@ -14,6 +14,12 @@ class UserError(Exception):
     The command line prints it without a traceback and exits with status 2; library callers see an ordinary exception.
     Raise it before any work is lost, and never for a bug of our own.
     """
+
+
+def require_seed(seed: int) -> None:
+    """Raises UserError for a seed that the random generators do not take."""
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed = {seed} must lie between 0 and {2**32 - 1}")
 
 
 def require_positive(options: Any, *names: str, zero: bool = False) -> None:

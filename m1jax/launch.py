@@ -22,7 +22,7 @@ from typing import Annotated, Any, NoReturn
 
 import tyro
 
-from m1jax.errors import STOPPED, UserError
+from m1jax.errors import STOPPED, UserError, require_positive
 
 # Set by the launcher, read by `join`. The heartbeat may be set by hand on a cluster.
 PROCESSES, PROCESS_ID, HEARTBEAT = "M1JAX_PROCESSES", "M1JAX_PROCESS_ID", "M1JAX_HEARTBEAT_SECONDS"
@@ -59,6 +59,10 @@ def main(config: Config) -> None:
     """
     if config.processes < 1 or not config.command:
         raise UserError("launch: give --processes of at least 1 and, after --, a command")
+    require_positive(config, "heartbeat")
+    require_positive(config, "restarts", "patience", zero=True)
+    if config.devices is not None:
+        require_positive(config, "devices")
     for attempt in range(config.restarts + 1):
         failure = _run(config)
         if failure is None:

@@ -195,6 +195,8 @@ GENERATE = {
     "no new tokens": (("--prompt", "a", "--max-new-tokens", "0"), "max_new_tokens = 0"),
     "negative temperature": (("--prompt", "a", "--temperature", "-1"), "temperature = -1"),
     "a temperature that is no number": (("--prompt", "a", "--temperature", "nan"), "temperature = nan"),
+    "a prompt of bytes that are no UTF-8": (("--prompt", "caf\udce9"), "prompt 0: no valid Unicode at character 4"),
+    "no seed": (("--prompt", "a", "--seed", "-1"), "seed = -1"),
     "no probability left": (("--prompt", "a", "--top-p", "0"), "top_p = 0"),
     "no samples": (("--prompt", "a", "--samples", "0"), "samples_per_prompt = 0"),
     "a system message without a chat": (("--prompt", "a", "--system", "b"), "--chat"),
@@ -208,7 +210,7 @@ def test_generate(good, capsys, case):
     assert re.search("(?is)" + says, run(capsys, "generate", good, *arguments))
 
 
-def test_a_tokenizer_of_another_model(directory, capsys):
+def test_a_tokenizer_of_another_model(directory, tmp_path, capsys):
     # One that knows more tokens than the model has embeddings: an id outside must not read some other row.
     edit(
         directory / "tokenizer.json",
@@ -216,6 +218,12 @@ def test_a_tokenizer_of_another_model(directory, capsys):
     )
     message = run(capsys, "generate", directory, "--prompt", "a<extra>", "--max-new-tokens", "4")
     assert re.search("token 263.*vocabulary has 263", message)
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "a<extra>", "answer": "b"}\n{"prompt": "b", "answer": "<extra>"}\n')
+    for kind in ("sft", "rl", "pretrain"):  # under jit such an id would silently read another row
+        message = run(capsys, "train", kind, directory, "--data", data, "--runs", tmp_path / "runs")
+        assert re.search("has 264 tokens, the model's vocabulary 263", message)
+    assert not (tmp_path / "runs").exists()
 
 
 DATA = {
@@ -227,6 +235,7 @@ DATA = {
     "an empty prompt": (b'{"prompt": "", "answer": "b"}', "line 1: 'prompt' is ''"),
     "an answer of null": (b'{"prompt": "a", "answer": null}', "line 1: 'answer' is None"),
     "Latin-1": (b'{"prompt": "caf\xe9", "answer": "b"}', "line 1: not UTF-8"),
+    "half of an emoji": (b'{"prompt": "a\\ud83d", "answer": "b"}', "line 1: no valid Unicode at character 2"),
 }
 
 
@@ -250,6 +259,8 @@ TRAINING = {
     "no problems": (("train", "rl", "--task", "sums", "--prompts", "0"), "prompts = 0"),
     "rows too short": (("train", "rl", "--task", "sums", "--row-length", "8"), "row_length = 8"),
     "more than the model's positions": (("train", "rl", "--task", "sums"), "max_position_embeddings = 64"),
+    "no seed": (("train", "sft", "--data", "DATA", "--seed", "-1"), "seed = -1"),
+    "no seed for RL": (("train", "rl", "--task", "sums", "--seed", "4294967296"), "seed = 4294967296"),
     "negative learning rate": (("train", "sft", "--data", "DATA", "--learning-rate", "-1"), "learning_rate = -1"),
     "no steps": (("train", "sft", "--data", "DATA", "--steps", "0"), "steps = 0"),
     "no batch": (("train", "sft", "--data", "DATA", "--batch", "0"), "batch = 0"),
@@ -276,10 +287,20 @@ def test_a_run_cannot_go_on_with_other_settings(tmp_path, capsys):
         Run(tmp_path / "runs" / "x", {"seed": 2})
 
 
+def test_a_run_does_not_replace_a_model(directory, tmp_path, capsys):
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "1+1=", "answer": "2"}\n')
+    before = (directory / "config.json").read_text()
+    message = run(capsys, "train", "sft", directory, "--data", data, "--runs", tmp_path, "--name", directory.name)
+    assert "holds a model" in message
+    assert (directory / "config.json").read_text() == before
+
+
 CONVERT = {
     "nothing there": (lambda d: ("nowhere", "target"), r"nowhere"),
     "onto itself": (lambda d: (d, d), "different directories"),
     "onto something else": (lambda d: (d, d.parent / "taken"), "taken"),
+    "onto everything": (lambda d: (d, "/", "--to", "official"), "different directories"),
     "a form that only Transformers has": (lambda d: (d, "target", "--to", "official", "--experts", "merged"), "merged"),
     "no threads": (lambda d: (d, "target", "--threads", "0"), "threads"),
 }
@@ -300,6 +321,13 @@ def test_convert_a_damaged_model(directory, tmp_path, capsys):
     truncate(directory)
     assert "model-00002-of-00002" in run(capsys, "convert", directory, tmp_path / "target")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+@pytest.mark.parametrize("option", ["processes=0", "restarts=-1", "devices=0", "heartbeat=0", "patience=-1"])
+def test_launch(capsys, option):
+    name, value = option.split("=")
+    message = run(capsys, "launch", f"--{name}", value, "--", "checkpoint", "ls", "runs")
+    assert re.search(f"--processes|{name} = {value}", message)
 
 
 @pytest.mark.parametrize("command", ["ls", "show", "verify"])

@@ -91,6 +91,17 @@ def test_a_full_disk(run, filename):
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
+def test_what_is_not_permitted(run, number):
+    def act(config):
+        raise OSError(number, "No", "/data/runs")
+
+    assert run("thing", act=act)[::2] == (
+        2,
+        "m1jax: not permitted for /data/runs (No): choose another place, or change its permissions\n",
+    )
+
+
 def test_bugs_keep_their_traceback(run):
     def act(config):
         raise ValueError("a bug")

@@ -42,7 +42,7 @@ def pieces(
     messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None, add_generation_prompt: bool
 ) -> Iterator[tuple[str, bool]]:
     """The text of `render` in pieces, each with whether the assistant writes it."""
-    _check(messages)
+    _check(messages, tools)
     chunks = _template().generate(messages=messages, tools=tools, add_generation_prompt=add_generation_prompt)
     return ((chunk, isinstance(chunk, _Written)) for chunk in chunks)
 
@@ -78,7 +78,13 @@ def _template() -> jinja2.Template:
     return environment.from_string(template_source())
 
 
-def _check(messages: Sequence[Mapping[str, Any]]) -> None:
+def _check(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None) -> None:
+    for name, value in (("messages", messages), ("tools", tools or [])):
+        if value is not None and (isinstance(value, str) or not isinstance(value, Sequence)):
+            raise UserError(f"{name}: expected a list of objects, got {value!r:.100}")
+    for index, tool in enumerate(tools or []):
+        if not isinstance(tool, Mapping):
+            raise UserError(f"tools[{index}]: expected an object, a tool's JSON schema, got {tool!r:.100}")
     if not messages:
         raise UserError("The conversation is empty: give at least one message.")
     for index, message in enumerate(messages):

@@ -73,7 +73,8 @@ class Tokenizer:
         return found
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text; special tokens in it become theirs."""
+        """The ids of a text; special tokens in it become theirs. Raises UserError where it is no valid Unicode."""
+        check_unicode(text)
         return self._backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int] | np.ndarray, *, skip_special_tokens: bool = False) -> str:
@@ -93,6 +94,15 @@ class Tokenizer:
             "chat_template": template_source(),
         }
         (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+
+
+def check_unicode(text: str) -> None:
+    """Raises UserError for what strings can hold and texts cannot: half a UTF-16 pair, bytes that were no UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        around = text[max(0, error.start - 20) : error.start + 1]
+        raise UserError(f"no valid Unicode at character {error.start + 1}, the last of {around!a}") from error
 
 
 def encode_chat(

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from m1jax.collectives import collectives, totals
 from m1jax.config import ModelConfig
-from m1jax.errors import UserError
+from m1jax.errors import UserError, require_positive
 from m1jax.plan import hardware, search
 from m1jax.plan.memory import memory
 from m1jax.plan.setup import Setup, Task
@@ -72,6 +72,8 @@ def main(config: Config) -> None:
         UserError: unknown hardware or preset, a mesh that is not for these devices or cannot shard the model, or
             --compile without libtpu or for a GPU.
     """
+    if config.price is not None:
+        require_positive(config, "price", zero=True)
     name = config.hardware
     kind, chip, devices = hardware.parse_hardware(f"{name}x1" if config.search and name in hardware.CHIPS else name)
     price = chip.price if config.price is None else config.price
@@ -84,7 +86,10 @@ def main(config: Config) -> None:
 
         name = f"{config.preset} {setup.task}\n{kind} x {setup.devices}"
         seen = {} if compiled is None else {name: compiled["peak_bytes"]}
-        draw({name: bytes_by_kind}, {name: chip.memory}, config.picture, seen)
+        try:
+            draw({name: bytes_by_kind}, {name: chip.memory}, config.picture, seen)
+        except (OSError, ValueError) as error:  # no such directory; an ending that names no kind of picture
+            raise UserError(f"--picture {config.picture}: cannot be written ({error})") from error
     if config.json:
         print(json.dumps(plan, indent=1))
     else:
@@ -94,12 +99,13 @@ def main(config: Config) -> None:
 def _setup(config: Config, chip: hardware.Chip, devices: int) -> Setup:
     """What the options ask for; where they leave the mesh open, the best one found."""
     sizes = parse_mesh("") if config.search or not config.mesh else _mesh(config, devices)
+    default_rows = 1 if config.task == "generate" else math.prod(sizes[axis] for axis in ROWS)
     start = Setup(
         model=ModelConfig.preset(config.preset),
         task=config.task,
         mesh=sizes,
         context=hardware.parse_tokens(config.context),
-        rows=config.rows or (1 if config.task == "generate" else math.prod(sizes[axis] for axis in ROWS)),
+        rows=default_rows if config.rows is None else config.rows,
         micro_batches=config.micro_batches,
         piece=config.piece,
         remat=config.remat,

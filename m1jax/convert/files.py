@@ -8,8 +8,10 @@ with ``pwrite`` at their final place, by any number of threads or processes at o
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import mmap
+import operator
 import os
 import re
 import shutil
@@ -135,7 +137,7 @@ def read_header(file: Path) -> dict[str, Entry]:
             header = json.loads(handle.read(length))
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: its safetensors header is damaged ({error})") from error
     if not isinstance(header, dict):
         raise UserError(f"{file}: its safetensors header is damaged (no object)")
@@ -143,7 +145,8 @@ def read_header(file: Path) -> dict[str, Entry]:
     header.pop("__metadata__", None)
     for name, tensor in header.items():
         try:
-            dtype, shape, (begin, stop) = tensor["dtype"], tuple(map(int, tensor["shape"])), tensor["data_offsets"]
+            dtype, shape = tensor["dtype"], tuple(map(operator.index, tensor["shape"]))
+            begin, stop = map(operator.index, tensor["data_offsets"])
             count = int(np.prod(shape, dtype=object)) * DTYPES[dtype].itemsize if dtype in DTYPES else stop - begin
         except (TypeError, KeyError, ValueError) as error:
             raise UserError(f"{file}: its safetensors header is damaged (at {name})") from error
@@ -153,6 +156,10 @@ def read_header(file: Path) -> dict[str, Entry]:
             raise UserError(f"{file}: {name} {list(shape)} {dtype} does not fill its {stop - begin:,} bytes")
         entries[name] = Entry(file, DTYPES[dtype], shape, 8 + length + begin, count)
         end = max(end, 8 + length + stop)
+    placed = sorted(entries.items(), key=lambda item: item[1].start)
+    for (before, first), (name, second) in itertools.pairwise(placed):
+        if first.start + first.count > second.start:
+            raise UserError(f"{file}: its safetensors header is damaged ({before} and {name} overlap)")
     if size < end:
         raise UserError(f"{file}: truncated: {size:,} bytes instead of {end:,}; download or copy it again")
     return entries
@@ -275,6 +282,20 @@ def write_all(descriptor: int, values: np.ndarray, start: int) -> None:
         written += os.pwrite(descriptor, view[written:], start + written)
 
 
+def finite(values: np.ndarray) -> bool:
+    """Whether all values are numbers. On the bits, a block at a time: no copies of what numpy has no type for."""
+    bits = {2: np.uint16, 4: np.uint32, 8: np.uint64}[values.dtype.itemsize]
+    exponent = np.array(np.inf, values.dtype).view(bits)
+    flat = values.reshape(-1).view(bits)
+    return all(not ((flat[i : i + (1 << 20)] & exponent) == exponent).any() for i in range(0, flat.size, 1 << 20))
+
+
+def cast(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """The values in another dtype; what lies beyond its range becomes infinity, without a warning."""
+    with np.errstate(over="ignore"):
+        return values.astype(dtype, copy=False)
+
+
 def check_space(directory: Path, needed: int) -> None:
     """Raises UserError if ``needed`` bytes do not fit on the disk of ``directory``."""
     free = shutil.disk_usage(directory).free
@@ -318,7 +339,7 @@ def read_json(file: Path) -> dict:
         values = json.loads(file.read_text())
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror}); is this a model's directory?") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the latter from lists in lists in lists
         raise UserError(f"{file}: not JSON ({error})") from error
     if not isinstance(values, dict):
         raise UserError(f"{file}: not a JSON object")

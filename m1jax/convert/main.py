@@ -30,7 +30,18 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from m1jax.config import ModelConfig
 from m1jax.convert import orbax
-from m1jax.convert.files import INDEX, NAMES, SHARD_BYTES, Plan, check_space, full_disk, shortened, write_all
+from m1jax.convert.files import (
+    INDEX,
+    NAMES,
+    SHARD_BYTES,
+    Plan,
+    cast,
+    check_space,
+    finite,
+    full_disk,
+    shortened,
+    write_all,
+)
 from m1jax.convert.names import Tensor, tensors, transformers_merged
 from m1jax.convert.pretrained import (
     CONFIG,
@@ -111,8 +122,8 @@ def main(config: ConvertConfig) -> None:
     kind = config.to or ("official" if isinstance(source, orbax.Checkpoint) else "orbax")
     if config.experts == "merged" and kind != "transformers":
         raise UserError("experts=merged is a form of Transformers' files: it needs --to transformers")
-    if config.shard_gb <= 0 or config.threads < 1:
-        raise UserError("shard-gb and threads must be positive")
+    if not 0 < config.shard_gb < 1e9 or config.threads < 1:
+        raise UserError("shard-gb and threads must be positive numbers")
     target = _orbax_target(source, config) if kind == "orbax" else _files_target(source, config, kind)
     if config.dry_run:
         _print_table(source, target)
@@ -209,7 +220,8 @@ def _files_target(source: Source, config: ConvertConfig, layout: Literal["offici
         (directory / CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
         copy_companions(source.directory, directory)
 
-    partial = config.dst.absolute().with_name(f".{config.dst.absolute().name}.converting")
+    final = config.dst.resolve()
+    partial = final.parent / f".{final.name}.converting"
     return Target(partial, dtypes, pieces, plan.sizes, plan.headers, complete)
 
 
@@ -234,7 +246,7 @@ def _orbax_target(source: Source, config: ConvertConfig) -> Target:
         orbax.complete(directory, source.config, arrays, sums)
         copy_companions(source.directory, directory)
 
-    partial = config.dst.absolute() / f"{orbax.STEP}.converting"
+    partial = config.dst.resolve() / f"{orbax.STEP}.converting"
     return Target(partial, dtypes, pieces, sizes, heads, complete)
 
 
@@ -311,12 +323,14 @@ class Journal:
 
 
 def _convert(source: Source, target: Target, config: ConvertConfig) -> None:
-    final = config.dst.absolute()
+    final = config.dst.resolve()
     orbax_target = target.directory.parent == final
     if orbax_target:
         orbax.check_new(final)
     else:
         check_replaceable(final)
+    if isinstance(source, orbax.Checkpoint):
+        source.check_contents(config.process_index, config.process_count)
     identity = hashlib.sha256(
         repr(
             (
@@ -349,13 +363,15 @@ def _convert(source: Source, target: Target, config: ConvertConfig) -> None:
             piece = target.pieces[number]
             dtype = target.dtypes[piece.tensor.name]
             values = source.read(piece)
-            bad = not _finite(values)
-            expected = zlib.crc32(
-                np.ascontiguousarray(values.astype(dtype, copy=False)).reshape(-1).view(np.uint8).data
-            )
+            bad = not finite(values)
+            target_values = cast(values, dtype)
+            expected = zlib.crc32(np.ascontiguousarray(target_values).reshape(-1).view(np.uint8).data)
             source.release(piece)
             if bad:
                 problems.append(f"NaN or infinity in {piece.tensor.name}")
+                return
+            if values.dtype != dtype and not finite(target_values):
+                problems.append(f"values in {piece.tensor.name} are too large for {dtype}")
                 return
             with _opened(target, piece.file) as descriptor:
                 written = _checksum(descriptor, piece.start, sizes[number])
@@ -405,7 +421,7 @@ def _convert(source: Source, target: Target, config: ConvertConfig) -> None:
 def _copy(source: Source, piece: Piece, dtype: np.dtype, descriptor: int) -> None:
     place = source.place(piece) if source.dtypes[piece.tensor.name] == dtype else None
     if place is None:
-        write_all(descriptor, source.read(piece).astype(dtype, copy=False), piece.start)
+        write_all(descriptor, cast(source.read(piece), dtype), piece.start)
         source.release(piece)
         return
     file, offset = place
@@ -445,14 +461,6 @@ def _checksum(descriptor: int, start: int, count: int) -> int:
         checksum = zlib.crc32(memoryview(block)[:n], checksum)
         start, count = start + n, count - n
     return checksum
-
-
-def _finite(values: np.ndarray) -> bool:
-    """Whether all values are numbers. On the bits, a block at a time: no copies of what numpy has no type for."""
-    bits = {2: np.uint16, 4: np.uint32, 8: np.uint64}[values.dtype.itemsize]
-    exponent = np.array(np.inf, values.dtype).view(bits)
-    flat = values.reshape(-1).view(bits)
-    return all(not ((flat[i : i + (1 << 20)] & exponent) == exponent).any() for i in range(0, flat.size, 1 << 20))
 
 
 @contextlib.contextmanager

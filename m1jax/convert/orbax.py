@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from m1jax.checkpoint import MANIFEST, TREE, Info, newest_whole, read_info, write_manifest
+from m1jax.checkpoint import MANIFEST, TREE, Info, checksums, newest_whole, read_info, write_manifest
 from m1jax.config import ModelConfig
+from m1jax.convert.files import shortened
 from m1jax.convert.names import tensors
 from m1jax.errors import UserError
 
@@ -71,6 +72,18 @@ class Checkpoint:
         self._stores: dict[str, Any] = {}
         self._lock = threading.Lock()
         self._ocdbt = (self.directory / PARAMS / "manifest.ocdbt").exists()
+
+    def check_contents(self, process: int, processes: int) -> None:
+        """Compares this process's share of the parameters' files with the checksums made when they were written.
+
+        Raises:
+            UserError: the contents of a file have changed.
+        """
+        files = sorted(name for name in self._info.files if name.startswith(f"{PARAMS}/"))[process::processes]
+        sums = checksums([self.directory / name for name in files])
+        changed = [name for name, found in zip(files, sums) if found != self._info.files[name][1]]
+        if changed:
+            raise UserError(f"{self.directory}: the contents of {shortened(changed)} have changed since it was saved")
 
     def place(self, piece: Piece) -> tuple[Path, int] | None:
         """File and offset of a piece's bytes, where the checkpoint came from a conversion and so has them in one."""

@@ -18,7 +18,19 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from m1jax.config import Layout, ModelConfig
-from m1jax.convert.files import Plan, Weights, Writer, compare, read_json, shortened, unmerged
+from m1jax.convert.files import (
+    INDEX,
+    Plan,
+    Weights,
+    Writer,
+    cast,
+    compare,
+    finite,
+    full_disk,
+    read_json,
+    shortened,
+    unmerged,
+)
 from m1jax.convert.names import Tensor, tensors, transformers_merged
 from m1jax.errors import UserError
 from m1jax.model import MiniMaxM1
@@ -135,8 +147,8 @@ def save_pretrained(
 ) -> None:
     """Writes a model as Hugging Face files that the authors' code or Transformers (``layout``) loads.
 
-    The directory appears complete or not at all. An earlier export of the same name is replaced; any other directory
-    that is not empty is refused.
+    The directory appears complete or not at all. An earlier export of the same name, with nothing beside the files of
+    a model, is replaced; any other directory that is not empty is refused.
 
     Args:
         model: on one device or sharded; with several processes all must call, and process 0 writes.
@@ -146,7 +158,8 @@ def save_pretrained(
         tokenizer_from: a directory whose tokenizer files are copied along.
 
     Raises:
-        UserError: Transformers has no such model (shared expert), the disk is full, or the directory is in use.
+        UserError: Transformers has no such model (shared expert), a value is too large for the dtype, the disk is full,
+            or the directory is in use.
     """
     config = model.config
     values = config.to_hf(layout)
@@ -159,16 +172,22 @@ def save_pretrained(
         if jax.process_index() == 0:
             partial = stack.enter_context(new_directory(Path(directory)))
             writer = stack.enter_context(Writer(partial, plan))
-        for path, here in by_path(config).items():
+        for path, parts in by_path(config).items():
             slices: dict[tuple[int, ...], list[Tensor]] = {}
-            for tensor in here:
+            for tensor in parts:
                 slices.setdefault(tensor.index[:1], []).append(tensor)
             for first, members in slices.items():
                 layer = _to_host(parameters[path][first])
                 for tensor in members if writer else ():
                     assert writer is not None
                     to = plan.entries[tensor.name].dtype
-                    writer.write(tensor.name, layer[tensor.index[1:]].astype(to, copy=False))
+                    here = layer[tensor.index[1:]]
+                    out = cast(here, to)
+                    if here.dtype != to and finite(here) and not finite(out):
+                        raise UserError(
+                            f"values in {tensor.name} are too large for {to}; save it as bfloat16 or float32"
+                        )
+                    writer.write(tensor.name, out)
         if writer is not None and partial is not None:
             writer.finish()
             (partial / CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
@@ -230,7 +249,7 @@ def copy_companions(source: Path, target: Path) -> None:
 @contextlib.contextmanager
 def new_directory(directory: Path) -> Iterator[Path]:
     """A sibling to write into, renamed to ``directory`` at the end; removed if that is not reached."""
-    directory = directory.absolute()
+    directory = directory.resolve()
     check_replaceable(directory)
     partial = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -250,17 +269,34 @@ def check_replaceable(directory: Path) -> None:
     """Raises UserError where writing to ``directory`` would remove something that is no export of a model."""
     if directory.exists() and not directory.is_dir():
         raise UserError(f"{directory} is a file; give the name of a new directory")
-    if directory.is_dir() and any(directory.iterdir()) and not (directory / CONFIG).is_file():
-        raise UserError(f"{directory} holds something else than a model; give the name of a new directory")
+    if directory.is_mount():  # cannot be renamed
+        raise UserError(f"{directory} is where a disk is mounted; give the name of a new directory on it")
+    there = list(directory.iterdir()) if directory.is_dir() else []
+    if not there:
+        return
+    others = sorted(path.name for path in there if not _is_exported(path))
+    try:
+        read_config(directory)
+    except UserError:  # a run has a config.json too, and so has any other model
+        others = others or [CONFIG]
+    if others:
+        raise UserError(
+            f"{directory} holds something else than a model's export ({others[0]}); give the name of a new directory"
+        )
+
+
+def _is_exported(path: Path) -> bool:
+    return path.is_file() and (path.name in (CONFIG, INDEX, *COMPANIONS) or path.suffix == ".safetensors")
 
 
 def put_in_place(partial: Path, directory: Path) -> None:
     """Renames a complete directory to its name; what has that name now goes away afterwards."""
-    if directory.exists():
-        replaced = directory.with_name(f".{directory.name}.replaced")
-        shutil.rmtree(replaced, ignore_errors=True)
-        directory.rename(replaced)
+    replaced = directory.with_name(f".{directory.name}.replaced")
+    try:
+        if directory.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+            directory.rename(replaced)
         partial.rename(directory)
-        shutil.rmtree(replaced)
-    else:
-        partial.rename(directory)
+    except OSError as error:
+        raise full_disk(error, directory, 0) from error
+    shutil.rmtree(replaced, ignore_errors=True)

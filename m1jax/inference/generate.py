@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from m1jax.chat import Tokenizer
-from m1jax.errors import UserError
+from m1jax.errors import UserError, require_seed
 from m1jax.inference.sampling import sample
 from m1jax.model import Cache, MiniMaxM1
 
@@ -158,8 +158,12 @@ def generate(
     ):
         if not valid:
             raise UserError(f"generate: {name} = {value} is out of range")
-    if not prompts:
+    if isinstance(prompts, str):  # each letter would be a prompt
+        raise UserError("generate: prompts is one text; give a list of them")
+    if not len(prompts):
         return []
+    for number in [seed] if isinstance(seed, int) else seed:
+        require_seed(number)
     ids = [_prompt_ids(i, prompt, tokenizer, config.vocab_size) for i, prompt in enumerate(prompts)]
     longest = max(map(len, ids))
     if longest + max_new_tokens > config.max_position_embeddings:
@@ -220,7 +224,10 @@ def _prompt_ids(index: int, prompt: str | Sequence[int], tokenizer: Tokenizer | 
     if isinstance(prompt, str):
         if tokenizer is None:
             raise UserError(f"generate: prompt {index} is a text: give a tokenizer, or token ids")
-        prompt = tokenizer.encode(prompt)
+        try:
+            prompt = tokenizer.encode(prompt)
+        except UserError as error:
+            raise UserError(f"generate: prompt {index}: {error}") from error
     if len(prompt) == 0:
         raise UserError(f"generate: prompt {index} is empty; a model needs at least one token to start from")
     wrong = next((int(i) for i in prompt if not 0 <= i < vocab_size), None)

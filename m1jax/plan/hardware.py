@@ -88,6 +88,6 @@ def parse_tokens(text: str) -> int:
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([km]?)", text.lower().replace(",", "").replace("_", ""))
     count = float(match[1]) * {"": 1, "k": 2**10, "m": 2**20}[match[2]] if match else 0
-    if count < 1 or count != int(count):
+    if not 1 <= count < 2**53 or count != int(count):
         raise UserError(f"context {text!r} should be a number of tokens such as 32768, 128k or 1m")
     return int(count)

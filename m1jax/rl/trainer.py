@@ -13,7 +13,7 @@ from flax import nnx
 from m1jax.chat import Tokenizer
 from m1jax.checkpoint import Checkpoints
 from m1jax.config import ModelConfig
-from m1jax.errors import STOPPED, UserError, require_positive
+from m1jax.errors import STOPPED, UserError, require_positive, require_seed
 from m1jax.flops import forward_flops, training_flops
 from m1jax.model import MiniMaxM1
 from m1jax.rl.advantages import group_advantages, informative
@@ -21,7 +21,7 @@ from m1jax.rl.losses import cispo_loss
 from m1jax.rl.rollout import Group, Sampler, build_updates
 from m1jax.rl.tasks import Task, UserProblems, get_task
 from m1jax.train import placement
-from m1jax.train.data import read_prompt_answers
+from m1jax.train.data import load_tokenizer, read_problems
 from m1jax.train.guards import NonFiniteGuard, OnNonFinite, StopRequests
 from m1jax.train.meter import Meter, Tracer
 from m1jax.train.metrics import draw_curves
@@ -420,14 +420,16 @@ def main(config: Config) -> None:
     (export/)."""
     if (config.data is None) == (config.task is None):
         raise UserError("train rl: give either --data FILE.jsonl or --task NAME")
-    if config.data is not None:
-        task: Task = UserProblems(read_prompt_answers(config.data), str(config.data))
-    else:
-        assert config.task is not None
-        task = get_task(config.task)
+    require_seed(config.seed)
     recipe = config.recipe
     with placement.use_mesh(config.mesh):
-        tokenizer = Tokenizer.from_dir(config.model)
+        tokenizer = load_tokenizer(config.model)
+        if config.data is not None:
+            problems = read_problems(config.data, tokenizer, recipe.max_prompt_tokens)
+            task: Task = UserProblems(problems, str(config.data))
+        else:
+            assert config.task is not None
+            task = get_task(config.task)
         model = placement.load_model(config.model, [(recipe.rows, recipe.row_length)])
         settings = {"command": "train rl", "model_config": model.config, "model": config.model, "data": config.data}
         settings |= {"task": config.task, "seed": config.seed, "recipe": recipe}

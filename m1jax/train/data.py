@@ -15,7 +15,8 @@ import jax
 import numpy as np
 
 from m1jax.chat import Tokenizer, encode_chat
-from m1jax.chat.tokenizer import BEGIN_OF_DOCUMENT
+from m1jax.chat.tokenizer import BEGIN_OF_DOCUMENT, check_unicode
+from m1jax.convert.pretrained import read_config
 from m1jax.errors import UserError
 from m1jax.train import packing
 
@@ -72,12 +73,30 @@ class JsonLines(Generic[T]):
             raise UserError(
                 f"{where}, column {error.colno}: not JSON ({error.msg}); expected {self._expected}"
             ) from error
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists in lists
+            raise UserError(f"{where}: not to be read as JSON ({error}); expected {self._expected}") from error
         if not isinstance(record, dict):
             raise UserError(f"{where}: a {type(record).__name__}, not an object; expected {self._expected}")
         try:
             return self._convert(record)
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
+
+
+def load_tokenizer(directory: str | Path) -> Tokenizer:
+    """The tokenizer in a model's directory, for training that model.
+
+    Raises:
+        UserError: there is none, or it has more ids than the model has embeddings: under jit an id outside would
+            silently read another row, or NaN.
+    """
+    tokenizer, config = Tokenizer.from_dir(directory), read_config(Path(directory))
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"{Path(directory) / 'tokenizer.json'} has {tokenizer.vocab_size} tokens, the model's vocabulary "
+            f"{config.vocab_size}; is the tokenizer another model's?"
+        )
+    return tokenizer
 
 
 def prompt_answer(record: dict[str, Any]) -> tuple[str, str]:
@@ -90,9 +109,20 @@ def prompt_answer(record: dict[str, Any]) -> tuple[str, str]:
     return _text("prompt", prompt), _text("answer", answer)
 
 
-def read_prompt_answers(path: str | Path) -> list[tuple[str, str]]:
-    """(prompt, answer) of every line `{"prompt": ..., "answer": ...}` of a file; UserError as `JsonLines` raises it."""
-    lines = JsonLines(path, prompt_answer, PAIR)
+def read_problems(path: str | Path, tokenizer: Tokenizer, longest: int) -> list[tuple[str, str]]:
+    """(prompt, answer) of every line `{"prompt": ..., "answer": ...}` of a file.
+
+    Raises:
+        UserError: as `JsonLines` raises it, also for a prompt of more than `longest` tokens.
+    """
+
+    def convert(record: dict[str, Any]) -> tuple[str, str]:
+        prompt, answer = prompt_answer(record)
+        if (tokens := len(tokenizer.encode(prompt))) > longest:
+            raise UserError(f"a prompt of {tokens} tokens; max_prompt_tokens is {longest}: raise it, or cut the prompt")
+        return prompt, answer
+
+    lines = JsonLines(path, convert, PAIR)
     return [lines[index] for index in range(len(lines))]
 
 
@@ -174,5 +204,6 @@ def mixture(sources: Sequence[tuple[JsonLines[Any], float]], *, seed: tuple[int,
 
 def _text(name: str, value: Any) -> str:
     if not isinstance(value, str) or not value.strip():
-        raise UserError(f"{name!r} is {value!r}; it must be a text that is not empty")
+        raise UserError(f"{name!r} is {value!r:.100}; it must be a text that is not empty")
+    check_unicode(value)
     return value

@@ -2,6 +2,7 @@
 norm."""
 
 import dataclasses
+import math
 
 import jax
 import optax
@@ -34,6 +35,8 @@ class OptimizerConfig:
         require_positive(
             self, "warmup_steps", "constant_fraction", "final_fraction", "weight_decay", "beta1", "beta2", zero=True
         )
+        if self.learning_rate == math.inf:
+            raise UserError("learning_rate = inf must be a number")
         if self.constant_fraction > 1:
             raise UserError(f"constant_fraction = {self.constant_fraction} is a share of the updates, at most one")
         if max(self.beta1, self.beta2) >= 1:

@@ -16,10 +16,9 @@ import grain
 import numpy as np
 import tyro
 
-from m1jax.chat import Tokenizer
-from m1jax.errors import UserError, require_positive
+from m1jax.errors import UserError, require_positive, require_seed
 from m1jax.train import placement
-from m1jax.train.data import ENDLESS, Documents, mixture, weighted
+from m1jax.train.data import ENDLESS, Documents, load_tokenizer, mixture, weighted
 from m1jax.train.loop import LoopRecipe, fit
 from m1jax.train.optimizer import OptimizerConfig
 from m1jax.train.run import Run
@@ -190,9 +189,10 @@ class Config:
 
 def main(config: Config) -> None:
     """Trains and writes the model to RUNS/NAME/export."""
+    require_seed(config.seed)
     recipe = config.recipe
     with placement.use_mesh(config.mesh):
-        tokenizer = Tokenizer.from_dir(config.model)
+        tokenizer = load_tokenizer(config.model)
         sources = [(Documents(path, tokenizer), weight) for path, weight in weighted(config.data)]
         shapes = [(recipe.rows(length), length) for length, _ in recipe.stages]
         model = placement.load_model(config.model, shapes)

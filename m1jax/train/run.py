@@ -21,7 +21,7 @@ class Run:
             in `config.json`.
 
     Raises:
-        UserError: the directory holds checkpoints of a run with other settings, or cannot be written.
+        UserError: the directory holds a model or checkpoints of a run with other settings, or cannot be written.
     """
 
     def __init__(self, directory: str | os.PathLike[str], settings: Mapping[str, Any]):
@@ -30,9 +30,14 @@ class Run:
         file = self.directory / "config.json"
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
+            there = json.loads(file.read_text()) if file.exists() else None
+            if isinstance(there, dict) and "model_type" in there:
+                raise UserError(
+                    f"{directory} holds a model, whose config.json a run would replace; choose another name"
+                )
             # Before its first checkpoint a run has nothing to go on with: it may be started anew, with other settings.
-            if file.exists() and any((self.directory / "checkpoints").glob("*/*")):
-                _compare(json.loads(file.read_text()), json.loads(text), file)
+            if there is not None and any((self.directory / "checkpoints").glob("*/*")):
+                _compare(there, json.loads(text), file)
             elif placement.writes():
                 write_atomically(file, text)
         except (OSError, json.JSONDecodeError) as error:

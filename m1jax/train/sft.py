@@ -11,10 +11,10 @@ import tyro
 
 from m1jax.chat import Tokenizer
 from m1jax.convert.pretrained import save_pretrained
-from m1jax.errors import UserError, require_positive
+from m1jax.errors import UserError, require_positive, require_seed
 from m1jax.model import MiniMaxM1
 from m1jax.train import packing, placement
-from m1jax.train.data import ENDLESS, Conversations, mixture, weighted
+from m1jax.train.data import ENDLESS, Conversations, load_tokenizer, mixture, weighted
 from m1jax.train.loop import LoopRecipe, fit, supervised_loss
 from m1jax.train.optimizer import OptimizerConfig
 from m1jax.train.run import Run
@@ -128,9 +128,10 @@ class Config:
 
 def main(config: Config) -> None:
     """Trains and writes the model to RUNS/NAME/export."""
+    require_seed(config.seed)
     recipe = config.recipe
     with placement.use_mesh(config.mesh):
-        tokenizer = Tokenizer.from_dir(config.model)
+        tokenizer = load_tokenizer(config.model)
         files = weighted(config.data)
         sources = [(Conversations(path, tokenizer, recipe.row_length), weight) for path, weight in files]
         examples = mixture(sources, seed=(config.seed,))

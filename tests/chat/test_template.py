@@ -113,6 +113,8 @@ def test_no_assistant_no_loss():
     ("messages", "says"),
     [
         ([], "empty"),
+        ("hello", "messages: expected a list"),
+        (5, "messages: expected a list"),
         (["hello"], r"messages\[0\]: expected an object"),
         ([{"role": "user", "content": "a"}, {"role": "bot", "content": "b"}], r"messages\[1\].*role is one of system"),
         ([{"role": "user"}], r"messages\[0\]: content must be"),
@@ -125,3 +127,11 @@ def test_no_assistant_no_loss():
 def test_what_the_format_cannot_say(messages, says):
     with pytest.raises(UserError, match=says):
         render(messages)
+
+
+@pytest.mark.parametrize(
+    ("tools", "says"), [(5, "tools: expected a list"), ("ab", "tools: expected"), ([{}, 5], r"tools\[1\]")]
+)
+def test_tools_that_are_none(tools, says):
+    with pytest.raises(UserError, match=says):
+        render([{"role": "user", "content": "a"}], tools)

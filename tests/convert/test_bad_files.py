@@ -68,6 +68,14 @@ CASES = {
         lambda d: edit(d / SECOND, lambda h: h[Q].update(shape=[1, 3])),
         rf"{Q} \[1, 3\] BF16 does not fill its",
     ),
+    "offsets that are no integers": (
+        lambda d: edit(d / SECOND, lambda h: h[Q].update(data_offsets=["0", "9"])),
+        rf"{SECOND}: its safetensors header is damaged \(at {Q}\)",
+    ),
+    "tensors on top of each other": (
+        lambda d: edit(d / SECOND, lambda h: h[Q].update(data_offsets=h[Q.replace("q_", "o_")]["data_offsets"])),
+        rf"{SECOND}: its safetensors header is damaged \(.* overlap\)",
+    ),
     "unknown dtype": (lambda d: edit(d / SECOND, lambda h: h[Q].update(dtype="I4")), f"{Q} has dtype I4; known are"),
     "index promises more": (
         lambda d: edit_json(d / files.INDEX, lambda i: i["weight_map"].update({"model.extra": FIRST})),

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from m1jax import MiniMaxM1, ModelConfig, UserError, from_pretrained
+from m1jax import MiniMaxM1, ModelConfig, UserError, from_pretrained, save_pretrained
 from m1jax.checkpoint import Checkpoints
 from m1jax.convert import files, main
 from m1jax.convert.files import Plan, Weights
@@ -235,6 +235,26 @@ def test_nan_is_refused(copy, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("to", ["official", "orbax"])
+def test_what_the_dtype_cannot_hold_is_refused(copy, tmp_path, to):
+    entry = Weights(copy).entries["lm_head.weight"]
+    with open(entry.file, "r+b") as file:
+        file.seek(entry.start)
+        file.write(np.array(1e6, entry.dtype).tobytes())
+    with pytest.raises(UserError, match=r"values in lm_head.weight are too large for float16; the conversion was not"):
+        convert(copy, tmp_path / "out", to=to, dtype="float16")
+    assert not list((tmp_path / "out").glob("[0-9]" if to == "orbax" else "*"))
+    with pytest.raises(UserError, match=r"lm_head.weight are too large for float16"):
+        save_pretrained(from_pretrained(copy), tmp_path / "out2", dtype=np.float16)
+    assert not (tmp_path / "out2").exists()
+
+
+@pytest.mark.parametrize("size", [0, float("nan"), float("inf")])
+def test_shards_have_a_size(golden, tmp_path, size):
+    with pytest.raises(UserError, match="shard-gb"):
+        convert(golden, tmp_path / "out", to="official", shard_gb=size)
+
+
 def test_a_full_disk_keeps_what_is_done(golden, tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 1000})
     with monkeypatch.context() as patch:
@@ -281,6 +301,11 @@ def test_a_damaged_checkpoint_as_source(tmp_path):
         checkpoints.save(2, params=nnx.split(model)[1])
     with pytest.raises(UserError, match="holds no parameters"):
         convert(tmp_path / "run" / "1", tmp_path / "out")
+    file = max((tmp_path / "run/2/tree/params").rglob("*"), key=lambda path: path.stat().st_size * path.is_file())
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(UserError, match=f"the contents of .*{file.name} have changed since it was saved"):
+        convert(tmp_path / "run", tmp_path / "out")
     (tmp_path / "run/2/checkpoint.json").write_text("x")
     with pytest.raises(UserError, match="holds no parameters"):  # the one before, which is whole
         convert(tmp_path / "run", tmp_path / "out")

@@ -111,6 +111,47 @@ def test_an_export_is_replaced_but_nothing_else(model, tmp_path):
     assert (tmp_path / "tokenizer/photo.jpg").exists()
 
 
+@pytest.mark.parametrize(
+    ("config", "beside"),
+    [
+        ('{"command": "train sft"}', "metrics.jsonl"),
+        ('{"model_type": "llama"}', "model.safetensors"),
+        (None, "notes.md"),
+    ],
+    ids=["a run", "another model", "our export with notes in it"],
+)
+def test_a_config_json_alone_makes_no_export(model, tmp_path, config, beside):
+    if config is None:
+        save_pretrained(model, tmp_path / "out")
+    else:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out/config.json").write_text(config)
+    (tmp_path / "out" / beside).write_text("precious")
+    with pytest.raises(UserError, match="holds something else than a model"):
+        save_pretrained(model, tmp_path / "out")
+    assert (tmp_path / "out" / beside).read_text() == "precious"
+
+
+@pytest.mark.parametrize("target", ["empty", "export", "nothing"])
+def test_a_link_to_a_directory_stays_one(model, tmp_path, target):
+    real, link = tmp_path / "disk" / "real", tmp_path / "link"
+    real.parent.mkdir()
+    if target == "empty":
+        real.mkdir()
+    elif target == "export":
+        save_pretrained(model, real)
+    link.symlink_to(real)
+    save_pretrained(model, link, dtype=jnp.bfloat16)
+    assert link.is_symlink()
+    assert [path.name for path in real.parent.iterdir()] == ["real"]
+    assert from_pretrained(link).config == model.config
+
+
+def test_a_mounted_disk_is_not_replaced(model):
+    with pytest.raises(UserError, match="disk is mounted"):
+        save_pretrained(model, "/")
+
+
 def test_other_libraries_read_what_we_write(model, tmp_path):
     from safetensors.numpy import load_file
 

@@ -99,6 +99,14 @@ def test_texts(model):
         ([[1]], {"temperature": -1.0}, "temperature = -1.0"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens = 0"),
         ([[1]], {"seed": [1, 2], "max_new_tokens": 5}, "2 seeds for 1 prompts"),
+        ([[1]], {"seed": 10**30, "max_new_tokens": 5}, "seed = 10000"),
+        ([[1]], {"seed": [-1], "max_new_tokens": 5}, "seed = -1"),
+        ("hello", {}, "prompts is one text"),
+        (
+            ["caf\udce9"],
+            {"max_new_tokens": 5, "tokenizer": Tokenizer.tiny()},
+            "prompt 0: no valid Unicode at character 4",
+        ),
     ],
 )
 def test_bad_input(model, prompts, options, message):

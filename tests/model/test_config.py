@@ -51,6 +51,9 @@ def test_period_is_the_shortest_repeating_pattern(pattern, period):
         ({"hidden_size": 0}, "hidden_size = 0"),
         ({"layer_types": ("linear",)}, "linear"),
         ({"layer_types": ()}, "layer_types"),
+        ({"layer_types": (["softmax"], 1)}, r"layer_types must hold .* found \[\['softmax'\], 1\]"),
+        ({"rope_theta": 10**400}, "rope_theta = 1000"),
+        ({"softmax_alpha": float("nan")}, "softmax_alpha = nan"),
     ],
 )
 def test_sizes_that_do_not_fit_are_named(change, message):
@@ -69,6 +72,7 @@ def test_sizes_that_do_not_fit_are_named(change, message):
         ({"hidden_size": None}, "missing hidden_size"),
         ({"num_hidden_layers": 9}, "num_hidden_layers = 9"),
         ({"attn_type_list": [2] * 8}, "attn_type_list"),
+        ({"attn_type_list": [[0], "1", *[0] * 6]}, r"attn_type_list .* found \[\[0\], '1'\]"),
         # A Transformers key in an official file: its own class would silently take the wrong layers and alphas.
         ({"layer_types": ["full_attention"] * 8}, "unknown key 'layer_types'"),
     ],
@@ -78,6 +82,20 @@ def test_configs_of_other_models_are_refused(change, message):
     values = {key: value for key, value in values.items() if value is not None or key.endswith("_id")}
     with pytest.raises(UserError, match=message):
         ModelConfig.from_hf(values)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layer_types": [["full_attention"], *[0] * 7]}, r"layer_types holds \[\['full_attention'\], 0, 0\]"),
+        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 1e308}}, "partial_rotary_factor = 1e.308"),
+        ({"rope_parameters": {"rope_theta": 1e4, "rope_type": "yarn"}}, "rope_type 'yarn'"),
+    ],
+)
+def test_what_is_wrong_in_a_config_of_transformers_is_named(change, message):
+    full = dataclasses.replace(TINY, rotary_dim=TINY.head_dim)
+    with pytest.raises(UserError, match=message):
+        ModelConfig.from_hf(full.to_hf("transformers") | change)
 
 
 def test_unknown_preset_lists_the_known():

@@ -11,7 +11,7 @@ from m1jax.train.data import (
     JsonLines,
     mixture,
     prompt_answer,
-    read_prompt_answers,
+    read_problems,
     weighted,
 )
 
@@ -19,7 +19,7 @@ from m1jax.train.data import (
 def test_reads_texts_and_numbers(tmp_path):
     file = tmp_path / "p.jsonl"
     file.write_text('{"prompt": "1+1=", "answer": 2}\n\n{"prompt": "é\u2028", "answer": "x", "id": 7}\n')
-    assert read_prompt_answers(file) == [("1+1=", "2"), ("é\u2028", "x")]
+    assert read_problems(file, Tokenizer.tiny(), 9) == [("1+1=", "2"), ("é\u2028", "x")]
 
 
 @pytest.mark.parametrize(
@@ -31,21 +31,26 @@ def test_reads_texts_and_numbers(tmp_path):
         (b'{"prompt": " ", "answer": "b"}', "line 2: 'prompt' is ' '"),
         (b'{"prompt": "a", "answer": null}', "line 2: 'answer' is None"),
         (b'{"prompt": "\xff"}', "line 2: not UTF-8"),
+        (b'{"prompt": "a", "answer": "b\\ud83d"}', "line 2: no valid Unicode at character 2"),
+        (b'{"prompt": "a", "answer": ' + b"1" * 5000 + b"}", "line 2: not to be read as JSON"),
+        (b"[" * 100_000, "line 2: not to be read as JSON"),
+        # Before the training begins, and not when that problem's turn comes.
+        (b'{"prompt": "aaaaaaaaaa", "answer": "b"}', "line 2: a prompt of 10 tokens; max_prompt_tokens is 9"),
     ],
 )
 def test_a_malformed_line_is_named(tmp_path, line, message):
     file = tmp_path / "p.jsonl"
     file.write_bytes(b'{"prompt": "a", "answer": "b"}\n' + line + b"\n")
     with pytest.raises(UserError, match="p.jsonl, " + message.replace("[", r"\[")):
-        read_prompt_answers(file)
+        read_problems(file, Tokenizer.tiny(), 9)
 
 
 def test_missing_and_empty_files(tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
-        read_prompt_answers(tmp_path / "none.jsonl")
+        read_problems(tmp_path / "none.jsonl", Tokenizer.tiny(), 9)
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(UserError, match="no lines"):
-        read_prompt_answers(tmp_path / "empty.jsonl")
+        read_problems(tmp_path / "empty.jsonl", Tokenizer.tiny(), 9)
 
 
 def test_only_what_the_assistant_writes_is_learned(tmp_path):
@@ -65,6 +70,8 @@ def test_only_what_the_assistant_writes_is_learned(tmp_path):
         ('{"messages": [{"role": "robot", "content": "a"}]}', r"line 2: messages\[0\]: expected an object whose role"),
         ('{"prompt": "a", "answer": "bcdefghi"}', "line 2: 10 tokens; row_length is 8"),
         ('{"text": "a"}', "line 2: no 'prompt' and no 'answer'"),
+        ('{"messages": 5}', "line 2: messages: expected a list"),
+        ('{"messages": [{"role": "user", "content": "\\ud800"}]}', "line 2: no valid Unicode"),
     ],
 )
 def test_a_conversation_that_cannot_be_learned_is_named(tmp_path, line, message):

@@ -16,3 +16,5 @@ def test_warm_up_constant_and_decay():
     assert float(config.schedule(34)(34)) == pytest.approx(8e-6)
     with pytest.raises(UserError, match="constant_fraction = 2"):
         OptimizerConfig(learning_rate=1.0, constant_fraction=2)
+    with pytest.raises(UserError, match="learning_rate = inf"):
+        OptimizerConfig(learning_rate=float("inf"))
