@@ -29,6 +29,7 @@ CONFIG = dataclasses.replace(
 )
 GATE = "model.layers.0.block_sparse_moe.gate.weight"
 HEAD = "lm_head.weight"
+LOG_LINE = re.compile(r"WARNING: All log messages before absl|[IWE]\d{4} ")
 
 
 @pytest.fixture(scope="module")
@@ -378,4 +379,6 @@ def test_the_process_ends_with_status_2_and_no_traceback(directory):
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     assert "model-00002-of-00002" in done.stderr
-    assert done.stderr.strip().count("\n") < 2, done.stderr
+    # Where JAX's plugins for chips are installed (make kernels-toolchain), they report that there are none.
+    ours = [line for line in done.stderr.strip().splitlines() if not LOG_LINE.match(line)]
+    assert len(ours) <= 2, done.stderr

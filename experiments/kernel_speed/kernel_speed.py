@@ -452,14 +452,17 @@ def table(rows):
         lines.append(f"| {sequences} | {show(ours)} | {show(moved, 2)} | {show(other)} | {show(xla)} |")
     lines += [
         "",
-        "| heads | T | forward ms, one walk per head | in parts | backward ms | in parts |",
-        "|---|---|---|---|---|---|",
+        "| heads | decays | forget_below | T | forward ms, one walk per head | in parts | backward ms | in parts |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     few = [row for row in rows if row["part"] == "few_heads" and "ms" in row]
-    for heads, length in sorted({(row["heads"], row["length"]) for row in few}):
-        same = {(row["what"], row["cut"]): row["ms"] for row in few if (row["heads"], row["length"]) == (heads, length)}
-        cells = [same.get((what, cut)) for what in ("forward", "backward") for cut in (False, True)]
-        lines.append("| " + " | ".join(map(str, (heads, length, *map(show, cells)))) + " |")
+    kinds = {}
+    for row in few:
+        kind = tuple(row[key] for key in ("heads", "decays", "forget_below", "length"))
+        kinds.setdefault(kind, {})[row["what"], row["cut"]] = row["ms"]
+    for kind, times in kinds.items():
+        cells = [times.get((what, cut)) for what in ("forward", "backward") for cut in (False, True)]
+        lines.append("| " + " | ".join(map(str, (*kind, *map(show, cells)))) + " |")
     lines += ["", *(f"{row['what']}: " + rate(row) for row in rows if row["part"] == "ceilings" and "ms" in row)]
     return "\n".join(lines)
 

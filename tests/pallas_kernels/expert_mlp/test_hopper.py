@@ -93,7 +93,7 @@ def test_more_tiles_than_stay_together_and_more_steps_than_stages(monkeypatch, t
     options = dict(transpose_rhs=transpose_rhs, interpret=True)
     (out,) = hopper_matmul.rows_product(lhs, given, jnp.asarray(experts), jnp.asarray(used), **options)
     matrices = [np.asarray(b, np.float32)[experts.repeat(128)] for b in rhs]
-    want = sum(np.einsum("pk,pkn->pn", np.asarray(a, np.float32), b) for a, b in zip(lhs, matrices))
+    want = np.sum([np.einsum("pk,pkn->pn", np.asarray(a, np.float32), b) for a, b in zip(lhs, matrices)], axis=0)
     error = np.asarray(out, np.float32)[:384] - want[:384]
     assert np.sqrt(np.mean(error**2) / np.mean(want**2)) <= 3e-3
 
