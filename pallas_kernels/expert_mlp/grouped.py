@@ -4,10 +4,12 @@ Assignments are sorted by expert. An expert's weights are sliced out once, then 
 block runs past the expert's end, and what it writes there is overwritten by the next expert's first block. The rest of
 an expert's rows takes the smallest block that holds it, so that 130 rows do not cost 256.
 
-Decoding is another regime: with one to four rows, the weights' way through memory is all that counts. XLA:CPU copies a
-dynamic slice before a dot, but fuses it into elementwise work, so there the product is written as a chain of
-multiply-adds over vectors that read the stacked weights in place (measured on two cores, 8 experts of 512 x 768: one
-row 17 GB/s against 11 with a slice and a dot).
+Weights stand on the left of every product of the forward pass and rows of tokens on the right: XLA:CPU's library takes
+the left side as it lies in memory and first packs the right one, which for a few rows cost more than the product.
+
+Decoding is another regime, in which the weights' way through memory is all that counts. XLA:CPU copies a dynamic slice
+before a dot. Where most experts have a few rows, one batched product reads all of them in place instead. Where an
+expert has a single row, the product is written as a chain of multiply-adds over vectors, with which the slice is fused.
 
 Everything is float32 inside, whatever the arguments are: XLA:CPU multiplies bfloat16 some thirty times slower.
 """
@@ -31,7 +33,7 @@ BLOCKS = (
     192,
     256,
 )  # rows of a product; more bring nothing, fewer waste time packing the weights
-FEW = (1, 2, 4)  # rows that take the chain of multiply-adds instead
+TOGETHER = (4, 8)  # rows of every expert in one batched product, where most experts have some
 LANES = 16  # floats that the chain keeps side by side
 LINKS = 64  # at most so many links in the chain: every one is an instruction that XLA has to compile
 
@@ -40,6 +42,7 @@ class _Plan(NamedTuple):
     """Assignments sorted by expert: those of expert e stand at rows start[e] : start[e] + size[e]."""
 
     token: jax.Array  # [A] of each sorted row
+    expert: jax.Array  # [A] of each sorted row; the number of experts where it has none here
     row: jax.Array  # [N, k] where each assignment stands
     valid: jax.Array  # [N, k] whether it belongs to an expert here
     start: jax.Array  # [E]
@@ -57,6 +60,7 @@ def _plan(routes: jax.Array, num_experts: int) -> _Plan:
     size = jnp.sum(expert[:, None] == jnp.arange(num_experts), axis=0, dtype=jnp.int32)
     return _Plan(
         token=order // routes.shape[1],
+        expert=expert[order],
         row=row.reshape(routes.shape),
         valid=valid.reshape(routes.shape),
         start=jnp.cumsum(size) - size,
@@ -71,9 +75,9 @@ def forward(
     x: jax.Array, w1: jax.Array, w3: jax.Array, w2: jax.Array, routes: jax.Array, weights: jax.Array
 ) -> jax.Array:
     """Shapes as in `api.expert_mlp`; y [N, D] in x's dtype."""
-    plan = _plan(routes, w1.shape[0])
-    assignments = routes.size
-    few = _few(assignments, w1, w2)
+    num_experts, assignments = w1.shape[0], routes.size
+    plan = _plan(routes, num_experts)
+    chain = _chain_fits(assignments, w1, w2)
     blocks = _blocks(assignments)
     rows = _sorted_rows(x, plan, blocks[-1])
 
@@ -83,23 +87,27 @@ def forward(
 
         def block(at, size, out):
             r = jax.lax.dynamic_slice_in_dim(rows, at, size)
-            hidden = jax.nn.silu(_dot(r, a, 1, 1)) * _dot(r, b, 1, 1)
-            return jax.lax.dynamic_update_slice_in_dim(out, _dot(hidden, c, 1, 1), at, 0)
+            hidden = jax.nn.silu(_dot(a, r, 1, 1)) * _dot(b, r, 1, 1)
+            return jax.lax.dynamic_update_slice_in_dim(out, _transposed(_dot(c, hidden, 1, 0)), at, 0)
 
         return _in_blocks(plan.start[e], plan.size[e], blocks, block, out)
 
     def expert(i, out):
         e = plan.active[i]
         size = plan.size[e]
-        below = 0
-        for n in few:
-            chain = functools.partial(_few_rows, rows, w1, w3, w2, e, plan.start[e], n)
-            out = _when((size > below) & (size <= n), chain, out)
-            below = n
-        return _when(size > below, functools.partial(whole, e), out)
+        if chain:
+            out = _when(size == 1, functools.partial(_one_row, rows, w1, w3, w2, e, plan.start[e]), out)
+        return _when(size > chain, functools.partial(whole, e), out)
 
     out = vary_over(jnp.zeros(rows.shape, jnp.float32), varying_axes(x, w1, w3, w2, routes))
-    out = jax.lax.fori_loop(0, plan.count, expert, out)
+    alone = plan.count  # experts that go one by one
+    if num_experts < 2 * assignments <= 2 * num_experts * TOGETHER[-1]:
+        most, below = jnp.max(plan.size), 0
+        for n in TOGETHER:
+            fits = (most > below) & (most <= n) & (2 * plan.count > num_experts)
+            out = _when(fits, functools.partial(_together, rows, w1, w3, w2, plan, n), out)
+            alone, below = jnp.where(fits, 0, alone), n
+    out = jax.lax.fori_loop(0, alone, expert, out)
     share = jnp.where(plan.valid, weights.astype(jnp.float32), 0.0)
     return jnp.einsum("nk,nkd->nd", share, out[plan.row]).astype(x.dtype)
 
@@ -177,6 +185,11 @@ def _dot(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int) -> jax.Array:
     return jax.lax.dot_general(a, b, (((a_axis,), (b_axis,)), ((), ())))
 
 
+def _transposed(product: jax.Array) -> jax.Array:
+    """Behind a barrier: XLA:CPU would swap the operands instead, and its library takes no weights on the right."""
+    return jax.lax.optimization_barrier(product).mT
+
+
 def _when(condition: jax.Array, f: Callable, carry):
     """f(0, carry) if the condition holds. A loop of at most one turn, because it never copies what it carries.
 
@@ -208,30 +221,39 @@ def _in_blocks(start: jax.Array, size: jax.Array, blocks: tuple[int, ...], block
     return carry
 
 
-def _few(assignments: int, w1: jax.Array, w2: jax.Array) -> tuple[int, ...]:
-    """The row counts for which the chain of multiply-adds is compiled: when decoding, if the sizes allow vectors."""
-    if assignments > 128 or w1.shape[2] % LANES or w2.shape[2] % LANES or w1.dtype != jnp.float32:
-        return ()
-    return tuple(n for smaller, n in zip((0, *FEW), FEW) if smaller < assignments)
+def _together(rows, w1, w3, w2, plan, n, turn, out):
+    """All experts at once, each with the n rows from its first on; those that are another's are not read again."""
+    num_experts, assignments = w1.shape[0], plan.expert.size
+    r = rows[plan.start[:, None] + turn + jnp.arange(n)]
+    a, b, c = (w.astype(jnp.float32) for w in (w1, w3, w2))
+    hidden = jax.nn.silu(jnp.einsum("efd,end->efn", a, r)) * jnp.einsum("efd,end->efn", b, r)
+    y = _transposed(jnp.einsum("edf,efn->edn", c, hidden))
+    expert = jnp.minimum(plan.expert, num_experts - 1)
+    found = y[expert, jnp.arange(assignments) - plan.start[expert]]
+    return jax.lax.dynamic_update_slice_in_dim(out, jnp.where(plan.expert[:, None] < num_experts, found, 0.0), 0, 0)
 
 
-def _few_rows(rows, w1, w3, w2, e, start, n, turn, out):
+def _chain_fits(assignments: int, w1: jax.Array, w2: jax.Array) -> bool:
+    """Whether the chain of multiply-adds is compiled: when decoding, if the sizes allow vectors."""
+    return not (assignments > 128 or w1.shape[2] % LANES or w2.shape[2] % LANES or w1.dtype != jnp.float32)
+
+
+def _one_row(rows, w1, w3, w2, e, start, turn, out):
     e, start = e + turn, start + turn
-    r = jax.lax.dynamic_slice_in_dim(rows, start, n)
+    r = jax.lax.dynamic_index_in_dim(rows, start, keepdims=False)
     hidden = jax.nn.silu(_chain(w1, e, r)) * _chain(w3, e, r)
-    return jax.lax.dynamic_update_slice_in_dim(out, _chain(w2, e, hidden.T).T, start, 0)
+    return jax.lax.dynamic_update_index_in_dim(out, _chain(w2, e, hidden), start, 0)
 
 
 def _chain(w: jax.Array, e: jax.Array, x: jax.Array) -> jax.Array:
-    """w[e] @ x.T [O, n] for w [E, O, I] and x [n, I], reading w in place."""
+    """w[e] @ x [O] for w [E, O, I] and x [I], reading w in place."""
     E, O, I = w.shape
-    n = x.shape[0]
     lanes = next(m for m in range(LANES, I + 1, LANES) if I % m == 0 and I // m <= LINKS)
-    cut, x = w.reshape(E, O, I // lanes, lanes), x.reshape(n, I // lanes, lanes)
+    cut, x = w.reshape(E, O, I // lanes, lanes), x.reshape(I // lanes, lanes)
     total = jnp.zeros(())
     for c in range(I // lanes):
-        piece = jax.lax.dynamic_slice(cut, (e, 0, c, 0), (1, O, 1, lanes)).reshape(O, 1, lanes)
-        total = total + piece * x[None, :, c]
+        piece = jax.lax.dynamic_slice(cut, (e, 0, c, 0), (1, O, 1, lanes)).reshape(O, lanes)
+        total = total + piece * x[c]
     # Always true, but XLA does not know: it would move the chain into its library's reduction, which reads slices that
     # are copied out first.
     return jnp.sum(jnp.where(e >= 0, total, 0.0), axis=-1)

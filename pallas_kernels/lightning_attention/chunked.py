@@ -9,6 +9,8 @@ Each weight is the exponential of a number <= 0; factored as lam^i lam^-j they w
 exceeds 88. A segment's start inside the chunk, or padding at its end, only changes these four weights.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -20,6 +22,10 @@ CHUNK = 256
 """Tokens per step on GPU and TPU, where steps are dear and products cheap."""
 CHUNK_ON_CPU = 64
 """On CPU the products inside a chunk, which grow with it, are what costs (experiments/chunked_cpu)."""
+GROUPS_ON_CPU = 4
+"""XLA:CPU runs a product of this size on one thread, and independent operations on several once enough are ready."""
+GROUPED_WIDTH = 512
+"""Channels of all heads from which on the groups save more than their operations cost to start."""
 
 
 def unsupported(q: jax.Array, k: jax.Array, v: jax.Array) -> str | None:
@@ -31,21 +37,21 @@ def unsupported(q: jax.Array, k: jax.Array, v: jax.Array) -> str | None:
 def forward(q, k, v, log_decay, initial_state, segment_ids):
     """(o [B,T,H,V] in q's dtype, final_state [B,H,K,V] float32); arguments as in `lightning_attention`."""
 
-    def step(start, size, carry, weights):
-        o, state = carry
+    def step(chunk, state, weights):
         within, into, onto, keep = weights
-        qc, kt, vc = _chunk(q, start, size), _chunk_transposed(k, start, size), _chunk(v, start, size)
+        qc, kt, vc = chunk(q), _transposed(chunk(k)), chunk(v)
         scores = _dot("bhik,bhkj->bhij", qc, kt) * within
         oc = _dot("bhij,bhjv->bhiv", scores, vc) + into[..., None] * _dot("bhik,bhkv->bhiv", qc, state)
         state = keep[..., None, None] * state + _dot("bhkj,bhjv->bhkv", onto[..., None, :] * kt, vc)
-        return _store(o, oc, start), state
+        return (oc,), state
 
     axes = _compat.varying_axes(q, k, v, log_decay, initial_state, segment_ids)
     if initial_state is None:
         initial_state = jnp.zeros((q.shape[0], q.shape[2], q.shape[3], v.shape[3]), jnp.float32)
     o = jnp.zeros((*q.shape[:3], v.shape[3]), q.dtype)
-    carry = tuple(_compat.vary_over(x, axes) for x in (o, initial_state))
-    return _over_chunks(step, carry, q.shape[1], log_decay, segment_ids)
+    o, initial_state = (_compat.vary_over(x, axes) for x in (o, initial_state))
+    (o,), final_state = _over_chunks(step, (o,), initial_state, log_decay, segment_ids)
+    return o, final_state
 
 
 def backward(q, k, v, log_decay, initial_state, segment_ids, do, d_final_state):
@@ -55,45 +61,61 @@ def backward(q, k, v, log_decay, initial_state, segment_ids, do, d_final_state):
     the state runs from the right and gives dk and dv.
     """
 
-    def step(start, size, carry, weights):
-        dk, dv, d_state = carry
+    def step(chunk, d_state, weights):
         within, into, onto, keep = weights
         within = within.mT
-        qt, kc, vc, doc = _chunk_transposed(q, start, size), *(_chunk(x, start, size) for x in (k, v, do))
+        qt, kc, vc, doc = _transposed(chunk(q)), *(chunk(x) for x in (k, v, do))
         scores = _dot("bhjk,bhki->bhji", kc, qt) * within
         d_scores = _dot("bhjv,bhiv->bhji", vc, doc) * within
         dkc = _dot("bhji,bhki->bhjk", d_scores, qt) + onto[..., None] * _dot("bhjv,bhkv->bhjk", vc, d_state)
         dvc = _dot("bhji,bhiv->bhjv", scores, doc) + onto[..., None] * _dot("bhjk,bhkv->bhjv", kc, d_state)
         d_state = keep[..., None, None] * d_state + _dot("bhki,bhiv->bhkv", into[..., None, :] * qt, doc)
-        return _store(dk, dkc, start), _store(dv, dvc, start), d_state
+        return (dkc, dvc), d_state
 
     dq, _ = forward(do, v, k, log_decay, None if initial_state is None else initial_state.mT, segment_ids)
     axes = _compat.varying_axes(q, k, v, log_decay, initial_state, segment_ids, do, d_final_state)
-    carry = tuple(_compat.vary_over(x, axes) for x in (jnp.zeros_like(k), jnp.zeros_like(v), d_final_state))
-    dk, dv, d_initial_state = _over_chunks(step, carry, q.shape[1], log_decay, segment_ids, reverse=True)
+    *outs, d_state = (_compat.vary_over(x, axes) for x in (jnp.zeros_like(k), jnp.zeros_like(v), d_final_state))
+    (dk, dv), d_initial_state = _over_chunks(step, tuple(outs), d_state, log_decay, segment_ids, reverse=True)
     return dq, dk, dv, d_initial_state
 
 
-def _over_chunks(step, carry, length, log_decay, segment_ids, reverse=False):
-    """Folds `step(start, size, carry, weights)` over the chunks of a row; the last chunk may be shorter."""
-    chunk = CHUNK_ON_CPU if _compat.target_platform() == "cpu" else CHUNK
-    whole, rest = divmod(length, chunk)
+def _over_chunks(step, outs, state, log_decay, segment_ids, reverse=False):
+    """Folds `step(chunk, state, weights)` over the chunks of a row; the last chunk may be shorter.
+
+    A step gets the state of some heads and `chunk`, which takes an array's part for these heads and tokens; it returns
+    its parts of `outs` [B,T,H,D], as [B,heads,tokens,D], and the new state.
+    """
+    on_cpu = _compat.target_platform() == "cpu"
+    chunk = CHUNK_ON_CPU if on_cpu else CHUNK
+    whole, rest = divmod(outs[0].shape[1], chunk)
+    heads, width = outs[0].shape[2:]
+    groups = GROUPS_ON_CPU if on_cpu and heads % GROUPS_ON_CPU == 0 and heads * width >= GROUPED_WIDTH else 1
+    heads //= groups
+    decays = jnp.split(log_decay, groups)
 
     def at(start, size, carry):
+        outs, states = carry
         if segment_ids is None:
-            return step(start, size, carry, uniform if size == chunk else _weights(log_decay, size))
-        before = lax.dynamic_slice_in_dim(segment_ids, jnp.maximum(start - 1, 0), 1, axis=1)
-        ids = lax.dynamic_slice_in_dim(segment_ids, start, size, axis=1)
-        return step(start, size, carry, _segment_weights(log_decay, ids, before))
+            weights = uniform if size == chunk else [_weights(d, size) for d in decays]
+        else:
+            before = lax.dynamic_slice_in_dim(segment_ids, jnp.maximum(start - 1, 0), 1, axis=1)
+            ids = lax.dynamic_slice_in_dim(segment_ids, start, size, axis=1)
+            weights = [_segment_weights(d, ids, before) for d in decays]
+        parts = [functools.partial(_chunk, start=start, size=size, first=g * heads, heads=heads) for g in range(groups)]
+        chunks, states = zip(*map(step, parts, states, weights))
+        outs = tuple(_store(out, jnp.concatenate(c, axis=1), start) for out, c in zip(outs, zip(*chunks)))
+        return outs, states
 
-    uniform = _weights(log_decay, chunk)
+    uniform = [_weights(d, chunk) for d in decays]
+    carry = outs, tuple(jnp.split(state, groups, axis=1))
     if rest and reverse:
         carry = at(whole * chunk, rest, carry)
     if whole:
         carry = lax.fori_loop(0, whole, lambda i, c: at((whole - 1 - i if reverse else i) * chunk, chunk, c), carry)
     if rest and not reverse:
         carry = at(whole * chunk, rest, carry)
-    return carry
+    outs, states = carry
+    return outs, jnp.concatenate(states, axis=1)
 
 
 def _weights(log_decay, size):
@@ -122,15 +144,15 @@ def _segment_weights(log_decay, segment_ids, before):
     return within, into, onto, keep
 
 
-def _chunk(x, start, size):
-    """Tokens start : start + size of x [B,T,H,D], as [B,H,size,D]."""
-    return _widened(lax.dynamic_slice_in_dim(x, start, size, axis=1)).swapaxes(1, 2)
+def _chunk(x, start, size, first, heads):
+    """Tokens start : start + size of some heads of x [B,T,H,D], as [B,heads,size,D]."""
+    x = lax.dynamic_slice(x, (0, start, first, 0), (x.shape[0], size, heads, x.shape[3]))
+    return _widened(x).swapaxes(1, 2)
 
 
-def _chunk_transposed(x, start, size):
-    """The same as [B,H,D,size]. Without the barrier XLA:CPU would transpose within the products, which is slower."""
-    x = _widened(lax.dynamic_slice_in_dim(x, start, size, axis=1)).transpose(0, 2, 3, 1)
-    return lax.optimization_barrier(x)
+def _transposed(x):
+    """Of the last two axes. Without the barrier XLA:CPU would transpose within the products, which is slower."""
+    return lax.optimization_barrier(x.mT)
 
 
 def _widened(x):
