@@ -8,8 +8,9 @@ Weights stand on the left of every product of the forward pass and rows of token
 the left side as it lies in memory and first packs the right one, which for a few rows cost more than the product.
 
 Decoding is another regime, in which the weights' way through memory is all that counts. XLA:CPU copies a dynamic slice
-before a dot. Where most experts have a few rows, one batched product reads all of them in place instead. Where an
-expert has a single row, the product is written as a chain of multiply-adds over vectors, with which the slice is fused.
+before a dot. Where most experts have a few rows, one batched product reads all of them in place instead, the idle ones
+too. Where an expert has a single row, the product is written as a chain of multiply-adds over vectors, with which the
+slice is fused.
 
 Everything is float32 inside, whatever the arguments are: XLA:CPU multiplies bfloat16 some thirty times slower.
 """
