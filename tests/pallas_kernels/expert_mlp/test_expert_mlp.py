@@ -100,7 +100,7 @@ def test_a_nan_in_an_unused_expert_stays_there():
 
 
 def test_cost_follows_the_experts_in_use():
-    """What depends on E in the compiled program is slices, zeros, the routing, and products of up to eight rows of every
+    """What depends on E in the compiled program is slices, zeros, the routing, and products of at most eight rows an
     expert, which run where most experts have some."""
     arrays, routes = problem(64, 32, hidden=64, inner=64)
     text = jax.jit(lambda *a: grouped.forward(*a[:4], routes, a[4])).lower(*arrays).compile().as_text()
@@ -185,5 +185,5 @@ def test_wrong_arguments_are_named(name, wrong):
 
 def test_unknown_implementation():
     arrays, routes = problem(5, 3)
-    with pytest.raises(ValueError, match="known: auto, reference, ragged, grouped, hopper"):
+    with pytest.raises(ValueError, match="known: auto, reference, ragged, grouped"):
         run(arrays, routes, "fast")
