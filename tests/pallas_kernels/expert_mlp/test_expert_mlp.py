@@ -185,5 +185,5 @@ def test_wrong_arguments_are_named(name, wrong):
 
 def test_unknown_implementation():
     arrays, routes = problem(5, 3)
-    with pytest.raises(ValueError, match="known: auto, reference, ragged, grouped"):
+    with pytest.raises(ValueError, match="known: auto, reference, ragged, grouped, hopper"):
         run(arrays, routes, "fast")
