@@ -1,9 +1,9 @@
 """`m1jax demo`: a small M1 from random weights to solved tasks, in minutes on two cores.
 
-First a warm start on demonstrations (SFT): some solutions think step by step, most answer straight away. A model this
-small cannot find these answers in its head, so after SFT it mostly guesses. Then reinforcement learning (CISPO) with
-nothing but the rule that checks the answer: the model finds out by itself that thinking pays, and to think without
-slips. Its responses grow longer and right.
+First a warm start on demonstrations (SFT): at its beginning most solutions think step by step, so that the model learns
+the steps, at its end most answer straight away. A model this small cannot find these answers in its head, so after SFT it
+mostly guesses. Then reinforcement learning (CISPO) with nothing but the rule that checks the answer: the model finds out
+by itself that thinking pays, and to think without slips. Its responses grow longer and right.
 """
 
 import dataclasses
@@ -26,11 +26,11 @@ from m1jax.train.sft import Pair, SFTRecipe, sft
 
 PRESET = "m1-demo"
 TASK = "sums+board"
-THINKING_SHARE = 0.2
-"""of the demonstrations think step by step"""
+THINKING_SHARES = (0.6, 0.15)
+"""of the demonstrations think step by step: of the first and of the last, with a straight line between"""
 SFT = SFTRecipe(
     optimizer=OptimizerConfig(learning_rate=5e-3, warmup_steps=200, final_fraction=0.1),
-    steps=2600,
+    steps=1800,
     batch=64,
     row_length=96,
     rows=16,
@@ -39,7 +39,7 @@ SFT = SFTRecipe(
 )
 RL = RLRecipe(
     optimizer=OptimizerConfig(learning_rate=4e-4, warmup_steps=16, final_fraction=0.1),
-    iterations=12,
+    iterations=16,
     prompts=64,
     samples=8,
     updates=16,
@@ -48,7 +48,7 @@ RL = RLRecipe(
     max_new_tokens=16,
     row_length=96,
     rows=16,
-    evaluate_every=3,
+    evaluate_every=4,
     evaluate_rounds=4,
     checkpoint_every=120,
 )
@@ -80,7 +80,7 @@ def main(config: Config) -> None:
             "command": "demo",
             "seed": config.seed,
             "task": TASK,
-            "thinking_share": THINKING_SHARE,
+            "thinking_shares": THINKING_SHARES,
             "model_config": model_config,
             "sft": SFT,
             "rl": RL,
@@ -93,7 +93,7 @@ def main(config: Config) -> None:
         # Index apart from the RL problems' by the seed; held-out problems are apart by construction (rl/tasks/base.py).
         problem = task.problem("train", config.seed + 1_000_000, number)
         rng = np.random.default_rng([config.seed, number])
-        think = rng.random() < THINKING_SHARE
+        think = rng.random() < np.interp(number, (0, SFT.steps * SFT.batch), THINKING_SHARES)
         return tokenizer.encode(problem.prompt), [*tokenizer.encode(problem.demonstration(think)), tokenizer.eos_id]
 
     start = time.monotonic()
