@@ -3,7 +3,15 @@
 import os
 
 # Eight devices, so that a wrong PartitionSpec fails here and not on a pod. Programs for one device are not affected.
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 " + os.environ.get("XLA_FLAGS", "")
+# LLVM's optimisations are more than half of the time to compile, and compiling is most of the time of a test. XLA's own
+# optimisations, and the libraries it calls, stay. Flags from outside come last and win.
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        "--xla_force_host_platform_device_count=8",
+        "--xla_backend_optimization_level=0",
+        os.environ.get("XLA_FLAGS", ""),
+    ]
+)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Transformers and tokenizers: nothing from the network, and no warning about threads in forked workers.
 os.environ["HF_HUB_OFFLINE"] = "1"
