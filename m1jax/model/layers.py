@@ -12,6 +12,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from m1jax.sharding import ambient_mesh
+from pallas_kernels._compat import target_platform
+
+FEW_TOKENS = 128  # from here on both orders are as fast
 
 
 def init_normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, dtype: jax.typing.DTypeLike) -> nnx.Param:
@@ -22,9 +25,17 @@ def init_normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, dtype: jax.t
 def linear(
     x: Float[Array, "... inputs"], weight: Float[Array, "outputs inputs"], precision: str | None = None
 ) -> Float[Array, "... outputs"]:
-    """``x @ weight.T`` in x's dtype. Weights keep the checkpoint's orientation [out, in]."""
-    weight = weight.astype(x.dtype)
-    return jnp.einsum("...i,oi->...o", by_token(x), weight, precision=precision).reshape(*x.shape[:-1], len(weight))
+    """``x @ weight.T`` in x's dtype. Weights keep the checkpoint's orientation [out, in].
+
+    For few tokens on CPU they stand on the left: XLA:CPU's library takes that side as it lies in memory and packs the
+    other. Without the barrier XLA would swap the two.
+    """
+    weight, tokens = weight.astype(x.dtype), by_token(x)
+    if ambient_mesh() is None and 1 < len(tokens) <= FEW_TOKENS and target_platform() == "cpu":
+        product = jax.lax.optimization_barrier(jnp.einsum("oi,ti->ot", weight, tokens, precision=precision)).T
+    else:
+        product = jnp.einsum("...i,oi->...o", tokens, weight, precision=precision)
+    return product.reshape(*x.shape[:-1], len(weight))
 
 
 def by_token(x: Float[Array, "... channels"]) -> Float[Array, "... channels"]:

@@ -63,8 +63,9 @@ class LightningAttention(nnx.Module):
         qkv = jax.nn.silu(linear(x, self.qkv_proj[...]))
         q, k, v = jnp.split(qkv.reshape(batch, time, self.num_heads, -1), 3, axis=-1)
         if cache is not None and time == 1:
-            rows = jnp.arange(batch)
-            slots = rows if segment_ids is None else jnp.where(segment_ids[:, 0] == PADDING, -1, rows)
+            slots = None  # row b has state b, unless it is padding
+            if segment_ids is not None:
+                slots = jnp.where(segment_ids[:, 0] == PADDING, -1, jnp.arange(batch))
             out, state = lightning_attention_decode(q[:, 0], k[:, 0], v[:, 0], log_decay, cache.state, slots)
         else:
             initial = None if cache is None else cache.state

@@ -91,7 +91,7 @@ def lightning_attention_decode(
     v: Float[Array, "batch heads value"],
     log_decay: Float[Array, " heads"],
     pool: Float[Array, "rows heads key value"],
-    slots: Int[Array, " batch"],
+    slots: Int[Array, " batch"] | None,
 ) -> tuple[Float[Array, "batch heads value"], Float[Array, "rows heads key value"]]:
     """``pallas_kernels.lightning_attention_decode``, batch and pool over rows, heads over tensor.
 
@@ -103,7 +103,7 @@ def lightning_attention_decode(
 
     def local(q: Any, k: Any, v: Any, log_decay: Any, pool: Any, slots: Any) -> Any:
         first = (jax.lax.axis_index(rows) if rows else 0) * pool.shape[0]
-        slots = jnp.where(slots < 0, slots, slots - first)
+        slots = None if slots is None else jnp.where(slots < 0, slots, slots - first)
         return pallas_kernels.lightning_attention_decode(q, k, v, log_decay, pool, slots)
 
     token = P(rows, "tensor")

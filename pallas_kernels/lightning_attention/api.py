@@ -87,7 +87,7 @@ def lightning_attention_decode(
     v: jax.Array,
     log_decay: jax.Array,
     pool: jax.Array,
-    slots: jax.Array,
+    slots: jax.Array | None = None,
     *,
     implementation: str = "auto",
 ) -> tuple[jax.Array, jax.Array]:
@@ -98,7 +98,7 @@ def lightning_attention_decode(
       log_decay: [H] float32, <= 0.
       pool: [P,H,K,V] float32. Donated: outside jit the array passed in is dead afterwards; inside jit, donate it there.
       slots: [N] int32, the row of the pool that holds each sequence's state: distinct; negative for an idle sequence,
-        whose output is zero and for which nothing is written.
+        whose output is zero and for which nothing is written. None: P = N, and sequence n has row n.
       implementation: "auto" (the best that can run here), "xla", "hopper" or "tpu".
 
     Returns:
@@ -112,14 +112,19 @@ def lightning_attention_decode(
     _check_tokens("N,H", q, k, v)
     sequences, heads, key_size = q.shape
     _check_log_decay(log_decay, heads)
-    rows = pool.shape[0] if pool.ndim else 0
-    _check("pool", pool, (rows, heads, key_size, v.shape[-1]), "[P,H,K,V]", ("float32",))
-    _check("slots", slots, (sequences,), "[N]", ("int32",))
-    if _is_known(slots):
-        used = np.asarray(slots)[np.asarray(slots) >= 0]
-        if (used >= rows).any() or len(np.unique(used)) != len(used):
-            raise ValueError(f"slots must be distinct rows of the pool, which has {rows}, or negative: got {slots}")
+    if slots is None:
+        _check("pool", pool, (sequences, heads, key_size, v.shape[-1]), "[N,H,K,V] (no slots are given)", ("float32",))
+    else:
+        rows = pool.shape[0] if pool.ndim else 0
+        _check("pool", pool, (rows, heads, key_size, v.shape[-1]), "[P,H,K,V]", ("float32",))
+        _check("slots", slots, (sequences,), "[N]", ("int32",))
+        if _is_known(slots):
+            used = np.asarray(slots)[np.asarray(slots) >= 0]
+            if (used >= rows).any() or len(np.unique(used)) != len(used):
+                raise ValueError(f"slots must be distinct rows of the pool, which has {rows}, or negative: got {slots}")
     name = _choose(implementation, DECODE_IMPLEMENTATIONS, "xla", q, k, v)
+    if slots is None and name != "xla":
+        slots = jnp.arange(sequences, dtype=jnp.int32)
     return _decode(q, k, v, log_decay, pool, slots, name)
 
 

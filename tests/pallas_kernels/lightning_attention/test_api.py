@@ -84,6 +84,7 @@ def test_implementations_that_cannot_run_say_why():
         ({"q": jnp.zeros((B, 1, H, K))}, ValueError, "q must be [N,H,K]"),
         ({"pool": jnp.zeros((6, H, K))}, ValueError, "pool must be [P,H,K,V]"),
         ({"pool": jnp.zeros((6, H, K, V), jnp.bfloat16)}, TypeError, "pool must be float32"),
+        ({"slots": None}, ValueError, "pool must be [N,H,K,V] (no slots are given) = [2"),
         ({"slots": jnp.zeros(B + 1, jnp.int32)}, ValueError, "slots must be [N] = [2]"),
         ({"slots": jnp.zeros(B)}, TypeError, "slots must be int32"),
         ({"slots": jnp.array([4, 4], jnp.int32)}, ValueError, "slots must be distinct rows of the pool"),
@@ -93,6 +94,19 @@ def test_implementations_that_cannot_run_say_why():
 def test_decode_checks_its_arguments(changes, error, message):
     with pytest.raises(error, match=re.escape(message)):
         lightning_attention_decode(**decode_arguments(**changes))
+
+
+def test_decode_without_slots():
+    """Sequence n has row n."""
+    random = np.random.default_rng(0)
+    shapes = {"q": (B, H, K), "k": (B, H, K), "v": (B, H, V), "pool": (B, H, K, V)}
+    arrays = {name: random.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+    found, expected = (
+        lightning_attention_decode(**decode_arguments(slots=slots, **{n: jnp.asarray(a) for n, a in arrays.items()}))
+        for slots in (None, jnp.arange(B, dtype=jnp.int32))
+    )
+    for a, b in zip(found, expected):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_decode_takes_the_pool():
