@@ -24,16 +24,7 @@ import jax.numpy as jnp
 
 from pallas_kernels._compat import vary_over, varying_axes
 
-BLOCKS = (
-    8,
-    16,
-    32,
-    64,
-    96,
-    128,
-    192,
-    256,
-)  # rows of a product; more bring nothing, fewer waste time packing the weights
+BLOCKS = (8, 16, 32, 64, 128)  # rows of a product; larger or finer ones bring nothing, and each has to be compiled
 TOGETHER = (4, 8)  # rows of every expert in one batched product, where most experts have some
 LANES = 16  # floats that the chain keeps side by side
 LINKS = 64  # at most so many links in the chain: every one is an instruction that XLA has to compile
@@ -245,18 +236,12 @@ def _blocks(assignments: int) -> tuple[int, ...]:
 
 def _in_blocks(start: jax.Array, size: jax.Array, blocks: tuple[int, ...], block: Callable, carry):
     """block(first row, rows, carry) over an expert's rows: the largest size, then the smallest that holds the rest."""
-    largest = blocks[-1]
-    full = size // largest
+    below, largest = (0, *blocks)[-2:]
+    full = (size + largest - below - 1) // largest  # a rest that takes the largest size is a turn of the same loop
     carry = jax.lax.fori_loop(0, full, lambda i, carry: block(start + i * largest, largest, carry), carry)
-    rest = size - full * largest
-    smaller = 0
-    for b in blocks:
-
-        def run(turn, carry, size=b):
-            return block(start + full * largest + turn, size, carry)
-
-        carry = _when((rest > smaller) & (rest <= b), run, carry)
-        smaller = b
+    first, rest = start + full * largest, size - full * largest
+    for smaller, b in zip((0, *blocks), blocks[:-1]):
+        carry = _when((rest > smaller) & (rest <= b), lambda turn, carry, b=b: block(first + turn, b, carry), carry)
     return carry
 
 
