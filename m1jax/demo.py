@@ -1,9 +1,9 @@
 """`m1jax demo`: a small M1 from random weights to solved tasks, in minutes on two cores.
 
 First a warm start on demonstrations (SFT): at its beginning most solutions think step by step, so that the model learns
-the steps, at its end most answer straight away. A model this small cannot find these answers in its head, so after SFT it
-mostly guesses. Then reinforcement learning (CISPO) with nothing but the rule that checks the answer: the model finds out
-by itself that thinking pays, and to think without slips. Its responses grow longer and right.
+the steps; at its end most answer straight away. A model this small cannot find these answers in its head, so after SFT
+it mostly guesses. Then reinforcement learning (CISPO) with nothing but the rule that checks the answer: the model finds
+out by itself that thinking pays, and to think without slips. Its responses grow longer and right.
 """
 
 import dataclasses
