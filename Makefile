@@ -20,7 +20,7 @@ demo: $(VENV)/.installed  ## Train a small M1 with SFT and CISPO on this machine
 	$(VENV)/bin/m1jax demo $(ARGS)
 
 test: $(VENV)/.installed-dev  ## The tests; with `make torch` before it, the comparisons with PyTorch too
-	$(VENV)/bin/python -m pytest -n $(JOBS) $(PYTEST)
+	$(VENV)/bin/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST)
 
 test-slow: $(VENV)/.installed-dev  ## The tests that take minutes
 	$(VENV)/bin/python -m pytest -m slow $(PYTEST)

@@ -1,6 +1,9 @@
 """What every test runs under, set before jax is first imported."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 # Eight devices, so that a wrong PartitionSpec fails here and not on a pod. Programs for one device are not affected.
 # LLVM's optimisations are more than half of the time to compile, and compiling is most of the time of a test. XLA's own
@@ -13,6 +16,10 @@ os.environ["XLA_FLAGS"] = " ".join(
     ]
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# What one process of this run has compiled, the others need not: pytest's workers, and the programs that tests start.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="m1jax-tests-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 # Transformers and tokenizers: nothing from the network, and no warning about threads in forked workers.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -19,17 +19,17 @@ LENGTH = 24
 
 # Every shape is a program to compile, so the properties draw from few shapes and many arrangements.
 @settings(max_examples=15)
-@given(name=st.sampled_from(sorted(MODELS)), pieces=st.permutations([1, 1, 5, 17]), seed=st.integers(0, 99))
+@given(name=st.sampled_from(["LSLS", "SLL"]), pieces=st.permutations([1, 1, 5, 17]), seed=st.integers(0, 99))
 def test_prefill_in_any_split_equals_the_whole(name, pieces, seed):
-    model, tokens = MODELS[name], random_tokens(seed, 2, LENGTH)
+    model, tokens = MODELS[name], random_tokens(seed, 3, LENGTH)
     expected = model(tokens)
-    cache, parts, start = model.init_cache(2, LENGTH), [], 0
+    cache, parts, start = model.init_cache(3, LENGTH), [], 0
     for piece in pieces:
         logits, cache = model(tokens[:, start : start + piece], cache)
         parts.append(logits)
         start += piece
     np.testing.assert_allclose(jnp.concatenate(parts, axis=1), expected, atol=TOLERANCE)
-    assert cache.lengths.tolist() == [LENGTH, LENGTH]
+    assert cache.lengths.tolist() == [LENGTH] * 3
 
 
 @pytest.mark.parametrize("name", sorted(MODELS))

@@ -24,7 +24,7 @@ def packed(lengths: list[int], seed: int, time: int) -> tuple[list[jax.Array], j
 @settings(max_examples=10)
 @given(
     name=st.sampled_from(sorted(MODELS)),
-    lengths=st.lists(st.sampled_from([1, 4, 9]), min_size=1, max_size=4),
+    lengths=st.lists(st.sampled_from([1, 9]), min_size=1, max_size=4),
     seed=st.integers(0, 9),
 )
 def test_logits_and_balancing_loss(name, lengths, seed):
