@@ -12,10 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from m1jax.config import ModelConfig
-from m1jax.errors import UserError
+from m1jax.errors import UserError, shortened
 
 MANIFEST = "checkpoint.json"
 ARRAYS = "arrays.npz"
@@ -79,8 +77,14 @@ def read_info(path: Path) -> Info:
     return Info(path=path, **values)
 
 
-def find_problems(path: Path, *, contents: bool = True) -> list[str]:
-    """What is damaged in the checkpoint at ``path``; see ``Checkpoints.problems``."""
+def find_problems(path: Path, *, contents: bool = True, share: tuple[int, int] = (0, 1)) -> list[str]:
+    """What is damaged in the checkpoint at ``path``; see ``Checkpoints.problems``.
+
+    Args:
+        path: the checkpoint.
+        contents: whether files are read, beside looking for them and at their sizes.
+        share: (which, of how many) of the files this process reads.
+    """
     try:
         info = read_info(path)
     except UserError as error:
@@ -95,7 +99,7 @@ def find_problems(path: Path, *, contents: bool = True) -> list[str]:
         if actual != size:
             found.append(f"{name} has {actual:,} bytes instead of {size:,}")
     if contents and not found:
-        mine = sorted(info.files)[jax.process_index() :: jax.process_count()]
+        mine = sorted(info.files)[share[0] :: share[1]]
         for name, checksum in zip(mine, checksums([info.path / name for name in mine])):
             if checksum != info.files[name][1]:
                 found.append(f"the contents of {name} have changed since they were written")
@@ -151,8 +155,3 @@ def jsonable(config: ModelConfig) -> dict[str, Any]:
 def listed(steps: list[int]) -> str:
     """Steps, for messages."""
     return ", ".join(map(str, steps)) or "none"
-
-
-def shortened(lines: list[str]) -> str:
-    """The first of many problems, for messages."""
-    return "; ".join(lines[:3]) + (f"; and {len(lines) - 3} more" if len(lines) > 3 else "")

@@ -10,8 +10,8 @@ import pytest
 from flax import nnx
 
 from m1jax import MiniMaxM1, ModelConfig, UserError, from_pretrained, save_pretrained
-from m1jax.convert.files import Weights
 from m1jax.sharding import make_mesh
+from m1jax.weights.safetensors import Weights
 
 
 @pytest.fixture(scope="module")

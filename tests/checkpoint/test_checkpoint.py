@@ -19,10 +19,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from m1jax import MiniMaxM1, ModelConfig, UserError
 from m1jax.checkpoint import Checkpoints
-from m1jax.convert import inspect
-from m1jax.convert.files import Weights
+from m1jax.commands import checkpoint as inspect
+from m1jax.weights.safetensors import Weights
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 CONFIG = dataclasses.replace(
     ModelConfig.preset("m1-tiny"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import threading
 import time
@@ -14,9 +13,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from m1jax.checkpoint.common import context, from_all
-from m1jax.checkpoint.trees import flat, named, unstacked
-from m1jax.checkpoint.verify import (
+from m1jax import processes
+from m1jax.checkpoint.manifest import (
     ARRAYS,
     FORMAT,
     PARTIAL,
@@ -28,7 +26,10 @@ from m1jax.checkpoint.verify import (
     listed,
     write_values,
 )
+from m1jax.checkpoint.options import context
+from m1jax.checkpoint.trees import flat, named, unstacked
 from m1jax.config import ModelConfig
+from m1jax.disk import FULL, sync
 from m1jax.errors import UserError
 
 OTHERS_TIMEOUT = 1800  # seconds that process 0 waits for the checksums of the others, and they for its rename
@@ -90,7 +91,7 @@ class Saver:
         partial = self.directory / f"{step}{PARTIAL}"
         size = sum(x.nbytes for tree in (*trees.values(), host) for x in tree.values())
         failure: BaseException | None = None
-        if jax.process_index() == 0:
+        if processes.writes():
             try:
                 self._clean()
                 self.directory.mkdir(parents=True, exist_ok=True)
@@ -98,10 +99,9 @@ class Saver:
                 partial.mkdir()
             except (OSError, UserError) as error:
                 failure = self._explained(error, step)
-        if jax.process_count() > 1 and any(from_all(failure is not None)) and failure is None:
-            failure = UserError(f"{self.directory}: process 0 could not begin the checkpoint of step {step}; see there")
-        if failure is not None:
-            raise failure
+        processes.raise_together(
+            failure, f"{self.directory}: process 0 could not begin the checkpoint of step {step}; see there"
+        )
         response = None
         if trees:
             try:
@@ -117,7 +117,7 @@ class Saver:
                 self._finish(partial, manifest, host)
             except BaseException as error:
                 self._error = self._explained(error, step)
-                if jax.process_index() == 0:
+                if processes.writes():
                     shutil.rmtree(partial, ignore_errors=True)
 
         self._thread = threading.Thread(target=finish, name=f"checkpoint-{step}")
@@ -167,7 +167,7 @@ class Saver:
         if final.exists():
             final.rename(replaced)
         partial.rename(final)
-        _sync_directory(self.directory)
+        sync(self.directory)
         shutil.rmtree(replaced, ignore_errors=True)
         self._prune()
 
@@ -205,7 +205,7 @@ class Saver:
 
     def _explained(self, error: BaseException, step: int) -> BaseException:
         text = str(error)
-        if getattr(error, "errno", None) == 28 or "No space left" in text or "ENOSPC" in text:
+        if getattr(error, "errno", None) in FULL or "No space left" in text or "ENOSPC" in text:
             return UserError(
                 f"{self.directory}: the disk is full, the checkpoint of step {step} was not saved. "
                 f"Saved and whole: {listed(list_steps(self.directory))}; free some space and start again"
@@ -213,14 +213,6 @@ class Saver:
         if isinstance(error, OSError):
             return UserError(f"{self.directory}: the checkpoint of step {step} was not saved: {error}")
         return error
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _await(condition: Any, what: str) -> None:

@@ -1,0 +1,1 @@
+"""A model's weights as Hugging Face files: one bijective table of names, readers and writers of safetensors."""
