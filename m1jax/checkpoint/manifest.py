@@ -14,8 +14,8 @@ from typing import Any
 
 from m1jax.config import ModelConfig
 from m1jax.errors import UserError, shortened
+from m1jax.weights.directory import CHECKPOINTS, MANIFEST
 
-MANIFEST = "checkpoint.json"
 ARRAYS = "arrays.npz"
 TREE = "tree"
 PARTIAL = ".partial"
@@ -60,6 +60,27 @@ def newest_whole(directory: Path) -> Path:
             return directory / str(step)
         log.warning("checkpoint %s is damaged and passed over: %s", directory / str(step), shortened(problems))
     raise UserError(f"{directory} holds no whole checkpoint")
+
+
+def directories_within(path: Path) -> list[Path]:
+    """The directories of checkpoints that a path means: itself, or those of a run and its phases; UserError if none."""
+    within = [path, path / CHECKPOINTS]
+    within += [phase for place in within if place.is_dir() for phase in sorted(place.iterdir()) if phase.is_dir()]
+    found = [place for place in within if list_steps(place)]
+    if not found:
+        raise UserError(f"{path} holds no checkpoints")
+    return found
+
+
+def newest_within(path: Path) -> Path:
+    """The checkpoint that a path means: itself, or the newest whole one in it, whatever the phase; UserError if none.
+
+    Whole as far as the sizes of files tell.
+    """
+    if (path / MANIFEST).is_file():
+        return path
+    newest = [newest_whole(directory) for directory in directories_within(path)]
+    return max(newest, key=lambda checkpoint: read_info(checkpoint).saved)
 
 
 def read_info(path: Path) -> Info:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import threading
 import time
@@ -29,7 +30,7 @@ from m1jax.checkpoint.manifest import (
 from m1jax.checkpoint.options import context
 from m1jax.checkpoint.trees import flat, named, unstacked
 from m1jax.config import ModelConfig
-from m1jax.disk import FULL, sync
+from m1jax.disk import FULL, NOT_PERMITTED, Place, sync
 from m1jax.errors import UserError
 
 OTHERS_TIMEOUT = 1800  # seconds that process 0 waits for the checksums of the others, and they for its rename
@@ -48,6 +49,7 @@ class Saver:
     ) -> None:
         self.directory, self.config, self.keep = directory, config, keep
         self.best, self.asynchronous = best, asynchronous
+        self._place = Place(directory) if directory.is_dir() else None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -93,8 +95,11 @@ class Saver:
         failure: BaseException | None = None
         if processes.writes():
             try:
+                if self._place is None:
+                    self.directory.mkdir(parents=True, exist_ok=True)
+                    self._place = Place(self.directory)
+                self._place.check()
                 self._clean()
-                self.directory.mkdir(parents=True, exist_ok=True)
                 self._check_space(step, size)
                 partial.mkdir()
             except (OSError, UserError) as error:
@@ -141,6 +146,8 @@ class Saver:
         if process == 0 and host:
             with open(partial / ARRAYS, "wb") as file:
                 np.savez(file, allow_pickle=False, **host)
+                file.flush()
+                os.fsync(file.fileno())
         # The files of the tree are complete on every process here: Orbax ends with a barrier. Who has its checksums
         # says so by a file, so no collective runs beside the training's own.
         paths = sorted(path for path in (partial / TREE).rglob("*") if path.is_file())
@@ -163,6 +170,7 @@ class Saver:
         if host:
             sums[ARRAYS] = [(partial / ARRAYS).stat().st_size, *checksums([partial / ARRAYS])]
         write_values(partial, manifest | {"files": sums})
+        sync(partial)
         replaced = self.directory / f"{final.name}{REPLACED}"
         if final.exists():
             final.rename(replaced)
@@ -204,14 +212,23 @@ class Saver:
             )
 
     def _explained(self, error: BaseException, step: int) -> BaseException:
+        """What to tell of an error, ours or one of Orbax, which names neither kind nor file but in its text."""
         text = str(error)
-        if getattr(error, "errno", None) in FULL or "No space left" in text or "ENOSPC" in text:
+        number = getattr(error, "errno", None)
+        file = getattr(error, "filename", None) or self.directory
+        whole = listed(list_steps(self.directory))
+        if number in FULL or "No space left" in text or "ENOSPC" in text or "quota exceeded" in text:
             return UserError(
-                f"{self.directory}: the disk is full, the checkpoint of step {step} was not saved. "
-                f"Saved and whole: {listed(list_steps(self.directory))}; free some space and start again"
+                f"{file}: the disk is full, the checkpoint of step {step} was not saved. "
+                f"Saved and whole: {whole}; free some space and start again"
+            )
+        if number in NOT_PERMITTED:
+            return UserError(
+                f"{file}: not permitted ({os.strerror(number)}), the checkpoint of step {step} was not saved. "
+                f"Saved and whole: {whole}; change its permissions and start again"
             )
         if isinstance(error, OSError):
-            return UserError(f"{self.directory}: the checkpoint of step {step} was not saved: {error}")
+            return UserError(f"{file}: the checkpoint of step {step} was not saved: {error}")
         return error
 
 

@@ -26,7 +26,8 @@ class Config:
     """
 
     src: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
-    """A directory of safetensors files, a directory of checkpoints, or one checkpoint in it."""
+    """A directory of safetensors files; a checkpoint; or a run or directory of checkpoints, of which the newest is
+    taken."""
     dst: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
     """The directory to make."""
     to: Literal["official", "transformers", "orbax"] | None = None

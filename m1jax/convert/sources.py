@@ -16,13 +16,23 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from m1jax.checkpoint import MANIFEST, Info, checksums, newest_whole, read_info
+from m1jax.checkpoint import Info, checksums, newest_within, read_info
 from m1jax.config import ModelConfig
 from m1jax.convert.pieces import Piece
 from m1jax.convert.zarr import BYTES_CODEC, PARAMS, chunk_file
 from m1jax.errors import UserError, shortened
-from m1jax.weights.directory import open_weights, read_config
+from m1jax.weights.directory import (
+    CHECKPOINTS,
+    CONFIG,
+    EXPORT,
+    holds_checkpoints,
+    is_model,
+    open_weights,
+    read_config,
+    run_of,
+)
 from m1jax.weights.names import tensors
+from m1jax.weights.safetensors import read_json
 
 BLOCK_BYTES = 4 * 2**20
 
@@ -31,6 +41,8 @@ class Source(Protocol):
     """A model whose official tensors are all there."""
 
     directory: Path
+    companions: Path
+    """where the tokenizer's files are, if anywhere"""
     config: ModelConfig
     dtypes: dict[str, np.dtype]
 
@@ -56,10 +68,9 @@ class Source(Protocol):
 
 
 def open_source(path: Path) -> Source:
-    """A directory of safetensors files, of checkpoints, or a checkpoint."""
-    if (path / MANIFEST).is_file() or any(path.glob(f"[0-9]*/{MANIFEST}")):
-        return Checkpoint(path)
-    return Files(path)
+    """A directory of safetensors files; a checkpoint, or the newest of a directory of checkpoints or a run."""
+    is_run = (path / CHECKPOINTS).is_dir()
+    return Checkpoint(path) if not is_model(path) and (is_run or holds_checkpoints(path)) else Files(path)
 
 
 def blocks(source: Source, piece: Piece) -> Iterator[np.ndarray]:
@@ -119,7 +130,7 @@ class Files:
     """The official tensors of a directory of safetensors files."""
 
     def __init__(self, directory: Path) -> None:
-        self.directory = directory
+        self.directory = self.companions = directory
         self.config: ModelConfig = read_config(directory)
         self._entries = open_weights(directory, self.config).entries
         self.dtypes = {name: entry.dtype for name, entry in self._entries.items()}
@@ -139,14 +150,15 @@ class Files:
 
 
 class Checkpoint:
-    """The official tensors in a checkpoint: the one at ``path``, or the newest whole one in that directory.
+    """The official tensors in a checkpoint: the one at ``path``, or the newest whole one of a directory or a run.
 
     Raises:
         UserError: it is damaged, holds no parameters, or does not say which model it is.
     """
 
     def __init__(self, path: Path) -> None:
-        self.directory = path.absolute() if (path / MANIFEST).is_file() else newest_whole(path.absolute())
+        self.directory = newest_within(path.absolute())
+        self.companions = _companions(self.directory)
         self._info: Info = read_info(self.directory)
         if not self._info.params or self._info.config is None:
             raise UserError(f"{self.directory} holds no parameters of a model")
@@ -217,6 +229,17 @@ class Checkpoint:
 
     def _files(self) -> list[str]:
         return sorted(name for name in self._info.files if name.startswith(f"{PARAMS}/"))
+
+
+def _companions(checkpoint: Path) -> Path:
+    """Where the tokenizer of a checkpoint's model is: beside it, or in its run's export, or where the run began."""
+    places = [checkpoint]
+    if (run := run_of(checkpoint)) is not None:
+        places.append(run / EXPORT)
+        with contextlib.suppress(UserError):
+            settings = read_json(run / CONFIG)
+            places += [Path(settings["model"])] if isinstance(settings.get("model"), str) else []
+    return next((place for place in places if (place / "tokenizer.json").is_file()), checkpoint)
 
 
 def _signature(files: list[Path]) -> str:

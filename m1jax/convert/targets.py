@@ -15,7 +15,7 @@ from m1jax.convert.pieces import Piece, cut, rows_of_piece
 from m1jax.convert.sources import Source
 from m1jax.disk import put_in_place, sync
 from m1jax.errors import UserError
-from m1jax.weights.directory import CONFIG, check_replaceable, copy_companions
+from m1jax.weights.directory import CONFIG, check_replaceable, copy_companions, name_end_token
 from m1jax.weights.names import tensors, transformers_merged
 from m1jax.weights.safetensors import INDEX, Plan
 
@@ -79,7 +79,7 @@ class FilesTarget:
         self.final = final.resolve()
         self.directory = self.final.parent / f".{self.final.name}.converting"
         self.dtypes = stored_dtypes(source, dtype)
-        self._companions = source.directory
+        self._companions = source.companions
         table = tensors(source.config)
         if experts == "merged":
             merged = transformers_merged(source.config)
@@ -107,6 +107,7 @@ class FilesTarget:
         (self.directory / CONFIG).write_text(json.dumps(self._config, indent=2, sort_keys=True) + "\n")
         sync(self.directory / CONFIG)
         copy_companions(self._companions, self.directory)
+        name_end_token(self.directory)
 
     def put_in_place(self) -> None:
         put_in_place(self.directory, self.final)
@@ -126,7 +127,7 @@ class CheckpointTarget:
         self.directory = self.final / f"{zarr.STEP}.converting"
         self.dtypes = stored_dtypes(source, dtype)
         self._config: ModelConfig = source.config
-        self._companions = source.directory
+        self._companions = source.companions
         merged = {t.path + t.index: t for t in tensors(source.config, merged_experts=True)}
         self._arrays: dict[str, zarr.ArrayFile] = {}
         self.pieces, self.sizes, self.heads = [], {}, {}

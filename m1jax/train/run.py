@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from m1jax import processes
-from m1jax.disk import Lock, explained, write_atomically
+from m1jax.disk import Lock, explained, write_atomically, writing
 from m1jax.errors import UserError
 from m1jax.train.metrics import MetricsLog
 
@@ -59,7 +59,12 @@ class Run:
         return lock
 
     def checkpoints_of(self, phase: str) -> Path:
-        return self.directory / "checkpoints" / phase
+        """Where the checkpoints of a phase are. The directory is made, so that it is noticed if it goes away."""
+        directory = self.directory / "checkpoints" / phase
+        if processes.writes():
+            with writing(directory):
+                directory.mkdir(parents=True, exist_ok=True)
+        return directory
 
 
 def _plain(value: Any) -> Any:

@@ -144,7 +144,5 @@ def main(config: Config) -> None:
 
 def export(run: Run, model: MiniMaxM1, tokenizer: Tokenizer) -> None:
     """Writes the model to the run's `export/`, in the compute dtype, and closes the log."""
-    save_pretrained(model, run.directory / "export", dtype=model.dtype)
-    if placement.writes():
-        tokenizer.save(run.directory / "export")
+    save_pretrained(model, run.directory / "export", dtype=model.dtype, tokenizer=tokenizer)
     run.log.close()

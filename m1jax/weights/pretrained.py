@@ -17,13 +17,14 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from m1jax import processes
+from m1jax.chat import Tokenizer
 from m1jax.config import Layout
 from m1jax.disk import writing
 from m1jax.errors import UserError, shortened
 from m1jax.model import MiniMaxM1
 from m1jax.model.transformer import default_dtype
 from m1jax.sharding import check_shardable, parameter_shardings
-from m1jax.weights.directory import CONFIG, copy_companions, new_directory, read_config
+from m1jax.weights.directory import CONFIG, copy_companions, name_end_token, new_directory, read_config
 from m1jax.weights.names import Tensor, by_path, tensors, tree_path
 from m1jax.weights.safetensors import Plan, Weights, Writer, cast, compare, finite
 
@@ -118,6 +119,7 @@ def save_pretrained(
     layout: Layout = "official",
     dtype: jax.typing.DTypeLike | None = None,
     *,
+    tokenizer: Tokenizer | None = None,
     tokenizer_from: str | os.PathLike[str] | None = None,
 ) -> None:
     """Writes a model as Hugging Face files that the authors' code or Transformers (``layout``) loads.
@@ -130,6 +132,7 @@ def save_pretrained(
         directory: where to.
         layout: "official" or "transformers" (same tensors, another config.json).
         dtype: of the files; None keeps the parameters'. Routers are float32 whatever it is.
+        tokenizer: written along, with a generation_config.json that names the end token.
         tokenizer_from: a directory whose tokenizer files are copied along.
 
     Raises:
@@ -169,3 +172,6 @@ def save_pretrained(
                 (partial / CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
                 if tokenizer_from is not None:
                     copy_companions(Path(tokenizer_from), partial)
+                if tokenizer is not None:
+                    tokenizer.save(partial)
+                name_end_token(partial)
