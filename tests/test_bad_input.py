@@ -368,6 +368,21 @@ def test_a_full_disk_while_training(good, small_disk, tmp_path, capsys):
     assert not (small_disk / "sft" / "export").exists()
 
 
+def test_a_disk_that_is_read_only(good, tmp_path, capsys):
+    data, place = tmp_path / "data.jsonl", tmp_path / "disk"
+    data.write_text('{"prompt": "1+1=", "answer": "2"}\n')
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", place], capture_output=True).returncode:
+        pytest.skip("a file system cannot be mounted here")
+    try:
+        for command in (("train", "sft", good, "--data", data, "--runs", place), ("convert", good, place / "out")):
+            message = run(capsys, *command)
+            assert re.search(f"{place}.*: not permitted .*Read-only.*choose another place", message)
+            assert "remove" not in message
+    finally:
+        subprocess.run(["umount", "--lazy", place], check=True)
+
+
 def test_the_process_ends_with_status_2_and_no_traceback(directory):
     truncate(directory)
     done = subprocess.run(
