@@ -17,7 +17,8 @@ from jaxtyping import Array, Float, Int
 
 from m1jax.model import parallel
 from m1jax.model.layers import apart, linear
-from pallas_kernels._compat import target_platform, vary_over, varying_axes
+from pallas_kernels import target_platform
+from pallas_kernels._compat import vary_over, varying_axes
 
 CHUNK_ELEMENTS = 2**26  # logits alive at once in log_probs: 256 MiB of float32, whatever time and vocabulary are
 WIDE_CHUNK_ELEMENTS = 2**27  # the same on matrix units: the gradient of lm_head is read and written once per chunk
