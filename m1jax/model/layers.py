@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from m1jax.sharding import ambient_mesh
-from pallas_kernels._compat import target_platform
+from pallas_kernels import target_platform
 
 FEW_TOKENS = 128  # from here on both orders are as fast
 

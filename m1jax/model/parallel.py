@@ -23,8 +23,8 @@ from jaxtyping import Array, Float, Int
 
 import pallas_kernels
 from m1jax.sharding import CUT, activation_axes, ambient_mesh
-from pallas_kernels._compat import target_platform
-from pallas_kernels.lightning_attention import lightning_attention_sequence_parallel
+from pallas_kernels import target_platform
+from pallas_kernels.lightning import lightning_attention_sequence_parallel
 
 MOE_TOKENS = 16_384  # tokens a device has gathered at once in `experts`: bounds memory at any length
 
