@@ -64,7 +64,7 @@ def state_sums(
     steps = jnp.minimum(needed, filled[:, None]).astype(jnp.int32)
     begin = (steps - 1 if reverse else filled[:, None] - steps).astype(jnp.int32)
     inputs = (k, v, log_decay, begin, steps, *(() if metadata is None else (metadata,)))
-    ops = hopper_scan.operations(interpret)
+    ops = _hopper.operations(interpret)
 
     def body(k_ref, v_ref, decay_ref, begin_ref, steps_ref, *refs):
         meta_ref = None if metadata is None else refs[0]
