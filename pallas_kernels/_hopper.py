@@ -36,8 +36,8 @@ class _Chip:
     def iota(self, shape, axis, rows=False):
         return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=self._layout(rows))
 
-    def zeros(self, shape, dtype=jnp.float32, columns=False):
-        return plgpu.layout_cast(jnp.zeros(shape, dtype), self._layout(columns=columns))
+    def zeros(self, shape, dtype=jnp.float32, rows=False, columns=False):
+        return plgpu.layout_cast(jnp.zeros(shape, dtype), self._layout(rows, columns))
 
     def load(self, ref, rows=False, columns=False):
         return _compat.load(ref, self._layout(rows, columns))
@@ -90,7 +90,7 @@ class _Emulated(_Chip):
     def iota(self, shape, axis, rows=False):
         return lax.broadcasted_iota(jnp.int32, shape, axis)
 
-    def zeros(self, shape, dtype=jnp.float32, columns=False):
+    def zeros(self, shape, dtype=jnp.float32, rows=False, columns=False):
         return jnp.zeros(shape, dtype)
 
     def load(self, ref, rows=False, columns=False):
