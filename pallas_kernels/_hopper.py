@@ -36,11 +36,11 @@ class _Chip:
     def iota(self, shape, axis, rows=False):
         return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=self._layout(rows))
 
-    def zeros(self, shape, dtype=jnp.float32, rows=False, columns=False):
-        return plgpu.layout_cast(jnp.zeros(shape, dtype), self._layout(rows, columns))
+    def zeros(self, shape, dtype=jnp.float32, rows=False, columns=False, threads=False):
+        return plgpu.layout_cast(jnp.zeros(shape, dtype), self._layout(rows, columns, threads))
 
-    def load(self, ref, rows=False, columns=False):
-        return _compat.load(ref, self._layout(rows, columns))
+    def load(self, ref, rows=False, columns=False, threads=False):
+        return _compat.load(ref, self._layout(rows, columns, threads))
 
     def store(self, ref, value):
         """To memory, whose sectors a value's layout need not fill."""
@@ -78,8 +78,10 @@ class _Chip:
         """The accumulator once no more than `in_flight` products are still running."""
         return plgpu.wgmma_accumulator_load(acc, wait_n=in_flight)
 
-    def _layout(self, rows=False, columns=False):
-        """Of a matrix, or of a vector of one value per row or column of it."""
+    def _layout(self, rows=False, columns=False, threads=False):
+        """Of a matrix, of a vector of one value per row or column of it, or of one of one value per thread."""
+        if threads:
+            return plgpu.Layout.WG_STRIDED((128,), vec_size=1)
         layout = plgpu.Layout.WGMMA
         return layout.reduce(1) if rows else layout.reduce(0) if columns else layout
 
@@ -90,10 +92,10 @@ class _Emulated(_Chip):
     def iota(self, shape, axis, rows=False):
         return lax.broadcasted_iota(jnp.int32, shape, axis)
 
-    def zeros(self, shape, dtype=jnp.float32, rows=False, columns=False):
+    def zeros(self, shape, dtype=jnp.float32, rows=False, columns=False, threads=False):
         return jnp.zeros(shape, dtype)
 
-    def load(self, ref, rows=False, columns=False):
+    def load(self, ref, rows=False, columns=False, threads=False):
         return ref[...]
 
     def store(self, ref, value):

@@ -252,6 +252,7 @@ def _combine(sums, stats, ranges, heads, dtype, *, interpret):
     group, size = heads // kv_heads, sums.shape[-1]
     sums, stats = (x.reshape(-1, *x.shape[2:]) for x in (sums, stats))
     ops = _hopper.operations(interpret)
+    layout = {"threads": True} if size == 128 else {"columns": True}
 
     def body(sums_ref, stats_ref, ranges_ref, o_ref):
         row, head = lax.axis_index("row"), lax.axis_index("head")
@@ -270,7 +271,7 @@ def _combine(sums, stats, ranges, heads, dtype, *, interpret):
                     (
                         jnp.where(there, stats_ref[one, 0, place], _FLOOR),
                         jnp.where(there, stats_ref[one, 1, place], 0.0),
-                        ops.load(sums_ref.at[one, place], columns=True),
+                        ops.load(sums_ref.at[one, place], **layout),
                     )
                 )
             new = functools.reduce(jnp.maximum, (piece[0] for piece in some), top)
@@ -281,7 +282,7 @@ def _combine(sums, stats, ranges, heads, dtype, *, interpret):
                 total, acc = total + piece_total * weight, acc + piece_acc * weight
             return new, total, acc
 
-        start = (jnp.float32(_FLOOR), jnp.float32(0), ops.zeros((size,), columns=True))
+        start = (jnp.float32(_FLOOR), jnp.float32(0), ops.zeros((size,), **layout))
         count = lax.div(jnp.maximum(end - first, 0) + _TOGETHER - 1, jnp.int32(_TOGETHER))
         _, total, acc = lax.fori_loop(0, count, take, start)
         o = acc * (1 / jnp.where(total == 0, 1.0, total))
