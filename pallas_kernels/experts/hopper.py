@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.custom_batching import sequential_vmap
 
 from pallas_kernels import _hopper
-from pallas_kernels.experts import hopper_matmul
+from pallas_kernels.experts import hopper_few, hopper_matmul
 from pallas_kernels.experts.routing import Plan, plan
 
 
@@ -28,8 +28,9 @@ def unsupported(x: jax.Array, w1: jax.Array, w3: jax.Array, w2: jax.Array) -> st
         return (
             f"tokens and weights must be bfloat16 (the matrix units would quietly round float32 to TF32): got {found}"
         )
-    if w1.shape[1] % 128 or w1.shape[2] % 128:
-        return f"hidden and inner sizes must be multiples of 128: got {w1.shape[2]} and {w1.shape[1]}"
+    inner, hidden = w1.shape[-2:]
+    if hidden % 128 or inner % 128:
+        return f"hidden and inner sizes must be multiples of 128: got {hidden} and {inner}"
     return None
 
 
@@ -38,6 +39,13 @@ def forward(
 ) -> jax.Array:
     """Shapes as in `api.expert_mlp`; y [N,D] bfloat16."""
     return _mlp(interpret, x, w1, w3, w2, routes, weights)
+
+
+def forward_of_layer(x, w1, w3, w2, routes, weights, layer, interpret=False) -> jax.Array:
+    """The same with stacks of weights, [L,E,F,D] and [L,E,D,F], which are read where they lie."""
+    experts = w1.shape[1]
+    w1, w3, w2 = (w.reshape(-1, *w.shape[2:]) for w in (w1, w3, w2))
+    return _products(interpret, False, x, w1, w3, w2, routes, weights, experts=experts, first=layer * experts)[0]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -50,12 +58,16 @@ def _forward(interpret, *arrays):
     return y, (*arrays, *inside)
 
 
-def _products(interpret, keep, *arrays):
-    """y, and if they are to be kept the products with w1 and w3, [P,F]."""
+def _products(interpret, keep, *arrays, experts=None, first=0):
+    """y, and if they are to be kept the products with w1 and w3, [P,F]. Experts begin at weight `first`."""
 
     @sequential_vmap
-    def run(x, w1, w3, w2, routes, weights):
-        rows, by_rows = _sorted(routes, w1.shape[0])
+    def run(x, w1, w3, w2, routes, weights, first):
+        count = experts or w1.shape[0]
+        if not keep and x.shape[0] <= hopper_few.TOKENS:
+            return (hopper_few.forward(x, w1, w3, w2, routes, weights, first, count, interpret=interpret),)
+        rows, by_rows = _sorted(routes, count)
+        by_rows["experts"] += first
         multiply = functools.partial(hopper_matmul.rows_product, transpose_rhs=True, interpret=interpret, **by_rows)
 
         def gated(up, gate):
@@ -68,7 +80,7 @@ def _products(interpret, keep, *arrays):
         y = jnp.sum(share * rows.gather(out).astype(jnp.float32), axis=1).astype(x.dtype)
         return y, *kept
 
-    return run(*arrays)
+    return run(*arrays, jnp.int32(first))
 
 
 def _backward(interpret, saved, dy):

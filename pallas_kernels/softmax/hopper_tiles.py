@@ -20,9 +20,7 @@ FLOOR = -1e30
 """Start of a running maximum: finite, so that a query that has seen nothing yet gives exp(-inf) = 0, not NaN."""
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=("first", "last", "offset"), meta_fields=("keys",)
-)
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("first", "last", "offset"), meta_fields=("keys",))
 @dataclasses.dataclass(frozen=True)
 class Bounds:
     """What the queries of each row see: query t the keys first[t] ... offset + t, as far as there are any.
