@@ -182,8 +182,8 @@ def softmax_attention_decode(
     lengths: Int[Array, " batch"],
     layer: int | Int[Array, ""],
 ) -> Float[Array, "batch heads channels"]:
-    """``pallas_kernels.softmax_attention_decode`` on one layer of a pool of pages, batch and pages over rows, heads over
-    tensor. A row's pages must lie in the part of the pool that its device holds; None: row b has page b."""
+    """``pallas_kernels.softmax_attention_decode`` on one layer of a pool of pages, batch and pages over rows, heads
+    over tensor. A row's pages must lie in the part of the pool that its device holds; None: row b has page b."""
     rows = activation_axes("batch", q.shape[0])
 
     def local(q: Any, keys: Any, values: Any, pages: Any, lengths: Any, layer: Any) -> Any:
