@@ -19,10 +19,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "generate": ("m1jax.commands.generate:main", "let a model answer prompts"),
     "plan": ("m1jax.commands.plan:main", "does a model fit on hardware you do not have, how fast, at what price"),
     "launch": ("m1jax.launch:main", "start a command in several processes on this machine and watch them"),
-    "convert": ("m1jax.convert.main:main", "convert between official files, Transformers' files and checkpoints"),
-    "checkpoint ls": ("m1jax.convert.inspect:ls", "list the checkpoints of a run"),
-    "checkpoint show": ("m1jax.convert.inspect:show", "show what a checkpoint holds"),
-    "checkpoint verify": ("m1jax.convert.inspect:verify", "read every byte of a checkpoint and compare checksums"),
+    "convert": ("m1jax.commands.convert:main", "convert between official files, Transformers' files and checkpoints"),
+    "checkpoint ls": ("m1jax.commands.checkpoint:ls", "list the checkpoints of a run"),
+    "checkpoint show": ("m1jax.commands.checkpoint:show", "show what a checkpoint holds"),
+    "checkpoint verify": ("m1jax.commands.checkpoint:verify", "read every byte of a checkpoint and compare checksums"),
 }
 
 
