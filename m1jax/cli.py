@@ -5,6 +5,7 @@ import difflib
 import errno
 import importlib
 import logging
+import os
 import sys
 import typing
 from collections.abc import Callable, Collection, Sequence
@@ -99,7 +100,7 @@ def find(arguments: Sequence[str]) -> str | None:
 
 
 def parse(arguments: Sequence[str]) -> tuple[Callable[[typing.Any], None], typing.Any]:
-    """The function behind a command, and what its options say. Ends the program where they ask for help or are wrong."""
+    """The function behind a command, and what its options say; ends the program if they ask for help or are wrong."""
     import tyro  # half of the time that --help takes
 
     name = find(arguments)
@@ -141,7 +142,7 @@ def _require_devices() -> None:
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as error:  # the latter where a plugin is installed and its driver is not
-        asked, reason = jax.config.jax_platforms, " ".join((reports or [str(error)])[-1].split())
+        asked, reason = os.environ.get("JAX_PLATFORMS"), " ".join((reports or [str(error)])[-1].split())
         reason = reason.partition(" (set JAX_PLATFORMS")[0][:200]
         if asked:
             raise UserError(

@@ -48,7 +48,7 @@ class Config:
     processes: int = 2
     """How many."""
     devices: int | None = None
-    """CPU devices of each process; without it, each takes its share of the GPUs, or one CPU device if there are none."""
+    """CPU devices of each process; without it, each takes its share of the GPUs, or one CPU device where none are."""
     restarts: int = 0
     """How often a job that failed is started again; it goes on from its last checkpoint. One that says what to put
     right (status 2) is not."""

@@ -5,6 +5,7 @@ port of its own and tells JAX's coordination service (which process 0 runs) wher
 belonged to one that is gone. Nothing is ever sent over these connections.
 """
 
+import contextlib
 import os
 import socket
 import time
@@ -20,15 +21,15 @@ class Peers:
     """The other processes of the job that this one has joined (`jax.distributed`)."""
 
     def __init__(self) -> None:
-        address, _, port = str(global_state.coordinator_address).rpartition(":")
-        self._coordinator = address.strip("[]"), int(port)
-        family = socket.AF_INET6 if ":" in address else socket.AF_INET
-        with socket.socket(family, socket.SOCK_DGRAM) as route:
-            route.connect(self._coordinator)  # sends nothing: asks which address of this host leads there
-            host = route.getsockname()[0]
-        self._listening = socket.create_server((host, 0), family=family)
-        where = f"{os.getpid()} {socket.gethostname()} {host} {self._listening.getsockname()[1]}"
-        global_state.client.key_value_set(f"{KEY}/{global_state.process_id}", where)
+        host, _, port = str(global_state.coordinator_address).rpartition(":")
+        self._coordinator = host.strip("[]"), int(port)
+        assert global_state.client is not None, "jax.distributed has not been initialised"
+        self._client = global_state.client
+        with contextlib.suppress(OSError):  # then the others cannot name this process, which is no reason to stop
+            self._listening = _listen(self._coordinator)
+            place, port, *_ = self._listening.getsockname()
+            where = f"{os.getpid()} {socket.gethostname()} {place} {port}"
+            self._client.key_value_set(f"{KEY}/{global_state.process_id}", where)
 
     @property
     def first(self) -> bool:
@@ -46,7 +47,7 @@ class Peers:
         if not self.first and not _listens(self._coordinator):
             return ["process 0, which runs the coordination service,"]
         try:
-            entries = global_state.client.key_value_dir_get(KEY)
+            entries = self._client.key_value_dir_get(KEY)
         except RuntimeError:  # it ends just now
             return []
         names, places = [], []
@@ -56,6 +57,14 @@ class Peers:
             places.append((host, int(port)))
         with ThreadPoolExecutor(32) as pool:
             return [name for name, listens in zip(names, pool.map(_listens, places)) if not listens]
+
+
+def _listen(coordinator: tuple[str, int]) -> socket.socket:
+    """Listens at that address of this host from which the coordinator is reached."""
+    family, kind, _, _, place = socket.getaddrinfo(*coordinator, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as route:
+        route.connect(place)  # sends nothing
+        return socket.create_server((route.getsockname()[0], 0), family=family)
 
 
 def _listens(place: tuple[str, int]) -> bool:
