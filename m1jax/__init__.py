@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from m1jax import sharding as sharding
     from m1jax.config import ModelConfig
-    from m1jax.convert.pretrained import from_pretrained, save_pretrained
     from m1jax.errors import UserError
     from m1jax.inference import generate
     from m1jax.model import Cache, MiniMaxM1
+    from m1jax.weights.pretrained import from_pretrained, save_pretrained
 
 __all__ = ["Cache", "MiniMaxM1", "ModelConfig", "UserError", "from_pretrained", "generate", "save_pretrained"]
 
@@ -19,9 +19,9 @@ _HOMES = {
     "MiniMaxM1": "m1jax.model",
     "ModelConfig": "m1jax.config",
     "UserError": "m1jax.errors",
-    "from_pretrained": "m1jax.convert.pretrained",
+    "from_pretrained": "m1jax.weights.pretrained",
     "generate": "m1jax.inference",
-    "save_pretrained": "m1jax.convert.pretrained",
+    "save_pretrained": "m1jax.weights.pretrained",
 }
 
 if not TYPE_CHECKING:  # else a misspelt name would have a type

@@ -2,14 +2,15 @@
 
 import dataclasses
 import difflib
-import errno
 import importlib
 import logging
 import os
 import sys
 import typing
 from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
 
+from m1jax.disk import FULL, NOT_PERMITTED, explained
 from m1jax.errors import UserError
 
 
@@ -43,12 +44,12 @@ COMMANDS: dict[str, Command] = {
         "m1jax.launch:main", "start a command in several processes on this machine and watch them", wraps=True
     ),
     "convert": Command(
-        "m1jax.convert.main:main", "convert between official files, Transformers' files and checkpoints", True
+        "m1jax.commands.convert:main", "convert between official files, Transformers' files and checkpoints", True
     ),
-    "checkpoint ls": Command("m1jax.convert.inspect:ls", "list the checkpoints of a run"),
-    "checkpoint show": Command("m1jax.convert.inspect:show", "show what a checkpoint holds"),
+    "checkpoint ls": Command("m1jax.commands.checkpoint:ls", "list the checkpoints of a run"),
+    "checkpoint show": Command("m1jax.commands.checkpoint:show", "show what a checkpoint holds"),
     "checkpoint verify": Command(
-        "m1jax.convert.inspect:verify", "read every byte of a checkpoint and compare checksums"
+        "m1jax.commands.checkpoint:verify", "read every byte of a checkpoint and compare checksums"
     ),
 }
 HELP = ("-h", "--help")
@@ -69,9 +70,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except UserError as error:
         _stop(str(error))
     except OSError as error:
-        if (advice := _advice(error)) is None:
+        if error.errno not in (*FULL, *NOT_PERMITTED):
             raise
-        _stop(advice)
+        _stop(str(explained(error, Path("a file"))))
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -154,18 +155,6 @@ def _require_devices() -> None:
         ) from error
     finally:
         logger.removeFilter(keep)
-
-
-def _advice(error: OSError) -> str | None:
-    """What to say of a place that cannot be written or read; None for an error that must be a bug."""
-    file = f" for {error.filename}" if error.filename else ""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"no space left on the disk{file}: free some and run again"
-    if error.errno == errno.EROFS:
-        return f"{error.filename or 'the place to write to'} is on a read-only file system: choose another place"
-    if error.errno in (errno.EACCES, errno.EPERM):
-        return f"not permitted{file} ({error.strerror}): choose another place, or change its permissions"
-    return None
 
 
 def _stop(message: str) -> typing.NoReturn:

@@ -14,10 +14,10 @@ import numpy as np
 
 from m1jax.chat import Tokenizer, encode_chat
 from m1jax.chat.tokenizer import BEGIN_OF_DOCUMENT, check_unicode
-from m1jax.convert.pretrained import read_config
 from m1jax.errors import UserError
 from m1jax.train import packing
 from m1jax.train.files import open_records
+from m1jax.weights.directory import read_config
 
 T = TypeVar("T")
 ENDLESS = 2**48  # values of a mixture: grain divides lengths as floats, which sys.maxsize does not survive

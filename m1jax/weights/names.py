@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 from m1jax.config import LIGHTNING, ModelConfig
 
@@ -46,6 +46,28 @@ def tensors(config: ModelConfig, *, merged_experts: bool = False) -> tuple[Tenso
             expert's number: ``...experts.w1.weight``. This is what Orbax checkpoints hold; nobody else's files do.
     """
     return tuple(_tensors(config, merged_experts))
+
+
+@functools.lru_cache(maxsize=8)
+def by_path(config: ModelConfig, *, merged_experts: bool = False) -> Mapping[Path, tuple[Tensor, ...]]:
+    """The tensors that fill each parameter of our tree, in the order of their indices."""
+    places: dict[Path, list[Tensor]] = {}
+    for tensor in tensors(config, merged_experts=merged_experts):
+        places.setdefault(tensor.path, []).append(tensor)
+    return {path: tuple(sorted(here, key=lambda tensor: tensor.index)) for path, here in places.items()}
+
+
+def tree_path(path: Any) -> Path:
+    """A path of ``jax.tree_util`` as the table has it: ("layers", 0, "moe", "w1"). Flax's own end is left out."""
+    import jax
+
+    parts = []
+    for part in path:
+        if isinstance(part, jax.tree_util.DictKey):
+            parts.append(part.key)
+        elif isinstance(part, jax.tree_util.SequenceKey):
+            parts.append(part.idx)
+    return tuple(parts)
 
 
 class Merged(NamedTuple):

@@ -10,8 +10,9 @@ import pytest
 from flax import nnx
 
 from m1jax import MiniMaxM1, ModelConfig, UserError, from_pretrained, save_pretrained
-from m1jax.convert.files import Weights
+from m1jax.chat import Tokenizer
 from m1jax.sharding import make_mesh
+from m1jax.weights.safetensors import Weights
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +110,16 @@ def test_an_export_is_replaced_but_nothing_else(model, tmp_path):
     with pytest.raises(UserError, match="holds something else than a model"):
         save_pretrained(model, tmp_path / "tokenizer")
     assert (tmp_path / "tokenizer/photo.jpg").exists()
+
+
+def test_an_export_names_its_end_token(model, tmp_path):
+    tokenizer = Tokenizer.tiny()
+    save_pretrained(model, tmp_path / "out", tokenizer=tokenizer)
+    values = json.loads((tmp_path / "out/generation_config.json").read_text())
+    assert values["eos_token_id"] == tokenizer.eos_id
+    assert Tokenizer.from_dir(tmp_path / "out").vocab_size == tokenizer.vocab_size
+    save_pretrained(model, tmp_path / "again", tokenizer_from=tmp_path / "out")
+    assert json.loads((tmp_path / "again/generation_config.json").read_text()) == values
 
 
 @pytest.mark.parametrize(
