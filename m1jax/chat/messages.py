@@ -86,7 +86,7 @@ def _results(where: str, message: Mapping[str, Any], names: Mapping[str, str]) -
         raise UserError(f"{where}: a tool's result needs the tool's name, in the message or in each part.")
     if identifier is not None and not any(part.get("name") for part in parts):  # the parts of one call's result
         return [{"type": "text", "name": str(name), "text": "".join(part["text"] for part in parts)}]
-    return [{"type": "text", "name": part.get("name") or name, "text": part["text"]} for part in parts]
+    return [{"type": "text", "name": str(part.get("name") or name), "text": part["text"]} for part in parts]
 
 
 def _written(where: str, message: Mapping[str, Any], names: dict[str, str]) -> str:
