@@ -104,19 +104,21 @@ class Tool:
         # An empty registry: a schema must not make us fetch anything.
         return _validator_class(self.parameters)(_in_json_schema(self.parameters), registry=referencing.Registry())
 
+    @functools.cached_property
+    def _adapters(self) -> dict[str, pydantic.TypeAdapter[Any]]:
+        assert self.function is not None
+        name, parameters = _signature(self.function)
+        return {parameter.name: _adapter(name, parameter.name, annotation) for parameter, annotation in parameters}
+
     def bind(self, arguments: Mapping[str, Any]) -> dict[str, object]:
         """The arguments as the Python values that the function's type hints ask for.
 
         Raises:
             ValueError: what the schema cannot express (a validator of one's own, a date that is none).
         """
-        if self.function is None:
-            raise UserError(f"tool {self.name!r} has no function")
-        name, parameters = _signature(self.function)
-        annotations = {parameter.name: annotation for parameter, annotation in parameters}
+        adapters = self._adapters
         return {
-            key: _adapter(name, key, annotations[key]).validate_python(value) if key in annotations else value
-            for key, value in arguments.items()
+            key: adapters[key].validate_python(value) if key in adapters else value for key, value in arguments.items()
         }
 
 
