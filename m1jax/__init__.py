@@ -5,16 +5,18 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from m1jax import sharding as sharding
+    from m1jax.agent import Agent
     from m1jax.config import ModelConfig
     from m1jax.errors import UserError
     from m1jax.inference import generate
     from m1jax.model import Cache, MiniMaxM1
     from m1jax.weights.pretrained import from_pretrained, save_pretrained
 
-__all__ = ["Cache", "MiniMaxM1", "ModelConfig", "UserError", "from_pretrained", "generate", "save_pretrained"]
+__all__ = ["Agent", "Cache", "MiniMaxM1", "ModelConfig", "UserError", "from_pretrained", "generate", "save_pretrained"]
 
 # Where the public names are. They are imported when they are first asked for: `m1jax --help` need not wait for JAX.
 _HOMES = {
+    "Agent": "m1jax.agent",
     "Cache": "m1jax.model",
     "MiniMaxM1": "m1jax.model",
     "ModelConfig": "m1jax.config",
