@@ -129,7 +129,16 @@ def test_public_names():
         "print(m1jax.sharding.make_mesh.__name__, set(m1jax.__all__) < set(dir(m1jax)), hasattr(m1jax, 'nonsense'))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    names = ["Cache", "MiniMaxM1", "ModelConfig", "UserError", "from_pretrained", "generate", "save_pretrained"]
+    names = [
+        "Agent",
+        "Cache",
+        "MiniMaxM1",
+        "ModelConfig",
+        "UserError",
+        "from_pretrained",
+        "generate",
+        "save_pretrained",
+    ]
     assert done.stdout.splitlines() == [*(f"{name} True" for name in names), "make_mesh True False"], done.stderr
     assert m1jax.generate.__module__.startswith("m1jax.inference")
     with pytest.raises(AttributeError, match="module 'm1jax' has no attribute 'generrate'"):

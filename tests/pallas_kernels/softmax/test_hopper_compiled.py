@@ -4,12 +4,10 @@ Tensors come and go as [B,T,H*D], the way a model's projections make and use the
 """
 
 import jax
-import jax.numpy as jnp
 import pytest
-from jax.sharding import PartitionSpec
 
 from pallas_kernels import softmax_attention
-from tests.pallas_kernels.h200 import compile_for_h200, h200_mesh, require_toolchain
+from tests.pallas_kernels.h200 import compile_for_h200
 
 directions = pytest.mark.parametrize("direction", ["forward", "backward"])
 
