@@ -81,6 +81,8 @@ def explained(error: OSError, path: Path, needed: int | None = None) -> UserErro
     if error.errno in FULL:
         size = "" if needed is None else f" ({needed:,} bytes were to be written)"
         return UserError(f"{file}: the disk is full{size}; free some and start again")
+    if error.errno == errno.EROFS:
+        return UserError(f"{file}: this file system is read-only; choose another place")
     if error.errno in NOT_PERMITTED:
         return UserError(f"{file}: not permitted ({error.strerror}); choose another place, or change its permissions")
     return UserError(f"{file}: cannot be written ({error.strerror})")

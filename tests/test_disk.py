@@ -49,7 +49,7 @@ def test_a_directory_takes_the_place_of_another(tmp_path):
             r"x: the disk is full \(1,000 bytes were to be written\); free some and start again",
         ),
         (errno.EDQUOT, "/data/y", r"/data/y: the disk is full"),
-        (errno.EROFS, None, r"/data/x: not permitted \(.*\); choose another place, or change its permissions"),
+        (errno.EROFS, None, r"/data/x: this file system is read-only; choose another place"),
         (errno.EIO, None, r"/data/x: cannot be written \(Input/output error\)"),
     ],
 )

@@ -12,9 +12,10 @@ ROOT = Path(__file__).parents[1]
 # One way only: a part may import those above its own line. A part is a package, or a file beside the packages.
 RANKS = [
     {"errors"},
-    {"disk", "processes", "collectives", "chat"},
+    {"disk", "processes", "peers", "collectives", "chat", "sandbox"},
     {"config"},
-    {"sharding", "flops"},
+    {"parameters", "flops"},
+    {"sharding"},
     {"model"},
     {"weights", "inference"},
     {"checkpoint", "agent"},
@@ -22,12 +23,13 @@ RANKS = [
     {"rl"},
     {"plan"},
     {"commands"},
-    {"cli", "demo", "launch"},
+    {"cli", "demo"},
+    {"launch"},
 ]
 RANK = {part: number for number, parts in enumerate(RANKS) for part in parts}
 # Tokens and prompts stand apart.
-ERRORS_ONLY = {"chat"}
-OPTIONAL = {"torch", "transformers", "fla", "reasoning_gym"}
+ERRORS_ONLY = {"chat", "sandbox"}
+OPTIONAL = {"torch", "transformers", "fla", "reasoning_gym", "pyarrow"}
 
 
 def imports(path, *, complete=False):
