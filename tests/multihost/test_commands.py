@@ -38,7 +38,8 @@ SFT += ["--checkpoint-every", "1", "--warmup-steps", "2", *OPTIMIZER]
 PRETRAIN = ["--context", "32:3,64", "--steps", "6", "--batch-tokens", "1024", "--micro-batch-tokens", "512"]
 PRETRAIN += ["--log-every", "1", "--checkpoint-every", "1", "--warmup-steps", "2", *OPTIMIZER]
 RL = ["--iterations", "2", "--prompts", "8", "--samples", "4", "--updates", "2", "--rounds", "1", "--rows", "8"]
-RL += ["--max-prompt-tokens", "24", "--max-new-tokens", "8", "--row-length", "32", "--evaluate-rounds", "1", *OPTIMIZER]
+RL += ["--no-chat", "--max-prompt-tokens", "24", "--max-new-tokens", "8"]
+RL += ["--row-length", "32", "--evaluate-rounds", "1", *OPTIMIZER]
 
 
 def slow(kind):
