@@ -45,7 +45,7 @@ def forward_of_layer(x, w1, w3, w2, routes, weights, layer, interpret=False) -> 
     """The same with stacks of weights, [L,E,F,D] and [L,E,D,F], which are read where they lie."""
     experts = w1.shape[1]
     w1, w3, w2 = (w.reshape(-1, *w.shape[2:]) for w in (w1, w3, w2))
-    return _products(interpret, False, x, w1, w3, w2, routes, weights, experts=experts, first=layer * experts)[0]
+    return _products(interpret, False, x, w1, w3, w2, routes, weights, experts=experts, layer=layer)[0]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -58,16 +58,16 @@ def _forward(interpret, *arrays):
     return y, (*arrays, *inside)
 
 
-def _products(interpret, keep, *arrays, experts=None, first=0):
-    """y, and if they are to be kept the products with w1 and w3, [P,F]. Experts begin at weight `first`."""
+def _products(interpret, keep, *arrays, experts=None, layer=0):
+    """y, and if they are to be kept the products with w1 and w3, [P,F]; weights may be a stack of layers' `experts`."""
 
     @sequential_vmap
-    def run(x, w1, w3, w2, routes, weights, first):
+    def run(x, w1, w3, w2, routes, weights, layer):
         count = experts or w1.shape[0]
         if not keep and x.shape[0] <= hopper_few.TOKENS:
-            return (hopper_few.forward(x, w1, w3, w2, routes, weights, first, count, interpret=interpret),)
+            return (hopper_few.forward(x, w1, w3, w2, routes, weights, layer, count, interpret=interpret),)
         rows, by_rows = _sorted(routes, count)
-        by_rows["experts"] += first
+        by_rows["experts"] += layer * count
         multiply = functools.partial(hopper_matmul.rows_product, transpose_rhs=True, interpret=interpret, **by_rows)
 
         def gated(up, gate):
@@ -80,7 +80,7 @@ def _products(interpret, keep, *arrays, experts=None, first=0):
         y = jnp.sum(share * rows.gather(out).astype(jnp.float32), axis=1).astype(x.dtype)
         return y, *kept
 
-    return run(*arrays, jnp.int32(first))
+    return run(*arrays, jnp.asarray(layer, jnp.int32))
 
 
 def _backward(interpret, saved, dy):
