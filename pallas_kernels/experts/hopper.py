@@ -1,6 +1,6 @@
 """The version for NVIDIA Hopper GPUs: grouped products in Pallas (`hopper_matmul`), everything between them by XLA.
 
-Assignments are sorted by expert and every expert's rows are filled up to whole tiles with rows of zeros, so that no
+Assignments are sorted by expert and every expert's rows are filled up to whole tiles with rows of any token, so that no
 tile has two experts. Forward takes two kernels: silu(x w1^T) * (x w3^T), both products of a tile side by side, and
 that times w2^T. Backward takes five, of the same two kinds; it keeps the two products inside from forward: where a
 layer is rematerialised, its gradient then computes nothing a third time.
@@ -74,7 +74,9 @@ def _products(interpret, keep, *arrays, experts=None, layer=0):
             hidden = up / (1 + jnp.exp(-up)) * gate
             return (hidden, up, gate) if keep else (hidden,)
 
-        hidden, *kept = multiply([rows.rows(x)], [w1, w3], combine=gated, outputs=3 if keep else 1)
+        # What fills up an expert's rows may be any token: nobody asks for its output.
+        x_rows = x.at[rows.token].get(mode="clip")
+        hidden, *kept = multiply([x_rows], [w1, w3], combine=gated, outputs=3 if keep else 1)
         (out,) = multiply([hidden], [w2])
         share = weights.astype(jnp.float32)[..., None]
         y = jnp.sum(share * rows.gather(out).astype(jnp.float32), axis=1).astype(x.dtype)
@@ -116,5 +118,6 @@ def _sorted(routes: jax.Array, experts: int) -> tuple[Plan, dict[str, jax.Array]
     rows = plan(routes, experts, hopper_matmul.TILE_ROWS)
     ends = (rows.start + rows.size) // hopper_matmul.TILE_ROWS
     tiles = jnp.arange(rows.token.size // hopper_matmul.TILE_ROWS)
-    expert = jnp.searchsorted(ends, tiles, side="right").astype(jnp.int32)
+    # Not `searchsorted`, which becomes a loop of small programs.
+    expert = jnp.sum(ends <= tiles[:, None], axis=1, dtype=jnp.int32)
     return rows, {"experts": jnp.minimum(expert, experts - 1), "used": ends[-1:]}
