@@ -45,11 +45,11 @@ class _Chip:
         """function(*accumulators), which start at zero."""
         return pl.run_scoped(function, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
 
-    def onto(self, value, a, b, transpose_a=False, meanwhile=lambda: None):
+    def onto(self, value, a, b, transpose_a=False, transpose_b=False, meanwhile=lambda: None):
         """value + a b; runs meanwhile() while the product is computed."""
 
         def multiply(acc):
-            self.wgmma(acc, a, b, transpose_a=transpose_a)
+            self.wgmma(acc, a, b, transpose_a=transpose_a, transpose_b=transpose_b)
             meanwhile()
 
         return pl.run_state(multiply)(plgpu.ACC.init(value))
@@ -90,9 +90,9 @@ class _Emulated(_Chip):
     def fresh(self, function, *shapes):
         return function(*(types.SimpleNamespace(value=0.0) for _ in shapes))
 
-    def onto(self, value, a, b, transpose_a=False, meanwhile=lambda: None):
+    def onto(self, value, a, b, transpose_a=False, transpose_b=False, meanwhile=lambda: None):
         acc = types.SimpleNamespace(value=value)
-        self.wgmma(acc, a, b, transpose_a=transpose_a)
+        self.wgmma(acc, a, b, transpose_a=transpose_a, transpose_b=transpose_b)
         meanwhile()
         return acc.value
 

@@ -91,9 +91,7 @@ def forward(q, k, v, bounds: Bounds, *, interpret=False):
                 pass_turn()
             carry = ops.zeros((HALF, size)), ops.zeros((HALF,), rows=True) + FLOOR, ops.zeros((HALF,), rows=True)
             carry = lax.fori_loop(0, walk.open, functools.partial(advance, masked=False), carry)
-            carry = lax.fori_loop(
-                walk.open, walk.open + walk.masked, functools.partial(advance, masked=True), carry
-            )
+            carry = lax.fori_loop(walk.open, walk.open + walk.masked, functools.partial(advance, masked=True), carry)
             if half == 0:
                 pass_turn()
             acc, top, total = carry

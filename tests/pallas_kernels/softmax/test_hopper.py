@@ -1,4 +1,4 @@
-"""The Hopper kernels in Pallas' interpreter on CPU, with race detection; test_hopper_compiled.py really compiles them."""
+"""The Hopper kernels in Pallas' interpreter on CPU, with race detection; test_hopper_compiled.py compiles them."""
 
 from typing import ClassVar
 

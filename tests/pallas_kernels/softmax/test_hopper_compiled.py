@@ -4,17 +4,17 @@ Tensors come and go as [B,T,H*D], the way a model's projections make and use the
 """
 
 import jax
-import jax.numpy as jnp
 import pytest
-from jax.sharding import PartitionSpec
 
 from pallas_kernels import softmax_attention
-from tests.pallas_kernels.h200 import compile_for_h200, h200_mesh, require_toolchain
+from tests.pallas_kernels.h200 import compile_for_h200
 
 directions = pytest.mark.parametrize("direction", ["forward", "backward"])
 
 
-def check(record_property, tmp_path, direction, length, heads=16, kv_heads=4, size=128, where="packed", batch=1, keys=None):
+def check(
+    record_property, tmp_path, direction, length, heads=16, kv_heads=4, size=128, where="packed", batch=1, keys=None
+):
     """Compiles the public op, or its gradients; checks and reports spills and temporaries."""
     keys = keys or length
     queries, keys = ((batch, length, heads * size), "bfloat16"), ((batch, keys, kv_heads * size), "bfloat16")
@@ -36,7 +36,9 @@ def check(record_property, tmp_path, direction, length, heads=16, kv_heads=4, si
     memory = compiled.memory_analysis()
     print(f"{direction} T={length} H={heads}x{kv_heads} d={size} {where}: {memory.temp_size_in_bytes} B of temporaries")
     for kernel in kernels:
-        print(f"    {kernel.registers} registers, {kernel.shared_memory} B of shared memory, {kernel.spilled} B spilled")
+        print(
+            f"    {kernel.registers} registers, {kernel.shared_memory} B of shared memory, {kernel.spilled} B spilled"
+        )
         assert kernel.spilled == 0
         assert kernel.shared_memory <= 227 * 1024
     record_property("temporary_bytes", memory.temp_size_in_bytes)
