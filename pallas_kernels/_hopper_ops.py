@@ -4,6 +4,7 @@ The interpreter emulates copies, barriers and the order of accesses, but not the
 """
 
 import types
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +53,7 @@ class _Chip:
             self.wgmma(acc, a, b, transpose_a=transpose_a, transpose_b=transpose_b)
             meanwhile()
 
-        return pl.run_state(multiply)(plgpu.ACC.init(value))
+        return cast(jax.Array, pl.run_state(multiply)(plgpu.ACC.init(value)))
 
     def onto_each(self, function, *values):
         """function(*accumulators), which start at the values; what they are in the end."""
