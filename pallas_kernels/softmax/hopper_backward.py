@@ -96,6 +96,9 @@ def queries(q, k, v, do, statistics, bounds: Bounds, *, interpret=False):
                 plgpu.copy_gmem_to_smem(k_ref.at[row, block, kv_head], k_smem.at[slot], full.at[slot])
                 plgpu.copy_gmem_to_smem(v_ref.at[row, block, kv_head], v_smem.at[slot], full.at[slot])
 
+            for slot in range(STAGES):
+                plgpu.barrier_wait(free.at[slot])
+
         _roles(group, compute, produce)
 
     tiled = functools.partial(plgpu.SMEM, dtype=jnp.bfloat16, transforms=_hopper.TILED)
@@ -209,6 +212,9 @@ def keys(q, k, v, do, statistics, bounds: Bounds, *, interpret=False):
                 plgpu.copy_gmem_to_smem(q_ref.at[row, rows, head], q_smem.at[slot], full.at[slot])
                 plgpu.copy_gmem_to_smem(do_ref.at[row, rows, head], do_smem.at[slot], full.at[slot])
                 plgpu.copy_gmem_to_smem(statistics_ref.at[row, head, :, rows], statistics_smem.at[slot], full.at[slot])
+
+            for slot in range(STAGES):
+                plgpu.barrier_wait(free.at[slot])
 
         _roles(group, compute, produce)
 
