@@ -7,6 +7,7 @@ from pallas_kernels.experts import expert_mlp
 from pallas_kernels.lightning import PADDING, lightning_attention, lightning_attention_decode
 from pallas_kernels.softmax import softmax_attention
 from pallas_kernels.target import target_platform
+from pallas_kernels.vocabulary import vocabulary_statistics
 
 __all__ = [
     "PADDING",
@@ -15,4 +16,5 @@ __all__ = [
     "lightning_attention_decode",
     "softmax_attention",
     "target_platform",
+    "vocabulary_statistics",
 ]

@@ -63,6 +63,10 @@ class _Chip:
         """Starts acc += a b."""
         plgpu.wgmma(acc, _compat.transposed(a) if transpose_a else a, _compat.transposed(b) if transpose_b else b)
 
+    def wait(self, in_flight):
+        """Until no more than `in_flight` products are still running."""
+        plgpu.wgmma_wait(in_flight)
+
     def result(self, acc, in_flight=0):
         """The accumulator once no more than `in_flight` products are still running."""
         return plgpu.wgmma_accumulator_load(acc, wait_n=in_flight)
@@ -107,6 +111,9 @@ class _Emulated(_Chip):
         plgpu.commit_smem()  # The chip reads through the copy engine's proxy; these loads did not.
         a, b = (x.T if transpose else x for x, transpose in ((a, transpose_a), (b, transpose_b)))
         acc.value += jnp.dot(a.astype(jnp.float32), b.astype(jnp.float32), precision=lax.Precision.HIGHEST)
+
+    def wait(self, in_flight):
+        pass
 
     def result(self, acc, in_flight=0):
         return acc.value
