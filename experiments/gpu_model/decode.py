@@ -2,9 +2,9 @@
 
     python -m experiments.gpu_model.decode m1-1b:1 m1-1b:64 m1-1b:256 m1-2b:64 --profile
 
-Each case is PRESET:SEQUENCES. bfloat16 parameters; every sequence has seen 128 tokens. The bound is the time to copy what
-a step must read and write once, at the copy rate measured in the same process: weights (of experts those in use), float32
-states read and written, keys and values. The last line is everything as JSON.
+Each case is PRESET:SEQUENCES. bfloat16 parameters; every sequence has seen 128 tokens. The bound is the time to copy
+what a step must read and write once, at the copy rate measured in the same process: weights (of experts those in use),
+float32 states read and written, keys and values. The last line is everything as JSON.
 """
 
 import argparse
