@@ -377,7 +377,7 @@ def test_a_disk_that_is_read_only(good, tmp_path, capsys):
     try:
         for command in (("train", "sft", good, "--data", data, "--runs", place), ("convert", good, place / "out")):
             message = run(capsys, *command)
-            assert re.search(f"{place}.*: not permitted .*Read-only.*choose another place", message)
+            assert re.search(f"{place}.*: this file system is read-only; choose another place", message)
             assert "remove" not in message
     finally:
         subprocess.run(["umount", "--lazy", place], check=True)

@@ -86,7 +86,9 @@ class Run:
         try:
             there = json.loads(file.read_text()) if file.exists() else None
         except ValueError as error:
-            raise UserError(f"{file}: {error}; choose another name for the run, or remove {self.directory}") from error
+            raise UserError(
+                f"{file} is damaged ({error}); remove that file to go on with the options given now"
+            ) from error
         if isinstance(there, dict) and "model_type" in there:
             raise UserError(
                 f"{self.directory} holds a model, whose config.json a run would replace; choose another name"

@@ -143,7 +143,7 @@ def test_dry_run_of_the_published_model_reads_headers_only(tmp_path, capsys):
         out = capsys.readouterr().out
         assert len(out.splitlines()) == 8244
         assert "8,243 tensors, 456,089,655,296 parameters, 912,210,767,872 bytes" in out
-        assert "layers.7.moe.w2[9, 31]" in out
+        assert "runs.1.moe.w2[9, 31]" in out
     assert not tmp_path.with_name("never").exists()
 
 

@@ -15,6 +15,7 @@ from flax import nnx
 
 from m1jax import MiniMaxM1, ModelConfig, cli, save_pretrained
 from m1jax.chat import Tokenizer
+from m1jax.disk import LOCK, Lock
 from m1jax.rl.tasks import get_task
 from m1jax.train.meter import MEASURED
 
@@ -179,3 +180,16 @@ def test_what_a_mesh_cannot_shard_is_refused_at_the_start(files, tmp_path, capsy
             cli.main(command(files, "sft", tmp_path, "refused", "--mesh", mesh))
         assert says in capsys.readouterr().err
     assert not (tmp_path / "refused").exists()
+
+
+@pytest.mark.slow
+def test_a_folder_in_use_is_refused_by_all_processes(files, tmp_path):
+    (tmp_path / "sft").mkdir()
+    held = Lock(tmp_path / "sft")
+    process = launch(2, 1, command(files, "sft", tmp_path, "sft", "--mesh", "fsdp=2"))
+    output = process.communicate(timeout=200)[0]
+    assert process.returncode == 2, output
+    assert re.search(rf"sft is in use: process {os.getpid()} on ", output), output
+    assert "Traceback" not in output
+    assert [path.name for path in (tmp_path / "sft").iterdir()] == [LOCK]
+    del held

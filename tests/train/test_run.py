@@ -50,7 +50,7 @@ def test_where_nothing_may_be_written_nothing_is_to_be_removed(tmp_path, monkeyp
 
     with monkeypatch.context() as patch:
         patch.setattr("os.open", refuse)
-        with pytest.raises(UserError, match=r"not permitted \(.*choose another place, or change its permi") as error:
+        with pytest.raises(UserError, match=r"(not permitted|read-only).*choose another place") as error:
             Run(tmp_path / "run", {"seed": 0})
     assert "remove" not in str(error.value)
     assert str(tmp_path / "run") in str(error.value)
@@ -60,3 +60,14 @@ def test_the_directory_of_checkpoints_is_there_from_the_beginning(tmp_path):
     run = Run(tmp_path / "run", {"seed": 0})
     assert run.checkpoints_of("sft").is_dir()
     Run(tmp_path / "run", {"seed": 1})  # nothing was saved yet
+
+
+def test_damaged_settings_cost_no_checkpoints(tmp_path):
+    run = Run(tmp_path / "run", {"seed": 0})
+    (run.checkpoints_of("sft") / "10").mkdir()
+    (tmp_path / "run/config.json").write_bytes(b'{"seed": \xff')
+    with pytest.raises(UserError, match=r"config.json is damaged \(.*remove that file to go on"):
+        Run(tmp_path / "run", {"seed": 0})
+    (tmp_path / "run/config.json").unlink()
+    Run(tmp_path / "run", {"seed": 0})
+    assert (tmp_path / "run/checkpoints/sft/10").is_dir()
