@@ -10,11 +10,13 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.custom_batching import sequential_vmap
 
 from pallas_kernels import _hopper
 from pallas_kernels.experts import hopper_few, hopper_matmul
 from pallas_kernels.experts.routing import Plan, plan
+from pallas_kernels.kept import KEPT
 
 
 def unsupported(x: jax.Array, w1: jax.Array, w3: jax.Array, w2: jax.Array) -> str | None:
@@ -55,7 +57,7 @@ def _mlp(interpret, *arrays):
 
 def _forward(interpret, *arrays):
     y, *inside = _products(interpret, True, *arrays)
-    return y, (*arrays, *inside)
+    return y, (*arrays, *(checkpoint_name(a, KEPT) for a in inside))
 
 
 def _products(interpret, keep, *arrays, experts=None, layer=0):

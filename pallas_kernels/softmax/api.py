@@ -19,8 +19,8 @@ from pallas_kernels.ladder import Ladder
 LADDER = Ladder(
     op="softmax_attention",
     package="pallas_kernels.softmax",
-    implementations=("reference", "blocked", "cudnn", "splash"),
-    preferred={"gpu": ("cudnn",), "tpu": ("splash",)},
+    implementations=("reference", "blocked", "hopper", "cudnn", "splash"),
+    preferred={"gpu": ("cudnn", "hopper"), "tpu": ("splash",)},
     portable="blocked",
 )
 

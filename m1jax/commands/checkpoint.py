@@ -9,7 +9,16 @@ from typing import Annotated
 
 import tyro
 
-from m1jax.checkpoint import MANIFEST, PARTIAL, Info, find_problems, list_steps, newest_whole, read_info
+from m1jax.checkpoint import (
+    MANIFEST,
+    PARTIAL,
+    Info,
+    directories_within,
+    find_problems,
+    list_steps,
+    newest_within,
+    read_info,
+)
 from m1jax.errors import UserError
 
 
@@ -45,7 +54,7 @@ def ls(config: ListConfig) -> None:
     Raises:
         UserError: there is none.
     """
-    for directory in _directories(config.directory):
+    for directory in directories_within(config.directory):
         rows = [("step", "saved", "size", "holds", "metrics", "state")]
         for step in list_steps(directory):
             path = directory / str(step)
@@ -69,11 +78,7 @@ def show(config: ShowConfig) -> None:
     Raises:
         UserError: there is none, or its description is damaged.
     """
-    if (config.path / MANIFEST).is_file():
-        info = read_info(config.path)
-    else:
-        newest = [read_info(newest_whole(directory)) for directory in _directories(config.path)]
-        info = max(newest, key=lambda info: info.saved)
+    info = read_info(newest_within(config.path))
     print(f"{info.path}: step {info.step}, saved {_when(info)}, {info.size:,} bytes in {len(info.files)} files")
     print(f"holds: {_holds(info)}")
     for title, values in (("config", info.config), ("metrics", info.metrics), ("meta", info.meta)):
@@ -96,7 +101,8 @@ def verify(config: VerifyConfig) -> None:
     if (config.path / MANIFEST).is_file():
         paths = [config.path]
     else:
-        paths = [directory / str(step) for directory in _directories(config.path) for step in list_steps(directory)]
+        directories = directories_within(config.path)
+        paths = [directory / str(step) for directory in directories for step in list_steps(directory)]
     damaged = []
     for path in paths:
         if problems := find_problems(path):
@@ -105,16 +111,6 @@ def verify(config: VerifyConfig) -> None:
             print(f"{path}: complete, {read_info(path).size:,} bytes as they were written")
     if damaged:
         raise UserError("damaged: " + "; ".join(damaged))
-
-
-def _directories(path: Path) -> list[Path]:
-    """The directories of checkpoints meant by a path: itself, or those of a run and its phases; UserError if none."""
-    within = [path, path / "checkpoints"]
-    within += [phase for place in within if place.is_dir() for phase in sorted(place.iterdir()) if phase.is_dir()]
-    found = [place for place in within if list_steps(place)]
-    if not found:
-        raise UserError(f"{path} holds no checkpoints")
-    return found
 
 
 def _when(info: Info) -> str:

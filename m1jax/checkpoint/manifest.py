@@ -12,12 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from m1jax.config import ModelConfig
-from m1jax.errors import UserError
+from m1jax.errors import UserError, shortened
+from m1jax.weights.directory import CHECKPOINTS, MANIFEST
 
-MANIFEST = "checkpoint.json"
 ARRAYS = "arrays.npz"
 TREE = "tree"
 PARTIAL = ".partial"
@@ -64,6 +62,27 @@ def newest_whole(directory: Path) -> Path:
     raise UserError(f"{directory} holds no whole checkpoint")
 
 
+def directories_within(path: Path) -> list[Path]:
+    """The directories of checkpoints that a path means: itself, or those of a run and its phases; UserError if none."""
+    within = [path, path / CHECKPOINTS]
+    within += [phase for place in within if place.is_dir() for phase in sorted(place.iterdir()) if phase.is_dir()]
+    found = [place for place in within if list_steps(place)]
+    if not found:
+        raise UserError(f"{path} holds no checkpoints")
+    return found
+
+
+def newest_within(path: Path) -> Path:
+    """The checkpoint that a path means: itself, or the newest whole one in it, whatever the phase; UserError if none.
+
+    Whole as far as the sizes of files tell.
+    """
+    if (path / MANIFEST).is_file():
+        return path
+    newest = [newest_whole(directory) for directory in directories_within(path)]
+    return max(newest, key=lambda checkpoint: read_info(checkpoint).saved)
+
+
 def read_info(path: Path) -> Info:
     """What is in the checkpoint at ``path``; UserError if its ``checkpoint.json`` is missing or damaged."""
     try:
@@ -79,8 +98,14 @@ def read_info(path: Path) -> Info:
     return Info(path=path, **values)
 
 
-def find_problems(path: Path, *, contents: bool = True) -> list[str]:
-    """What is damaged in the checkpoint at ``path``; see ``Checkpoints.problems``."""
+def find_problems(path: Path, *, contents: bool = True, share: tuple[int, int] = (0, 1)) -> list[str]:
+    """What is damaged in the checkpoint at ``path``; see ``Checkpoints.problems``.
+
+    Args:
+        path: the checkpoint.
+        contents: whether files are read, beside looking for them and at their sizes.
+        share: (which, of how many) of the files this process reads.
+    """
     try:
         info = read_info(path)
     except UserError as error:
@@ -95,7 +120,7 @@ def find_problems(path: Path, *, contents: bool = True) -> list[str]:
         if actual != size:
             found.append(f"{name} has {actual:,} bytes instead of {size:,}")
     if contents and not found:
-        mine = sorted(info.files)[jax.process_index() :: jax.process_count()]
+        mine = sorted(info.files)[share[0] :: share[1]]
         for name, checksum in zip(mine, checksums([info.path / name for name in mine])):
             if checksum != info.files[name][1]:
                 found.append(f"the contents of {name} have changed since they were written")
@@ -151,8 +176,3 @@ def jsonable(config: ModelConfig) -> dict[str, Any]:
 def listed(steps: list[int]) -> str:
     """Steps, for messages."""
     return ", ".join(map(str, steps)) or "none"
-
-
-def shortened(lines: list[str]) -> str:
-    """The first of many problems, for messages."""
-    return "; ".join(lines[:3]) + (f"; and {len(lines) - 3} more" if len(lines) > 3 else "")

@@ -12,9 +12,8 @@ import pytest
 from flax import nnx
 
 from m1jax import MiniMaxM1, ModelConfig
-from m1jax.convert.files import Plan
-from m1jax.convert.names import tensors
-from m1jax.convert.pretrained import tree_path
+from m1jax.weights.names import tensors, tree_path
+from m1jax.weights.safetensors import Plan
 
 SHARED = ModelConfig.preset("m1-tiny")
 CONFIGS = {

@@ -1,6 +1,7 @@
 """Checkpoints come back to the bit, on any mesh, or are refused with their damage named."""
 
 import dataclasses
+import errno
 import json
 import logging
 import os
@@ -19,10 +20,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from m1jax import MiniMaxM1, ModelConfig, UserError
 from m1jax.checkpoint import Checkpoints
-from m1jax.convert import inspect
-from m1jax.convert.files import Weights
+from m1jax.commands import checkpoint as inspect
+from m1jax.weights.safetensors import Weights
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 CONFIG = dataclasses.replace(
     ModelConfig.preset("m1-tiny"),
@@ -278,6 +279,52 @@ def test_a_disk_without_room_is_refused_before_writing(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"needs 4 kB, 10 B are free. Nothing was written; saved and whole: 1"):
         checkpoints.save(2, state={"x": jnp.zeros(1000)})
     assert json.loads(json.dumps(checkpoints.steps())) == [1]
+
+
+def test_a_directory_that_is_moved_is_not_made_anew(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "run" / "sft", config=CONFIG, asynchronous=False)
+    checkpoints.save(1, state={"x": jnp.zeros(3)})
+    (tmp_path / "run").rename(tmp_path / "moved")
+    with pytest.raises(UserError, match="sft was moved or removed while it was written to"):
+        checkpoints.save(2, state={"x": jnp.zeros(3)})
+    assert [path.name for path in tmp_path.iterdir()] == ["moved"]
+    (tmp_path / "moved").rename(tmp_path / "run")
+    checkpoints.save(2, state={"x": jnp.zeros(3)})
+    assert checkpoints.steps() == [1, 2]
+
+
+def test_arrays_are_on_disk_before_they_are_a_checkpoint(tmp_path, monkeypatch):
+    """Every file that this package writes itself, and the names of all."""
+    synced, fsync = set(), os.fsync
+
+    def noted(descriptor):
+        if not (tmp_path / "1").exists():  # later is too late
+            synced.add(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    checkpoints = Checkpoints(tmp_path, config=CONFIG, asynchronous=False)
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", noted)
+        checkpoints.save(1, arrays={"a": np.ones(3)})
+    assert {"arrays.npz", "checkpoint.json", "1.partial"} <= synced
+
+
+@pytest.mark.parametrize("kind", ["ENOSPC", "EDQUOT", "EACCES", "EROFS"])
+def test_what_the_disk_refuses_is_told_and_nothing_is_lost(tmp_path, monkeypatch, kind):
+    checkpoints = Checkpoints(tmp_path, config=CONFIG, asynchronous=False)
+    checkpoints.save(1, state={"x": jnp.zeros(3)})
+    number = getattr(errno, kind)
+
+    def refuse(*_, **__):
+        raise OSError(number, os.strerror(number), str(tmp_path / "2.partial" / "arrays.npz"))
+
+    says = "the disk is full" if kind in ("ENOSPC", "EDQUOT") else "not permitted"
+    with monkeypatch.context() as patch:
+        patch.setattr("numpy.savez", refuse)
+        with pytest.raises(UserError, match=rf"arrays.npz: {says}.* step 2 was not saved. Saved and whole: 1"):
+            checkpoints.save(2, state={"x": jnp.zeros(3)}, arrays={"a": np.ones(3)})
+    assert [path.name for path in tmp_path.iterdir()] == ["1"]
+    assert checkpoints.restore(state={"x": jnp.zeros(3)}).step == 1  # pyright: ignore[reportOptionalMemberAccess]
 
 
 PROCESS = """

@@ -13,9 +13,8 @@ import pytest
 from flax import nnx
 
 from m1jax import MiniMaxM1, ModelConfig, from_pretrained, save_pretrained
-from m1jax.convert.files import BUFFER, Weights
-from m1jax.convert.names import tensors
-from m1jax.convert.pretrained import tree_path
+from m1jax.weights.names import tensors, tree_path
+from m1jax.weights.safetensors import BUFFER, Weights
 
 torch = pytest.importorskip("torch", reason="PyTorch is an extra: make torch")
 transformers = pytest.importorskip("transformers", reason="Transformers is an extra: make torch")

@@ -7,14 +7,12 @@ with ``pwrite`` at their final place, by any number of threads or processes at o
 
 from __future__ import annotations
 
-import errno
 import itertools
 import json
 import mmap
 import operator
 import os
 import re
-import shutil
 import struct
 import threading
 from collections.abc import Iterable, Mapping
@@ -24,8 +22,9 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
-from m1jax.convert.names import Merged
-from m1jax.errors import UserError
+from m1jax.disk import check_space, writing
+from m1jax.errors import UserError, shortened
+from m1jax.weights.names import Merged
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -232,35 +231,33 @@ class Writer:
     def __init__(self, directory: Path, plan: Plan) -> None:
         self.directory, self.plan = directory, plan
         self._files: dict[str, int] = {}
-        check_space(directory, sum(plan.sizes.values()))
+        needed = sum(plan.sizes.values())
+        check_space(directory, needed)
         try:
             for name, header in plan.headers.items():
-                self._files[name] = os.open(directory / name, os.O_RDWR | os.O_CREAT, 0o666)
-                os.ftruncate(self._files[name], plan.sizes[name])
-                os.pwrite(self._files[name], header, 0)
-        except OSError as error:
+                with writing(directory / name, needed):
+                    self._files[name] = os.open(directory / name, os.O_RDWR | os.O_CREAT, 0o666)
+                    os.ftruncate(self._files[name], plan.sizes[name])
+                    os.pwrite(self._files[name], header, 0)
+        except BaseException:
             self.close()
-            raise full_disk(error, directory, sum(plan.sizes.values())) from error
+            raise
 
     def write(self, name: str, values: np.ndarray) -> None:
         """Writes one tensor (shape and dtype as planned, in any memory order) at its place."""
         entry = self.plan.entries[name]
         assert (values.shape, values.dtype) == (entry.shape, entry.dtype), name
-        try:
+        with writing(self.directory / entry.file, entry.count):
             write_all(self._files[entry.file.name], values, entry.start)
-        except OSError as error:
-            raise full_disk(error, self.directory, entry.count) from error
 
     def finish(self) -> None:
         """Writes the index and makes everything durable."""
-        index = self.plan.index()
-        try:
-            if index is not None:
+        if (index := self.plan.index()) is not None:
+            with writing(self.directory / INDEX):
                 (self.directory / INDEX).write_bytes(index)
-            for descriptor in self._files.values():
+        for name, descriptor in self._files.items():
+            with writing(self.directory / name):
                 os.fsync(descriptor)
-        except OSError as error:
-            raise full_disk(error, self.directory, 0) from error
 
     def __enter__(self) -> Writer:
         return self
@@ -294,22 +291,6 @@ def cast(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """The values in another dtype; what lies beyond its range becomes infinity, without a warning."""
     with np.errstate(over="ignore"):
         return values.astype(dtype, copy=False)
-
-
-def check_space(directory: Path, needed: int) -> None:
-    """Raises UserError if ``needed`` bytes do not fit on the disk of ``directory``."""
-    free = shutil.disk_usage(directory).free
-    if needed > free:
-        raise UserError(f"{directory}: the disk is full: {needed:,} bytes are to be written, {free:,} are free")
-
-
-def full_disk(error: OSError, directory: Path, needed: int) -> UserError:
-    """The message for an error while writing; names the space where that is the reason."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return UserError(
-            f"{directory}: the disk is full ({needed:,} bytes were to be written); free some and start again"
-        )
-    return UserError(f"{directory}: cannot be written ({error.strerror})")
 
 
 def unmerged(entries: Mapping[str, Entry], merged: Iterable[Merged]) -> dict[str, Entry]:
@@ -366,8 +347,3 @@ def compare(where: object, found: Mapping[str, tuple[int, ...]], expected: Mappi
 
 
 BUFFER = re.compile(r"model\.layers\.\d+\.self_attn\.(slope_rate|query_decay|key_decay|diagonal_decay)")
-
-
-def shortened(lines: list[str]) -> str:
-    """The first three of what is wrong, and how many more there are."""
-    return "; ".join(lines[:3]) + (f"; and {len(lines) - 3} more" if len(lines) > 3 else "")

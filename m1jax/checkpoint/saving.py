@@ -14,9 +14,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from m1jax.checkpoint.common import context, from_all
-from m1jax.checkpoint.trees import flat, named, unstacked
-from m1jax.checkpoint.verify import (
+from m1jax import processes
+from m1jax.checkpoint.manifest import (
     ARRAYS,
     FORMAT,
     PARTIAL,
@@ -28,7 +27,10 @@ from m1jax.checkpoint.verify import (
     listed,
     write_values,
 )
+from m1jax.checkpoint.options import context
+from m1jax.checkpoint.trees import flat, named, unstacked
 from m1jax.config import ModelConfig
+from m1jax.disk import FULL, NOT_PERMITTED, Place, sync
 from m1jax.errors import UserError
 
 OTHERS_TIMEOUT = 1800  # seconds that process 0 waits for the checksums of the others, and they for its rename
@@ -47,6 +49,7 @@ class Saver:
     ) -> None:
         self.directory, self.config, self.keep = directory, config, keep
         self.best, self.asynchronous = best, asynchronous
+        self._place = Place(directory) if directory.is_dir() else None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -90,18 +93,20 @@ class Saver:
         partial = self.directory / f"{step}{PARTIAL}"
         size = sum(x.nbytes for tree in (*trees.values(), host) for x in tree.values())
         failure: BaseException | None = None
-        if jax.process_index() == 0:
+        if processes.writes():
             try:
+                if self._place is None:
+                    self.directory.mkdir(parents=True, exist_ok=True)
+                    self._place = Place(self.directory)
+                self._place.check()
                 self._clean()
-                self.directory.mkdir(parents=True, exist_ok=True)
                 self._check_space(step, size)
                 partial.mkdir()
             except (OSError, UserError) as error:
                 failure = self._explained(error, step)
-        if jax.process_count() > 1 and any(from_all(failure is not None)) and failure is None:
-            failure = UserError(f"{self.directory}: process 0 could not begin the checkpoint of step {step}; see there")
-        if failure is not None:
-            raise failure
+        processes.raise_together(
+            failure, f"{self.directory}: process 0 could not begin the checkpoint of step {step}; see there"
+        )
         response = None
         if trees:
             try:
@@ -117,7 +122,7 @@ class Saver:
                 self._finish(partial, manifest, host)
             except BaseException as error:
                 self._error = self._explained(error, step)
-                if jax.process_index() == 0:
+                if processes.writes():
                     shutil.rmtree(partial, ignore_errors=True)
 
         self._thread = threading.Thread(target=finish, name=f"checkpoint-{step}")
@@ -141,6 +146,8 @@ class Saver:
         if process == 0 and host:
             with open(partial / ARRAYS, "wb") as file:
                 np.savez(file, allow_pickle=False, **host)
+                file.flush()
+                os.fsync(file.fileno())
         # The files of the tree are complete on every process here: Orbax ends with a barrier. Who has its checksums
         # says so by a file, so no collective runs beside the training's own.
         paths = sorted(path for path in (partial / TREE).rglob("*") if path.is_file())
@@ -163,11 +170,12 @@ class Saver:
         if host:
             sums[ARRAYS] = [(partial / ARRAYS).stat().st_size, *checksums([partial / ARRAYS])]
         write_values(partial, manifest | {"files": sums})
+        sync(partial)
         replaced = self.directory / f"{final.name}{REPLACED}"
         if final.exists():
             final.rename(replaced)
         partial.rename(final)
-        _sync_directory(self.directory)
+        sync(self.directory)
         shutil.rmtree(replaced, ignore_errors=True)
         self._prune()
 
@@ -204,23 +212,24 @@ class Saver:
             )
 
     def _explained(self, error: BaseException, step: int) -> BaseException:
+        """What to tell of an error, ours or one of Orbax, which names neither kind nor file but in its text."""
         text = str(error)
-        if getattr(error, "errno", None) == 28 or "No space left" in text or "ENOSPC" in text:
+        number = getattr(error, "errno", None)
+        file = getattr(error, "filename", None) or self.directory
+        whole = listed(list_steps(self.directory))
+        if number in FULL or "No space left" in text or "ENOSPC" in text or "quota exceeded" in text:
             return UserError(
-                f"{self.directory}: the disk is full, the checkpoint of step {step} was not saved. "
-                f"Saved and whole: {listed(list_steps(self.directory))}; free some space and start again"
+                f"{file}: the disk is full, the checkpoint of step {step} was not saved. "
+                f"Saved and whole: {whole}; free some space and start again"
+            )
+        if number in NOT_PERMITTED:
+            return UserError(
+                f"{file}: not permitted ({os.strerror(number)}), the checkpoint of step {step} was not saved. "
+                f"Saved and whole: {whole}; change its permissions and start again"
             )
         if isinstance(error, OSError):
-            return UserError(f"{self.directory}: the checkpoint of step {step} was not saved: {error}")
+            return UserError(f"{file}: the checkpoint of step {step} was not saved: {error}")
         return error
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _await(condition: Any, what: str) -> None:

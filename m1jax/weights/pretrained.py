@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
-from collections.abc import Iterator
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,40 +16,17 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from m1jax.config import Layout, ModelConfig
-from m1jax.convert.files import (
-    INDEX,
-    Plan,
-    Weights,
-    Writer,
-    cast,
-    compare,
-    finite,
-    full_disk,
-    read_json,
-    shortened,
-    unmerged,
-)
-from m1jax.convert.names import Tensor, tensors, transformers_merged
-from m1jax.errors import UserError
+from m1jax import processes
+from m1jax.chat import Tokenizer
+from m1jax.config import Layout
+from m1jax.disk import writing
+from m1jax.errors import UserError, shortened
 from m1jax.model import MiniMaxM1
 from m1jax.model.transformer import default_dtype
 from m1jax.sharding import check_shardable, parameter_shardings
-
-CONFIG = "config.json"
-# What belongs to the tokenizer and to generation, copied from one directory to another as it is.
-COMPANIONS = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-)
+from m1jax.weights.directory import CONFIG, copy_companions, name_end_token, new_directory, read_config
+from m1jax.weights.names import Tensor, by_path, tensors, tree_path
+from m1jax.weights.safetensors import Plan, Weights, Writer, cast, compare, finite
 
 
 def from_pretrained(
@@ -103,7 +79,7 @@ def from_pretrained(
 
 
 def _load(
-    weights: Weights, here: list[Tensor], leaf: Any, sharding: Any, pool: ThreadPoolExecutor, not_finite: list[str]
+    weights: Weights, here: Sequence[Tensor], leaf: Any, sharding: Any, pool: ThreadPoolExecutor, not_finite: list[str]
 ) -> jax.Array:
     """One leaf of our tree from the tensors that fill it, directly in its sharding."""
     pieces = {tensor.index: tensor.name for tensor in here}
@@ -143,6 +119,7 @@ def save_pretrained(
     layout: Layout = "official",
     dtype: jax.typing.DTypeLike | None = None,
     *,
+    tokenizer: Tokenizer | None = None,
     tokenizer_from: str | os.PathLike[str] | None = None,
 ) -> None:
     """Writes a model as Hugging Face files that the authors' code or Transformers (``layout``) loads.
@@ -155,6 +132,7 @@ def save_pretrained(
         directory: where to.
         layout: "official" or "transformers" (same tensors, another config.json).
         dtype: of the files; None keeps the parameters'. Routers are float32 whatever it is.
+        tokenizer: written along, with a generation_config.json that names the end token.
         tokenizer_from: a directory whose tokenizer files are copied along.
 
     Raises:
@@ -169,7 +147,7 @@ def save_pretrained(
     values["torch_dtype" if layout == "official" else "dtype"] = str(stored["embed_tokens",])
     with contextlib.ExitStack() as stack:
         partial = writer = None
-        if jax.process_index() == 0:
+        if processes.writes():
             partial = stack.enter_context(new_directory(Path(directory)))
             writer = stack.enter_context(Writer(partial, plan))
         for path, parts in by_path(config).items():
@@ -177,7 +155,7 @@ def save_pretrained(
             for tensor in parts:
                 slices.setdefault(tensor.index[:1], []).append(tensor)
             for first, members in slices.items():
-                layer = _to_host(parameters[path][first])
+                layer = processes.on_host(parameters[path][first])
                 for tensor in members if writer else ():
                     assert writer is not None
                     to = plan.entries[tensor.name].dtype
@@ -190,113 +168,10 @@ def save_pretrained(
                     writer.write(tensor.name, out)
         if writer is not None and partial is not None:
             writer.finish()
-            (partial / CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
-            if tokenizer_from is not None:
-                copy_companions(Path(tokenizer_from), partial)
-
-
-def _to_host(x: jax.Array) -> np.ndarray:
-    """One layer's slice in this process's memory, whatever devices it lies on."""
-    if x.is_fully_addressable:
-        return np.asarray(x)
-    from jax.experimental import multihost_utils
-
-    return multihost_utils.process_allgather(x, tiled=True)
-
-
-# ------------------------------------------------------------------------------------------------ shared by conversion
-
-
-def read_config(directory: Path) -> ModelConfig:
-    """The config of a directory of Hugging Face files; UserError names the file where something is wrong."""
-    values = read_json(directory / CONFIG)
-    try:
-        return ModelConfig.from_hf(values)
-    except UserError as error:
-        raise UserError(f"{directory / CONFIG}: {error}") from error
-
-
-def open_weights(directory: Path, config: ModelConfig) -> Weights:
-    """The official tensors of a directory, all there with the shapes of the config, or a UserError."""
-    weights = Weights(directory)
-    weights.entries = unmerged(weights.entries, transformers_merged(config))
-    expected = {tensor.name: tensor.shape for tensor in tensors(config)}
-    compare(directory, {name: entry.shape for name, entry in weights.entries.items()}, expected)
-    weights.entries = {name: weights.entries[name] for name in expected}
-    return weights
-
-
-def by_path(config: ModelConfig) -> dict[tuple[str | int, ...], list[Tensor]]:
-    """The tensors that fill each parameter of our tree."""
-    places: dict[tuple[str | int, ...], list[Tensor]] = {}
-    for tensor in tensors(config):
-        places.setdefault(tensor.path, []).append(tensor)
-    return places
-
-
-def tree_path(path: Any) -> tuple[str | int, ...]:
-    """A path of ``jax.tree_util`` as the table of names has it: ("layers", 0, "moe", "w1")."""
-    return tuple(part.key for part in path if isinstance(part, jax.tree_util.DictKey))
-
-
-def copy_companions(source: Path, target: Path) -> None:
-    """Copies the tokenizer's files that are there."""
-    for name in COMPANIONS:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
-
-
-@contextlib.contextmanager
-def new_directory(directory: Path) -> Iterator[Path]:
-    """A sibling to write into, renamed to ``directory`` at the end; removed if that is not reached."""
-    directory = directory.resolve()
-    check_replaceable(directory)
-    partial = directory.with_name(f".{directory.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"{partial.parent}: cannot be written ({error.strerror})") from error
-    try:
-        yield partial
-        put_in_place(partial, directory)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-def check_replaceable(directory: Path) -> None:
-    """Raises UserError where writing to ``directory`` would remove something that is no export of a model."""
-    if directory.exists() and not directory.is_dir():
-        raise UserError(f"{directory} is a file; give the name of a new directory")
-    if directory.is_mount():  # cannot be renamed
-        raise UserError(f"{directory} is where a disk is mounted; give the name of a new directory on it")
-    there = list(directory.iterdir()) if directory.is_dir() else []
-    if not there:
-        return
-    others = sorted(path.name for path in there if not _is_exported(path))
-    try:
-        read_config(directory)
-    except UserError:  # a run has a config.json too, and so has any other model
-        others = others or [CONFIG]
-    if others:
-        raise UserError(
-            f"{directory} holds something else than a model's export ({others[0]}); give the name of a new directory"
-        )
-
-
-def _is_exported(path: Path) -> bool:
-    return path.is_file() and (path.name in (CONFIG, INDEX, *COMPANIONS) or path.suffix == ".safetensors")
-
-
-def put_in_place(partial: Path, directory: Path) -> None:
-    """Renames a complete directory to its name; what has that name now goes away afterwards."""
-    replaced = directory.with_name(f".{directory.name}.replaced")
-    try:
-        if directory.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
-            directory.rename(replaced)
-        partial.rename(directory)
-    except OSError as error:
-        raise full_disk(error, directory, 0) from error
-    shutil.rmtree(replaced, ignore_errors=True)
+            with writing(partial / CONFIG):
+                (partial / CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+                if tokenizer_from is not None:
+                    copy_companions(Path(tokenizer_from), partial)
+                if tokenizer is not None:
+                    tokenizer.save(partial)
+                name_end_token(partial)

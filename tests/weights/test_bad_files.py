@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from m1jax import UserError, from_pretrained, save_pretrained
-from m1jax.convert import files
-from m1jax.convert.files import Plan, Weights, Writer
+from m1jax.weights import safetensors as files
+from m1jax.weights.safetensors import Plan, Weights, Writer
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 Q = "model.layers.7.self_attn.q_proj.weight"

@@ -10,8 +10,9 @@ import pytest
 from flax import nnx
 
 from m1jax import MiniMaxM1, ModelConfig, UserError, from_pretrained, save_pretrained
-from m1jax.convert.files import Weights
+from m1jax.chat import Tokenizer
 from m1jax.sharding import make_mesh
+from m1jax.weights.safetensors import Weights
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +42,8 @@ def test_the_dtype_is_the_platforms_unless_given(model, golden):
     assert model.embed_tokens.dtype == jnp.float32
     half = from_pretrained(golden, dtype=jnp.bfloat16)
     assert half.dtype == jnp.bfloat16
-    assert half.layers[0].moe.w1.dtype == jnp.bfloat16
-    assert half.layers[0].moe.gate.dtype == jnp.float32
+    assert half.runs[0].moe.w1.dtype == jnp.bfloat16
+    assert half.runs[0].moe.gate.dtype == jnp.float32
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["loaded as bfloat16", "loaded as float32"])
@@ -73,7 +74,7 @@ def test_loads_onto_a_mesh_and_saves_from_it(model, golden, tmp_path, spec):
     mesh = make_mesh(spec)
     sharded = from_pretrained(golden, mesh=mesh)
     same_parameters(sharded, model)
-    w1 = sharded.layers[0].moe.w1[...]
+    w1 = sharded.runs[0].moe.w1[...]
     assert w1.sharding.mesh == mesh
     assert w1.sharding.spec == jax.sharding.PartitionSpec(None, "expert", "tensor", "fsdp")
     save_pretrained(sharded, tmp_path / "out", dtype=jnp.bfloat16)
@@ -109,6 +110,16 @@ def test_an_export_is_replaced_but_nothing_else(model, tmp_path):
     with pytest.raises(UserError, match="holds something else than a model"):
         save_pretrained(model, tmp_path / "tokenizer")
     assert (tmp_path / "tokenizer/photo.jpg").exists()
+
+
+def test_an_export_names_its_end_token(model, tmp_path):
+    tokenizer = Tokenizer.tiny()
+    save_pretrained(model, tmp_path / "out", tokenizer=tokenizer)
+    values = json.loads((tmp_path / "out/generation_config.json").read_text())
+    assert values["eos_token_id"] == tokenizer.eos_id
+    assert Tokenizer.from_dir(tmp_path / "out").vocab_size == tokenizer.vocab_size
+    save_pretrained(model, tmp_path / "again", tokenizer_from=tmp_path / "out")
+    assert json.loads((tmp_path / "again/generation_config.json").read_text()) == values
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from m1jax.checkpoint.common import context, from_all
-from m1jax.checkpoint.trees import leaves, orbax_target, per_layer_targets, stacked, stored, unnamed
-from m1jax.checkpoint.verify import (
+from m1jax import processes
+from m1jax.checkpoint.manifest import (
     ARRAYS,
     PARTIAL,
     TREE,
@@ -24,10 +23,11 @@ from m1jax.checkpoint.verify import (
     listed,
     log,
     read_info,
-    shortened,
 )
+from m1jax.checkpoint.options import context
+from m1jax.checkpoint.trees import leaves, orbax_target, per_layer_targets, stacked, stored, unnamed
 from m1jax.config import ModelConfig
-from m1jax.errors import UserError
+from m1jax.errors import UserError, shortened
 
 
 class Restored(NamedTuple):
@@ -47,8 +47,8 @@ def restore(directory: Path, config: ModelConfig, params: Any, state: Any, step:
         if problems := _problems_anywhere(directory / str(step)):
             raise UserError(f"{directory / str(step)} is damaged: {shortened(problems)}")
         return _read(directory / str(step), config, params, state)
-    steps = _from_first_process(list_steps(directory))
-    if directory.is_dir() and jax.process_index() == 0:
+    steps = processes.from_first(list_steps(directory))  # a checkpoint may appear between two looks
+    if directory.is_dir() and processes.writes():
         for entry in sorted(directory.glob(f"*{PARTIAL}")):
             log.warning("%s is an interrupted save; it is ignored and will be removed", entry)
     for number in reversed(steps):
@@ -64,10 +64,9 @@ def restore(directory: Path, config: ModelConfig, params: Any, state: Any, step:
 
 
 def _problems_anywhere(path: Path) -> list[str]:
-    problems = find_problems(path)
-    if jax.process_count() == 1 or not any(from_all(len(problems))):
-        return problems
-    return problems or ["another process found it damaged"]
+    problems = find_problems(path, share=(jax.process_index(), jax.process_count()))
+    damaged = processes.any_of(bool(problems))
+    return problems or (["another process found it damaged"] if damaged else [])
 
 
 def _read(path: Path, config: ModelConfig, params: Any, state: Any) -> Restored:
@@ -143,14 +142,3 @@ def _read_arrays(info: Info) -> dict[str, Any]:
             # numpy's files know bfloat16 and its relatives only as two bytes of anything
             place[last] = value.view(jnp.dtype(dtype)) if value.dtype.kind == "V" else value
     return out
-
-
-def _from_first_process(steps: list[int]) -> list[int]:
-    """The same list everywhere: a checkpoint may appear between two processes' looking."""
-    if jax.process_count() == 1:
-        return steps
-    from jax.experimental import multihost_utils
-
-    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(steps))))
-    mine = np.resize(np.array([*steps, 0], np.int32), length) if length else np.zeros(0, np.int32)
-    return [int(step) for step in multihost_utils.broadcast_one_to_all(mine)] if length else []

@@ -1,12 +1,10 @@
-"""What saving and restoring share: Orbax's options, and what each process knows told to all."""
+"""Orbax's options for saving and restoring."""
 
 from __future__ import annotations
 
 import logging
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 CHUNK_BYTES = 128 * 2**20
 
@@ -31,10 +29,3 @@ def context() -> Any:
 def _reported_by_us(record: logging.LogRecord) -> bool:
     """Keeps out the tracebacks that Orbax logs from its threads: the same error comes out of ``save`` or ``wait``."""
     return not (record.levelno >= logging.ERROR and "orbax" in Path(record.pathname).parts)
-
-
-def from_all(value: int) -> list[int]:
-    """The number that each process gives, in order; all must call."""
-    from jax.experimental import multihost_utils
-
-    return [int(x) for x in np.ravel(multihost_utils.process_allgather(np.int32(value)))]
