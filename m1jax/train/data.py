@@ -32,14 +32,20 @@ class Source(Generic[T]):
         path: the file, in one of the formats of `m1jax.train.files`.
         convert: record -> value; raises UserError saying what is wrong with it.
         expected: how a record should look, for messages.
-        columns: the keys that are looked at.
+        columns: the keys that are looked at; None: all.
 
     Raises:
         UserError: the file is missing or empty, or a record is wrong (naming its line or row). All are looked at in the
             beginning, before any work is lost; of several processes, each looks at its share.
     """
 
-    def __init__(self, path: str | Path, convert: Callable[[dict[str, Any]], T], expected: str, columns: Sequence[str]):
+    def __init__(
+        self,
+        path: str | Path,
+        convert: Callable[[dict[str, Any]], T],
+        expected: str,
+        columns: Sequence[str] | None = None,
+    ):
         self._path, self._convert = Path(path), convert
         self._records = open_records(path, expected, columns)
         for index in range(jax.process_index(), len(self), jax.process_count()):

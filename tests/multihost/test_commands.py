@@ -57,6 +57,8 @@ def files(tmp_path_factory):
     problems = [task.problem("train", 0, i) for i in range(16)]
     pairs = [{"prompt": p.prompt, "answer": p.demonstration(bool(rng.integers(2)))} for p in problems]
     (home / "data.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    # So small a model is never right: what it writes must differ in something, or there is nothing to learn.
+    (home / "reward.py").write_text("def even(response): return sum(ord(letter) % 2 == 0 for letter in response) / 8\n")
     documents = [{"text": " ".join(pair["answer"] for pair in pairs[i:])} for i in range(16)]
     (home / "web.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
     return home
@@ -66,7 +68,7 @@ def command(files, kind, runs, name, *options):
     recipes = {
         "pretrain": ["--data", f"{files}/web.jsonl", *PRETRAIN],
         "sft": ["--data", f"{files}/data.jsonl", *SFT],
-        "rl": ["--task", "sums", *RL],
+        "rl": ["--task", "sums", "--reward", f"{files}/reward.py:even", *RL],
     }
     return [
         "train",
