@@ -91,7 +91,7 @@ def unnamed(state: Any, read: dict[str, Any], info: Info) -> Any:
 
 
 def _paths(params: Any) -> Iterator[tuple[tuple[str | int, ...], Any]]:
-    """Paths as in the table of names: ("layers", 0, "moe", "w1"). Flax's own "value" at the end is left out."""
+    """Paths as in the table of names: ("runs", 0, "moe", "w1"). Flax's own "value" at the end is left out."""
     for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
         parts = []
         for part in path:
@@ -118,7 +118,7 @@ def _checked_paths(params: Any, config: ModelConfig) -> list[tuple[list[Tensor],
     out = []
     for path, leaf in given:
         here = places[path]
-        shape = (config.num_periods,) * len(here[0].index) + here[0].shape
+        shape = (len(here),) * len(here[0].index) + here[0].shape
         if tuple(leaf.shape) != shape:
             raise UserError(
                 f"parameter {'/'.join(map(str, path))} is {list(leaf.shape)}, the config says {list(shape)}"
@@ -140,7 +140,7 @@ def unstacked(params: Any, config: ModelConfig) -> dict[str, Any]:
 
 
 def _layer_sharding(leaf: Any) -> Any:
-    """The sharding of one layer's slice of a leaf stacked over periods; None where the leaf has none of its own."""
+    """The sharding of one layer's slice of a leaf stacked over layers; None where the leaf has none of its own."""
     sharding = _sharding(leaf)
     if isinstance(sharding, NamedSharding):
         return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))

@@ -1,8 +1,8 @@
 """The one table of names and shapes: every official tensor and the slice of our parameter tree that it is.
 
-Our tree stacks a layer's parameters over periods, the files hold one tensor per layer (and per expert):
-``model.layers.{i * period + j}.block_sparse_moe.experts.{e}.w1.weight`` is ``layers[j].moe.w1[i, e]``. The table is a
-bijection: each tensor has one place, and the places of all tensors fill every parameter exactly once.
+Our tree stacks the parameters of a run's layers, the files hold one tensor per layer (and per expert):
+``model.layers.{l}.block_sparse_moe.experts.{e}.w1.weight`` is ``runs[r].moe.w1[n, e]``, where layer l is the n-th of
+run r. The table is a bijection: each tensor has one place, and the places of all fill every parameter exactly once.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from m1jax.config import LIGHTNING, ModelConfig
+from m1jax import parameters
+from m1jax.config import ModelConfig
 
 Path = tuple[str | int, ...]
 
@@ -20,7 +21,7 @@ Path = tuple[str | int, ...]
 class Tensor(NamedTuple):
     """One tensor of a checkpoint and its place in our tree: ``parameters[path][index]``, without transposition.
 
-    ``index`` is () for the embedding, the last norm and the head, (period,) in layers, (period, expert) in experts.
+    ``index`` is () for the embedding, the last norm and the head, (n,) in layers, (n, expert) in experts.
     ``router`` marks the weights that are float32 whatever dtype the others have.
     """
 
@@ -86,55 +87,18 @@ def transformers_merged(config: ModelConfig) -> tuple[Merged, ...]:
 
 
 def _tensors(config: ModelConfig, merged_experts: bool) -> Iterator[Tensor]:
-    hidden = config.hidden_size
-    yield Tensor("model.embed_tokens.weight", (config.vocab_size, hidden), ("embed_tokens",), ())
-    for layer, kind in enumerate(config.layer_types):
-        i, j = divmod(layer, config.period)
-        for name, path, shape in _layer(config, kind):
-            yield Tensor(f"model.layers.{layer}.{name}.weight", shape, ("layers", j, *path), (i,), path[-1] == "gate")
-        for name, shape in _expert(config):
-            if merged_experts:
-                full = f"model.layers.{layer}.block_sparse_moe.experts.{name}.weight"
-                yield Tensor(full, (config.num_experts, *shape), ("layers", j, "moe", name), (i,))
+    embed_tokens, norm, lm_head = (Tensor(f"{p.name}.weight", p.shape, p.path, ()) for p in parameters.of_model(config))
+    yield embed_tokens
+    for layer in range(config.num_layers):
+        period, place = divmod(layer, config.period)
+        number, run = next((i, r) for i, r in enumerate(config.runs) if place < r.start + r.count)
+        index = period * run.count + place - run.start
+        for parameter in sorted(parameters.of_block(config, run.kind), key=lambda p: p.per_expert):
+            name, path = f"model.layers.{layer}.{parameter.name}.weight", ("runs", number, *parameter.path)
+            if not parameter.per_expert or merged_experts:
+                yield Tensor(name.replace(".{}", ""), parameter.shape, path, (index,), parameter.router)
                 continue
             for e in range(config.num_experts):
-                full = f"model.layers.{layer}.block_sparse_moe.experts.{e}.{name}.weight"
-                yield Tensor(full, shape, ("layers", j, "moe", name), (i, e))
-    yield Tensor("model.norm.weight", (hidden,), ("norm",), ())
-    yield Tensor("lm_head.weight", (config.vocab_size, hidden), ("lm_head",), ())
-
-
-def _layer(config: ModelConfig, kind: str) -> Iterator[tuple[str, Path, tuple[int, ...]]]:
-    """(name under the layer, path under our block, shape) of everything in a layer but the experts."""
-    hidden, inner, kv = config.hidden_size, config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    yield "input_layernorm", ("input_layernorm",), (hidden,)
-    yield "post_attention_layernorm", ("post_attention_layernorm",), (hidden,)
-    if kind == LIGHTNING:
-        attention = {
-            "qkv_proj": (3 * inner, hidden),
-            "output_gate": (inner, hidden),
-            "norm": (inner,),
-            "out_proj": (hidden, inner),
-        }
-    else:
-        attention = {
-            "q_proj": (inner, hidden),
-            "k_proj": (kv, hidden),
-            "v_proj": (kv, hidden),
-            "o_proj": (hidden, inner),
-        }
-    for name, shape in attention.items():
-        yield f"self_attn.{name}", ("attention", name), shape
-    yield "block_sparse_moe.gate", ("moe", "gate"), (config.num_experts, hidden)
-    if shared := config.shared_intermediate_size:
-        yield "shared_mlp.gate_proj", ("moe", "shared_mlp", "gate_proj"), (shared, hidden)
-        yield "shared_mlp.up_proj", ("moe", "shared_mlp", "up_proj"), (shared, hidden)
-        yield "shared_mlp.down_proj", ("moe", "shared_mlp", "down_proj"), (hidden, shared)
-        yield "coefficient", ("moe", "coefficient"), (1, hidden)
-
-
-def _expert(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    hidden, inner = config.hidden_size, config.intermediate_size
-    yield "w1", (inner, hidden)
-    yield "w3", (inner, hidden)
-    yield "w2", (hidden, inner)
+                yield Tensor(name.format(e), parameter.shape[1:], path, (index, e))
+    yield norm
+    yield lm_head

@@ -15,6 +15,8 @@ from m1jax.chat import Tokenizer
 from m1jax.errors import UserError, require_seed
 from m1jax.inference.sampling import sample
 from m1jax.model import Cache, MiniMaxM1
+from m1jax.sharding import ambient_mesh
+from pallas_kernels._compat import target_platform
 
 
 class Samples(NamedTuple):
@@ -62,13 +64,12 @@ def decode(
         `Samples` of P * G rows. The loop ends as soon as every row has.
     """
     model: MiniMaxM1 = nnx.merge(graph, params)
+    if target_platform() == "cpu" and ambient_mesh() is None:
+        model = model.unstacked()
     cache = model.init_cache(prompts.shape[0], prompts.shape[1] + max_new_tokens)
     logits, cache = model(prompts, cache, lengths=lengths, last_only=True)
     logits = jnp.repeat(logits, samples_per_prompt, axis=0)
-    cache = Cache(
-        jnp.repeat(cache.lengths, samples_per_prompt, axis=0),
-        jax.tree.map(lambda x: jnp.repeat(x, samples_per_prompt, axis=1), cache.layers),
-    )
+    cache = cache.repeat(samples_per_prompt)
     rows = logits.shape[0]
     start = Samples(
         jnp.zeros((rows, max_new_tokens), jnp.int32),

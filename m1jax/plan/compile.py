@@ -86,12 +86,11 @@ def _generation(setup: Setup, mesh: Mesh) -> Any:
     rows = ROWS if setup.rows_are_cut else None
     cache = jax.eval_shape(lambda: Cache.empty(setup.model, setup.rows, setup.context, DTYPE))
 
-    def place(x: Any) -> Any:
-        # lengths [rows]; float32 states [periods, rows, heads, ...]; keys, values [periods, rows, time, heads, ...]
-        spec = (rows,) if x.ndim == 1 else (None, rows, *((None,) if x.dtype == DTYPE else ()), "tensor")
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
-
-    cache = jax.tree.map(place, cache)
+    cache = jax.tree.map(
+        lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)),
+        cache,
+        cache.specs(rows),
+    )
     shape = (setup.rows, setup.piece)
     tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, PartitionSpec(rows)))
 

@@ -127,7 +127,7 @@ def rl_loss(graph: Any, *, max_weight: float, temperature: float = 1.0, remat: b
 
     def loss_fn(params: Any, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
         model: MiniMaxM1 = nnx.merge(graph, params)
-        states = model.hidden_states(batch["tokens"], segment_ids=batch["segment_ids"], remat=remat)
+        states = model.forward(batch["tokens"], segment_ids=batch["segment_ids"], remat="layers" if remat else "none")
         logp, entropy = model.log_probs(states.hidden, batch["targets"], temperature=temperature)
         weights = batch["weight"]
         loss, stats = cispo_loss(

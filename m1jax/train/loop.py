@@ -70,10 +70,10 @@ def supervised_loss(graph: Any, aux_coefficient: float, remat: bool = False) -> 
 
     def loss_fn(params: Any, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
         model: MiniMaxM1 = nnx.merge(graph, params)
-        states = model.hidden_states(batch["tokens"], segment_ids=batch["segment_ids"], remat=remat)
+        states = model.forward(batch["tokens"], segment_ids=batch["segment_ids"], remat="layers" if remat else "none")
         log_prob, _ = model.log_probs(states.hidden, batch["targets"])
         nll = -jnp.sum(batch["weight"] * log_prob)
-        aux = jnp.sum(batch["weight"] * states.aux_loss)
+        aux = jnp.sum(batch["weight"] * states.aux)
         return nll + aux_coefficient * aux, {"nll": nll, "balance": aux}
 
     return loss_fn

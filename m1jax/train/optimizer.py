@@ -7,6 +7,7 @@ import math
 import jax
 import optax
 
+from m1jax import parameters
 from m1jax.errors import UserError, require_positive
 
 
@@ -68,11 +69,5 @@ class OptimizerConfig:
 
 
 def decayed(params) -> object:
-    """A pytree of bool like params: true where weight decay applies. By name, because stacked norm weights are matrices
-    in shape."""
-
-    def is_matrix(path, _) -> bool:
-        name = jax.tree_util.keystr(path)
-        return not ("norm" in name or "embed_tokens" in name or "lm_head" in name)
-
-    return jax.tree_util.tree_map_with_path(is_matrix, params)
+    """A pytree of bool like params: true where weight decay applies, as each parameter's declaration says."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: parameters.find(path)[0].decays, params)

@@ -41,8 +41,8 @@ def test_the_dtype_is_the_platforms_unless_given(model, golden):
     assert model.embed_tokens.dtype == jnp.float32
     half = from_pretrained(golden, dtype=jnp.bfloat16)
     assert half.dtype == jnp.bfloat16
-    assert half.layers[0].moe.w1.dtype == jnp.bfloat16
-    assert half.layers[0].moe.gate.dtype == jnp.float32
+    assert half.runs[0].moe.w1.dtype == jnp.bfloat16
+    assert half.runs[0].moe.gate.dtype == jnp.float32
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["loaded as bfloat16", "loaded as float32"])
@@ -73,7 +73,7 @@ def test_loads_onto_a_mesh_and_saves_from_it(model, golden, tmp_path, spec):
     mesh = make_mesh(spec)
     sharded = from_pretrained(golden, mesh=mesh)
     same_parameters(sharded, model)
-    w1 = sharded.layers[0].moe.w1[...]
+    w1 = sharded.runs[0].moe.w1[...]
     assert w1.sharding.mesh == mesh
     assert w1.sharding.spec == jax.sharding.PartitionSpec(None, "expert", "tensor", "fsdp")
     save_pretrained(sharded, tmp_path / "out", dtype=jnp.bfloat16)

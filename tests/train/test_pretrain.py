@@ -150,4 +150,4 @@ def test_master_weights_are_float32(files):
     model = from_pretrained(files / "model", dtype=jnp.bfloat16, param_dtype=jnp.float32)
     stored = {leaf.dtype for leaf in jax.tree.leaves(nnx.split(model)[1])}
     assert stored == {jnp.dtype("float32")}
-    assert jax.eval_shape(model.hidden_states, jnp.ones((1, 4), jnp.int32)).hidden.dtype == jnp.bfloat16
+    assert jax.eval_shape(model.forward, jnp.ones((1, 4), jnp.int32)).hidden.dtype == jnp.bfloat16
