@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Iterator
 from collections.abc import Sequence as Several
-from typing import Protocol
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import jax
 import numpy as np
-from jaxtyping import Float32, Int32, UInt8
+from jaxtyping import UInt8
 
 from m1jax.errors import UserError
 from m1jax.inference.capacity import Capacity
@@ -20,20 +19,26 @@ from m1jax.inference.sequence import Sequence
 from m1jax.inference.stopping import REASONS
 from m1jax.inference.types import Completion, Event, Finish, Finished, Request, Ticket, Wrote
 
+A = TypeVar("A", np.ndarray, jax.Array)
 
-@dataclasses.dataclass(frozen=True)
-class Decoded:
+
+class Decoded(NamedTuple, Generic[A]):
     """What decode steps wrote, one row for each sequence; beyond its count a row means nothing."""
 
-    counts: Int32[np.ndarray, " n"]
-    tokens: Int32[np.ndarray, "n steps"]
-    logp: Float32[np.ndarray, "n steps"]
-    nucleus_logp: Float32[np.ndarray, "n steps"]
-    reasons: Int32[np.ndarray, " n"]
-    """places in `stopping.REASONS`"""
-    certain: Int32[np.ndarray, " n"]
-    """`Sequence.certain` from now on"""
-    routes: UInt8[np.ndarray, "n steps layers k"] | None
+    counts: A
+    """int32 [n]"""
+    tokens: A
+    """int32 [n, steps]"""
+    logp: A
+    """float32 [n, steps]"""
+    nucleus_logp: A
+    """float32 [n, steps]"""
+    reasons: A
+    """int32 [n], places in `stopping.REASONS`"""
+    certain: A
+    """int32 [n], `Sequence.certain` from now on"""
+    routes: A | None
+    """uint8 [n, steps, layers, k]"""
 
 
 class Runner(Protocol):
@@ -51,7 +56,7 @@ class Runner(Protocol):
         """Let the model read the chunks' tokens. Returns their routes, where they are recorded."""
         ...
 
-    def decode(self, sequences: Several[Sequence], allowances: Several[int]) -> Decoded:
+    def decode(self, sequences: Several[Sequence], allowances: Several[int]) -> Decoded[np.ndarray]:
         """Feed each sequence its last token and draw the next, up to so many times."""
         ...
 
@@ -119,7 +124,7 @@ class Engine:
             raise UserError(f"fork: sample {sample} of request {ticket.number} is not running; fork it before it ends")
         if n < 1:
             raise UserError(f"fork: n = {n} must be at least 1")
-        if source.row is not None:
+        if source.row >= 0:
             self._scheduler.snapshot(source)
         tickets = [self._new_ticket() for _ in range(n)]
         for fork in tickets:
@@ -181,7 +186,7 @@ class Engine:
         self._live[sequence.ticket][sequence.sample] = sequence
         self._scheduler.submit(sequence)
 
-    def _take(self, sequences: list[Sequence], out: Decoded) -> None:
+    def _take(self, sequences: list[Sequence], out: Decoded[np.ndarray]) -> None:
         """What the runner decoded becomes part of its sequences."""
         tokens, logp, nucleus_logp = out.tokens.tolist(), out.logp.tolist(), out.nucleus_logp.tolist()
         for i, sequence in enumerate(sequences):

@@ -87,7 +87,7 @@ class Scheduler:
         bisect.insort(self.waiting, sequence, key=lambda s: s.order)
 
     def cancel(self, sequence: Sequence) -> None:
-        if sequence.row is None:
+        if sequence.row < 0:
             self.waiting.remove(sequence)
         else:
             self._release(sequence)
@@ -135,12 +135,12 @@ class Scheduler:
     def _grow(self) -> None:
         """Pages for what the running will write; where there are none, the youngest must go."""
         for sequence in self.running.copy():
-            if sequence.row is None:  # preempted a moment ago
+            if sequence.row < 0:  # preempted a moment ago
                 continue
             need = self._pages_ahead(sequence) - len(sequence.pages)
             while not self._make_room(need):
                 self._preempt(self.running[-1])
-                if sequence.row is None:
+                if sequence.row < 0:
                     break
             else:
                 sequence.pages += self.pages.take(max(0, need))
@@ -247,7 +247,7 @@ class Scheduler:
         """Move those who decode to the first rows, so that a smaller program can serve them."""
         batch = next(rows for rows in self.capacity.decode if rows >= len(decode))
         for sequence in decode:
-            if sequence.row is not None and sequence.row >= batch and self.rows.free:
+            if sequence.row >= batch and self.rows.free:
                 (row,) = self.rows.take(1)
                 if row < batch:
                     self._copies.append(Copy(sequence.row, row))
@@ -255,7 +255,6 @@ class Scheduler:
                 self.rows.release([row])
 
     def _keep(self, sequence: Sequence, node: Node) -> None:
-        assert sequence.row is not None
         pages = sequence.pages[: self.capacity.pages_for(sequence.computed)]
         slot = self.prefixes.keep(node, pages, sequence.routes)
         if slot is not None:
@@ -268,12 +267,11 @@ class Scheduler:
         self.counts.preempted += 1
 
     def _release(self, sequence: Sequence) -> None:
-        assert sequence.row is not None
         self._withdraw(sequence)
         self.running.remove(sequence)
         self.rows.release([sequence.row])
         self.pages.release(sequence.pages)
-        sequence.row, sequence.pages, sequence.computed, sequence.routes = None, [], 0, []
+        sequence.row, sequence.pages, sequence.computed, sequence.routes = -1, [], 0, []
 
     def _withdraw(self, sequence: Sequence) -> None:
         for node in sequence.junctions.values():

@@ -51,8 +51,8 @@ class Sequence:
 
         self.computed = 0
         """tokens that states and keys have seen"""
-        self.row: int | None = None
-        """its row of the batch, and the slot of its states; None while it waits"""
+        self.row = -1
+        """its row of the batch, and the slot of its states; -1 while it waits"""
         self.pages: list[int] = []
         self.junctions: dict[int, Node] = {}
         """lengths at which it has promised to leave a snapshot, and the nodes for them"""

@@ -49,7 +49,7 @@ def audit(engine):
     assert counts.tolist() == [scheduler.pages.holders(page) for page in range(scheduler.capacity.pages)]
     rows = [s.row for s in scheduler.running]
     assert len(set(rows)) == len(rows) == scheduler.capacity.rows - scheduler.rows.free
-    assert all(s.row is None and not s.pages and not s.junctions for s in scheduler.waiting)
+    assert all(s.row == -1 and not s.pages and not s.junctions for s in scheduler.waiting)
     promised = [node for s in scheduler.running for node in s.junctions.values()]
     nodes = list(walk(scheduler.prefixes.root))
     assert set(promised) == {node for node in nodes if node.promised}
