@@ -235,6 +235,16 @@ _M1 = ModelConfig(
 PRESETS: dict[str, ModelConfig] = {
     "m1-456b": _M1,
     "text-01-456b": _M1,  # MiniMax-Text-01, the base model, has the same shape
+    "m1-2b": dataclasses.replace(
+        _M1,
+        vocab_size=32_768,
+        hidden_size=2048,
+        intermediate_size=2048,
+        layer_types=_hybrid(8),
+        num_heads=16,
+        num_kv_heads=4,
+        num_experts=16,
+    ),
     "m1-1b": dataclasses.replace(
         _M1,
         vocab_size=32_768,

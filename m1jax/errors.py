@@ -1,5 +1,6 @@
-"""The one exception for what a user can put right, checks that raise it, and an exit status."""
+"""The one exception for what a user can put right, checks that raise it, its wording, and an exit status."""
 
+from collections.abc import Sequence
 from typing import Any
 
 STOPPED = 143
@@ -28,3 +29,9 @@ def require_positive(options: Any, *names: str, zero: bool = False) -> None:
         value = getattr(options, name)
         if not (value > 0 or (zero and value == 0)):  # so that NaN is refused
             raise UserError(f"{name} = {value} must be {'zero or more' if zero else 'more than zero'}")
+
+
+def shortened(problems: Sequence[str], most: int = 3) -> str:
+    """The first of what is wrong, and how many more there are."""
+    more = len(problems) - most
+    return "; ".join(problems[:most]) + (f"; and {more} more" if more > 0 else "")

@@ -3,8 +3,17 @@
 Imports JAX alone and knows nothing of M1: it takes mathematics (log decays, states), not model facts.
 """
 
-from pallas_kernels.expert_mlp import expert_mlp
-from pallas_kernels.lightning_attention import PADDING, lightning_attention, lightning_attention_decode
-from pallas_kernels.softmax_attention import softmax_attention
+from pallas_kernels.experts import expert_mlp
+from pallas_kernels.lightning import PADDING, lightning_attention, lightning_attention_decode
+from pallas_kernels.softmax import softmax_attention, softmax_attention_decode
+from pallas_kernels.target import target_platform
 
-__all__ = ["PADDING", "expert_mlp", "lightning_attention", "lightning_attention_decode", "softmax_attention"]
+__all__ = [
+    "PADDING",
+    "expert_mlp",
+    "lightning_attention",
+    "lightning_attention_decode",
+    "softmax_attention",
+    "softmax_attention_decode",
+    "target_platform",
+]

@@ -1,21 +1,8 @@
-"""What differs between the supported versions of JAX, and what depends on where a program will run."""
+"""What differs between the supported versions of JAX."""
 
 import jax
 
-
-def target_platform() -> str:
-    """The platform that the program being traced is meant for: "cpu", "gpu" or "tpu".
-
-    The ambient mesh (`jax.set_mesh`, `jax.sharding.use_abstract_mesh`, `jax.shard_map`) decides, so that a program can
-    be compiled for a chip that is not here; without one, the default device or backend does.
-    """
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    platform = device.platform if device is not None else None
-    if platform is None:
-        default = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
-        platform = default if isinstance(default, str) else getattr(default, "platform", None)
-    platform = platform or jax.default_backend()
-    return "gpu" if platform in ("cuda", "rocm") else platform
+_OLD = jax.__version_info__ < (0, 11)
 
 
 def varying_axes(*arrays: jax.Array | None) -> frozenset[str]:
@@ -27,3 +14,30 @@ def vary_over(array: jax.Array, axes: frozenset[str]) -> jax.Array:
     """Marks an array as differing over `axes`: `shard_map` demands it of a carry whose update differs."""
     missing = tuple(sorted(axes - varying_axes(array)))
     return jax.lax.pcast(array, missing, to="varying") if missing else array
+
+
+def gpu_interpreter(interpret):
+    """What `plgpu.kernel` wants to be told: the GPU interpreter's parameters, or None."""
+    if interpret is not True:
+        return interpret or None
+    if _OLD:
+        from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+    else:
+        from jax.experimental.pallas.mosaic_gpu import InterpretGPUParams
+    return InterpretGPUParams(detect_races=True)
+
+
+def transposed(ref):
+    """A matrix in a GPU's shared memory, its two axes exchanged."""
+    if not _OLD:
+        return ref.transpose((1, 0))
+    from jax.experimental.pallas.mosaic_gpu import transpose_ref
+
+    return transpose_ref(ref, (1, 0))
+
+
+def load(ref, layout):
+    """What a GPU's shared or global memory holds, in registers."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    return plgpu.load(ref, *([()] if _OLD else []), layout=layout, optimized=False)

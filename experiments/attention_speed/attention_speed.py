@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import expert_mlp, softmax_attention
-from pallas_kernels.softmax_attention import blocked
+from pallas_kernels.softmax import blocked
 
 HEADS, KV_HEADS, SIZE = 64, 8, 128
 BLOCKS = ((512, 512), (2048, 512), (4096, 1024), (8192, 2048))

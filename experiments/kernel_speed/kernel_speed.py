@@ -113,8 +113,8 @@ def check(rows, toy):
     import jax.numpy as jnp
     import numpy as np
 
-    from pallas_kernels.lightning_attention import decode as portable
-    from pallas_kernels.lightning_attention import hopper, reference
+    from pallas_kernels.lightning import hopper, reference
+    from pallas_kernels.lightning import xla as portable
 
     names = ("o", "final_state", "dq", "dk", "dv", "d_initial_state")
     options = {"interpret": True} if toy else {}
@@ -194,7 +194,7 @@ def time_jax(rows, toy, implementation, shapes):
     import numpy as np
 
     from pallas_kernels import lightning_attention
-    from pallas_kernels.lightning_attention import hopper
+    from pallas_kernels.lightning import hopper
 
     if toy:
         hopper.unsupported = lambda q, k, v: None
@@ -272,7 +272,7 @@ def few_heads(rows, toy):
     import jax
     import jax.numpy as jnp
 
-    from pallas_kernels.lightning_attention import hopper, hopper_parts
+    from pallas_kernels.lightning import hopper, hopper_parts
 
     shortest = hopper_parts.SHORTEST
     spread_out = [(1, 32768), (8, 8192), (8, 32768), (8, 131072), (16, 32768), (32, 8192), (32, 32768)]
@@ -316,8 +316,8 @@ def decode(rows, toy):
     import jax.numpy as jnp
     import numpy as np
 
-    from pallas_kernels.lightning_attention import decode as portable
-    from pallas_kernels.lightning_attention import hopper
+    from pallas_kernels.lightning import hopper
+    from pallas_kernels.lightning import xla as portable
 
     heads, size, places = (1, 64, 4) if toy else (HEADS, SIZE, 512)
     log_decay = -jnp.asarray(slopes(heads))

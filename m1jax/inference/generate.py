@@ -16,7 +16,7 @@ from m1jax.errors import UserError, require_seed
 from m1jax.inference.sampling import sample
 from m1jax.model import Cache, MiniMaxM1
 from m1jax.sharding import ambient_mesh
-from pallas_kernels._compat import target_platform
+from pallas_kernels import target_platform
 
 
 class Samples(NamedTuple):

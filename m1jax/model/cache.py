@@ -96,8 +96,13 @@ class SoftmaxCache(NamedTuple):
         q: Float[Array, "batch time heads channels"],
         positions: Int[Array, "batch time"],
         pages: Int[Array, "batch pages_of_row"] | None,
+        segment_ids: Int[Array, "batch time"] | None,
     ) -> Float[Array, "batch time heads channels"]:
         """Softmax attention of each query to the keys of its row at and before its position."""
+        if q.shape[1] == 1:
+            idle = False if segment_ids is None else segment_ids[:, 0] == PADDING
+            seen = jnp.where(idle, 0, positions[:, 0] + 1)
+            return parallel.softmax_attention_decode(q[:, 0], self.keys, self.values, pages, seen, layer)[:, None]
         keys, values = self.keys[layer], self.values[layer]
         if pages is not None:
             row = jnp.maximum(pages, 0)

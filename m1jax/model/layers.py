@@ -9,10 +9,12 @@ from typing import NamedTuple, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from m1jax.sharding import ambient_mesh
-from pallas_kernels._compat import target_platform
+from pallas_kernels import target_platform
+from pallas_kernels.kept import KEPT
 
 FEW_TOKENS = 128  # from here on both orders are as fast
 
@@ -53,7 +55,12 @@ def linear(
         product = jax.lax.optimization_barrier(jnp.einsum("oi,ti->ot", weight, tokens, precision=precision)).T
     else:
         product = jnp.einsum("...i,oi->...o", tokens, weight, precision=precision)
-    return product.reshape(*x.shape[:-1], len(weight))
+    return kept(product.reshape(*x.shape[:-1], len(weight)))
+
+
+def kept(x: jax.Array) -> jax.Array:
+    """x itself, marked as something not to be computed again."""
+    return checkpoint_name(x, KEPT)
 
 
 def by_token(x: Float[Array, "... channels"]) -> Float[Array, "... channels"]:

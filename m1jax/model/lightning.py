@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from m1jax.config import ModelConfig
 from m1jax.model.cache import LightningCache
-from m1jax.model.layers import Call, Place, Weights, linear, rms_norm
+from m1jax.model.layers import Call, Place, Weights, kept, linear, rms_norm
 from m1jax.model.parallel import lightning_attention
 from m1jax.sharding import constrain
 
@@ -57,6 +57,7 @@ class LightningAttention(nnx.Module):
         q, k, v = jnp.split(qkv.reshape(batch, time, self.num_heads, -1), 3, axis=-1)
         if memory is None:
             out, _ = lightning_attention(q, k, v, place.log_decay, segment_ids=call.segment_ids)
+            out = kept(out)
         else:
             out, memory = memory.attend(place.layer, q, k, v, place.log_decay, call.slots, call.segment_ids)
         out = rms_norm(out.reshape(batch, time, -1), self.norm[...], NORM_EPS)

@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Integer
 
 from m1jax.config import ModelConfig
-from m1jax.model.layers import Weights, linear
+from m1jax.model.layers import Weights, kept, linear
 from m1jax.model.parallel import experts
 from pallas_kernels import PADDING
 
@@ -62,7 +62,7 @@ class MoE(nnx.Module):
         router's gradient flows as it does for a choice of its own. An expert that does not exist has weight zero.
         """
         logits = jnp.einsum("bti,ei->bte", x.astype(jnp.float32), self.gate[...], precision="highest")
-        probabilities = jax.nn.softmax(logits, axis=-1)
+        probabilities = jax.nn.softmax(kept(logits), axis=-1)
         if replayed is None:
             weights, experts = jax.lax.top_k(probabilities, self.k)
         else:

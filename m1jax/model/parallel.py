@@ -23,8 +23,8 @@ from jaxtyping import Array, Float, Int
 
 import pallas_kernels
 from m1jax.sharding import CUT, activation_axes, ambient_mesh
-from pallas_kernels._compat import target_platform
-from pallas_kernels.lightning_attention import lightning_attention_sequence_parallel
+from pallas_kernels import target_platform
+from pallas_kernels.lightning import lightning_attention_sequence_parallel
 
 MOE_TOKENS = 16_384  # tokens a device has gathered at once in `experts`: bounds memory at any length
 
@@ -174,6 +174,37 @@ def softmax_attention(
     )(q, k, v, segment_ids, q_start)  # fmt: skip
 
 
+def softmax_attention_decode(
+    q: Float[Array, "batch heads channels"],
+    keys: Float[Array, "layers pages page_size kv_heads channels"],
+    values: Float[Array, "layers pages page_size kv_heads channels"],
+    pages: Int[Array, "batch pages_of_row"] | None,
+    lengths: Int[Array, " batch"],
+    layer: int | Int[Array, ""],
+) -> Float[Array, "batch heads channels"]:
+    """``pallas_kernels.softmax_attention_decode`` on one layer of a pool of pages, batch and pages over rows, heads
+    over tensor. A row's pages must lie in the part of the pool that its device holds; None: row b has page b."""
+    rows = activation_axes("batch", q.shape[0])
+
+    def local(q: Any, keys: Any, values: Any, pages: Any, lengths: Any, layer: Any) -> Any:
+        count = keys.shape[1]
+        if pages is None:
+            pages = jnp.arange(len(q), dtype=jnp.int32)[:, None]
+        elif rows:
+            pages = pages - jax.lax.axis_index(rows) * count
+        # All layers' pages as one pool: the kernel takes the whole stack, and no layer is copied out of it.
+        pages = (jnp.maximum(pages, 0) + layer * count).astype(jnp.int32)
+        keys, values = (x.reshape(-1, *x.shape[2:]) for x in (keys, values))
+        return pallas_kernels.softmax_attention_decode(q, keys, values, pages, lengths)
+
+    if ambient_mesh() is None:
+        return local(q, keys, values, pages, lengths, layer)
+    token, pool = P(rows, "tensor"), P(None, rows, None, "tensor")
+    return jax.shard_map(
+        local, in_specs=(token, pool, pool, P(rows), P(rows), P()), out_specs=token, check_vma=False
+    )(q, keys, values, pages, lengths, jnp.asarray(layer))  # fmt: skip
+
+
 def experts(
     x: Float[Array, "batch time hidden"],
     w1: Float[Array, "*layers experts inner hidden"],
@@ -255,9 +286,7 @@ def log_probs(
 
 
 def _expert_mlp(x: Any, routes: Any, weights: Any, w1: Any, w3: Any, w2: Any, layer: Any) -> jax.Array:
-    if layer is not None:
-        w1, w3, w2 = (jax.lax.dynamic_index_in_dim(w, layer, keepdims=False) for w in (w1, w3, w2))
-    return pallas_kernels.expert_mlp(x, w1, w3, w2, routes, weights)
+    return pallas_kernels.expert_mlp(x, w1, w3, w2, routes, weights, layer=layer)
 
 
 def _in_pieces(function: Any, size: int, *arrays: jax.Array) -> jax.Array:

@@ -38,6 +38,6 @@ class SoftmaxAttention(nnx.Module):
             out = softmax_attention(q, k, v, segment_ids=call.segment_ids)
         else:
             memory = memory.append(place.layer, k, v, call.positions, call.pages, call.segment_ids)
-            out = memory.attend(place.layer, q, call.positions, call.pages)
+            out = memory.attend(place.layer, q, call.positions, call.pages, call.segment_ids)
         out = linear(out.reshape(batch, time, -1), self.o_proj[...])
         return constrain(out, "batch", "residual", None), memory

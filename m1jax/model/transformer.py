@@ -30,8 +30,9 @@ from m1jax.model.moe import MoE, Routing, balancing_loss
 from m1jax.model.softmax import SoftmaxAttention
 from m1jax.sharding import constrain, gather_weights
 from pallas_kernels import PADDING
+from pallas_kernels.kept import KEPT
 
-Remat = Literal["none", "layers"]
+Remat = Literal["none", "cheap", "layers"]
 AuxLossOver = Literal["sequence", "batch"]
 
 
@@ -203,7 +204,8 @@ class MiniMaxM1(nnx.Module):
         Args:
             routes: experts chosen before (``Output.routes``), taken instead of the routers' own choice.
             record_routes: return the choice of experts.
-            remat: "layers" recomputes each layer in the backward pass instead of keeping its activations.
+            remat: what the backward pass computes again instead of keeping it: nothing ("none"), all but the results of
+                products and kernels ("cheap"), or everything inside a layer ("layers").
             aux_loss_over: statistics of the balancing loss per sequence, or over the whole batch as Switch does.
         """
         check_forward(self.config, tokens, cache, segment_ids, lengths, routes)
@@ -345,8 +347,10 @@ def _stack(
         block = nnx.merge(graph, experts, gather_weights(weights, model.dtype))
         return layer(block, carry, place, replayed, whole_experts)
 
-    if remat == "layers":
-        one_layer = jax.checkpoint(one_layer, static_argnums=0, prevent_cse=config.num_layers == len(config.runs))
+    if remat != "none":
+        policy = jax.checkpoint_policies.save_only_these_names(KEPT) if remat == "cheap" else None
+        scanned = config.num_layers > len(config.runs)
+        one_layer = jax.checkpoint(one_layer, static_argnums=0, policy=policy, prevent_cse=not scanned)
 
     def one_period(carry: Any, xs: Any) -> Any:
         h, memories = carry

@@ -13,6 +13,7 @@ from flax import nnx
 from m1jax.chat import Tokenizer
 from m1jax.checkpoint import Checkpoints
 from m1jax.config import ModelConfig
+from m1jax.disk import write_atomically
 from m1jax.errors import STOPPED, UserError, require_positive, require_seed
 from m1jax.flops import forward_flops, training_flops
 from m1jax.model import MiniMaxM1
@@ -27,7 +28,7 @@ from m1jax.train.meter import Meter, Tracer
 from m1jax.train.metrics import draw_curves
 from m1jax.train.optimizer import OptimizerConfig
 from m1jax.train.progress import Reporter
-from m1jax.train.run import Run, write_atomically
+from m1jax.train.run import Run
 from m1jax.train.sft import export
 from m1jax.train.step import LossFn, make_train_step
 

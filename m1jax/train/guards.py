@@ -16,8 +16,8 @@ from typing import Any, Literal, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
+from m1jax import processes
 from m1jax.errors import UserError
 
 OnNonFinite = Literal["stop", "skip"]
@@ -77,9 +77,9 @@ class NonFiniteGuard:
         self._directory.mkdir(parents=True, exist_ok=True)
         several = jax.process_count() > 1
         path = self._directory / (f"step-{step}" + (f".process-{jax.process_index()}" if several else "") + ".npz")
-        arrays: dict[str, Any] = {name: _local(value) for name, value in batch.items()}
+        arrays: dict[str, Any] = {name: processes.own_rows(value) for name, value in batch.items()}
         np.savez_compressed(path, **arrays)
-        if jax.process_index() == 0:
+        if processes.writes():
             figures = {name: float(value) for name, value in stats.items() if np.ndim(value) == 0}
             (self._directory / f"step-{step}.json").write_text(json.dumps(figures, indent=1) + "\n")
         return path
@@ -109,17 +109,8 @@ class StopRequests:
     def requested(self) -> bool:
         """Whether to save and leave now. To be called once after every update, by every process."""
         if jax.distributed.is_initialized():
-            return multihost_utils.reached_preemption_sync_point(next(self._asked))
+            return processes.stop_agreed(next(self._asked))
         return self._received
 
     def _note(self, _signal: int, _frame: Any) -> None:
         self._received = True
-
-
-def _local(value: Any) -> np.ndarray:
-    """An array of this process; of a global one, the rows that this process holds, in order."""
-    if not isinstance(value, jax.Array) or value.is_fully_addressable:
-        return np.asarray(value)
-    sharding: Any = value.sharding  # a NamedSharding: batches are placed by name
-    rows = multihost_utils.global_array_to_host_local_array(value, sharding.mesh, sharding.spec)
-    return np.asarray(rows)

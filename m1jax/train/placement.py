@@ -16,11 +16,25 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from m1jax.convert.pretrained import from_pretrained, read_config
 from m1jax.errors import UserError
 from m1jax.model import MiniMaxM1
+from m1jax.processes import gathered, on_host, writes
 from m1jax.sharding import AXES, ROWS, check_shardable, make_mesh, parameter_shardings, process_rows, rows_of_batch
 from m1jax.train.step import TrainState, init_state
+from m1jax.weights.directory import read_config
+from m1jax.weights.pretrained import from_pretrained
+
+__all__ = [
+    "current_mesh",
+    "gathered",
+    "load_model",
+    "on_host",
+    "place_batch",
+    "place_state",
+    "share_of_rows",
+    "use_mesh",
+    "writes",
+]
 
 
 def use_mesh(spec: str) -> contextlib.AbstractContextManager[Any]:
@@ -97,26 +111,3 @@ def place_batch(local: Mapping[str, np.ndarray]) -> dict[str, Any]:
         return dict(local)
     rows = next(iter(local.values())).shape[1] * share_of_rows()[1]
     return rows_of_batch(dict(local), rows, mesh)
-
-
-def on_host(tree: Any) -> Any:
-    """Arrays as numpy, whole, in every process."""
-    if jax.process_count() == 1:
-        return jax.device_get(tree)
-    from jax.experimental import multihost_utils
-
-    return multihost_utils.process_allgather(tree, tiled=True)
-
-
-def gathered(value: np.ndarray) -> np.ndarray:
-    """[processes, ...]: this process's value beside those of all others; shapes are equal everywhere."""
-    if jax.process_count() == 1:
-        return value[None]
-    from jax.experimental import multihost_utils
-
-    return np.asarray(multihost_utils.process_allgather(value))
-
-
-def writes() -> bool:
-    """Whether this process writes what all know: logs, samples, curves."""
-    return jax.process_index() == 0

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from m1jax import processes
+from m1jax.disk import Lock, explained, write_atomically, writing
 from m1jax.errors import UserError
-from m1jax.train import placement
 from m1jax.train.metrics import MetricsLog
 
 
@@ -21,38 +22,49 @@ class Run:
             in `config.json`.
 
     Raises:
-        UserError: the directory holds a model or checkpoints of a run with other settings, or cannot be written.
+        UserError: the directory holds a model or checkpoints of a run with other settings, another process trains in
+            it, or it cannot be written.
     """
 
     def __init__(self, directory: str | os.PathLike[str], settings: Mapping[str, Any]):
         self.directory = Path(directory)
-        text = json.dumps(_plain(settings), indent=2) + "\n"
+        failure: UserError | None = None
+        if processes.writes():
+            try:
+                self._lock = self._open(json.dumps(_plain(settings), indent=2) + "\n")
+            except UserError as error:
+                failure = error
+            except OSError as error:
+                failure = explained(error, self.directory)
+        processes.raise_together(failure, f"{directory}: process 0 could not begin the run; see there")
+        self.log = MetricsLog(self.directory, writes=processes.writes())
+
+    def _open(self, text: str) -> Lock:
         file = self.directory / "config.json"
+        self.directory.mkdir(parents=True, exist_ok=True)
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
             there = json.loads(file.read_text()) if file.exists() else None
-            if isinstance(there, dict) and "model_type" in there:
-                raise UserError(
-                    f"{directory} holds a model, whose config.json a run would replace; choose another name"
-                )
-            # Before its first checkpoint a run has nothing to go on with: it may be started anew, with other settings.
-            if there is not None and any((self.directory / "checkpoints").glob("*/*")):
-                _compare(there, json.loads(text), file)
-            elif placement.writes():
-                write_atomically(file, text)
-        except (OSError, json.JSONDecodeError) as error:
-            raise UserError(f"{file}: {error}; choose another name for the run, or remove {directory}") from error
-        self.log = MetricsLog(self.directory, writes=placement.writes())
+        except ValueError as error:
+            raise UserError(f"{file}: {error}; choose another name for the run, or remove {self.directory}") from error
+        if isinstance(there, dict) and "model_type" in there:
+            raise UserError(
+                f"{self.directory} holds a model, whose config.json a run would replace; choose another name"
+            )
+        lock = Lock(self.directory)
+        # Before its first checkpoint a run has nothing to go on with: it may be started anew, with other settings.
+        if there is not None and any((self.directory / "checkpoints").glob("*/*")):
+            _compare(there, json.loads(text), file)
+        else:
+            write_atomically(file, text)
+        return lock
 
     def checkpoints_of(self, phase: str) -> Path:
-        return self.directory / "checkpoints" / phase
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """The file appears whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+        """Where the checkpoints of a phase are. The directory is made, so that it is noticed if it goes away."""
+        directory = self.directory / "checkpoints" / phase
+        if processes.writes():
+            with writing(directory):
+                directory.mkdir(parents=True, exist_ok=True)
+        return directory
 
 
 def _plain(value: Any) -> Any:

@@ -10,7 +10,6 @@ import numpy as np
 import tyro
 
 from m1jax.chat import Tokenizer
-from m1jax.convert.pretrained import save_pretrained
 from m1jax.errors import UserError, require_positive, require_seed
 from m1jax.model import MiniMaxM1
 from m1jax.train import packing, placement
@@ -18,6 +17,7 @@ from m1jax.train.data import ENDLESS, Conversations, load_tokenizer, mixture, we
 from m1jax.train.loop import LoopRecipe, fit, supervised_loss
 from m1jax.train.optimizer import OptimizerConfig
 from m1jax.train.run import Run
+from m1jax.weights.pretrained import save_pretrained
 
 __all__ = ["Config", "Pair", "SFTRecipe", "main", "sft", "supervised_loss"]
 
@@ -144,7 +144,5 @@ def main(config: Config) -> None:
 
 def export(run: Run, model: MiniMaxM1, tokenizer: Tokenizer) -> None:
     """Writes the model to the run's `export/`, in the compute dtype, and closes the log."""
-    save_pretrained(model, run.directory / "export", dtype=model.dtype)
-    if placement.writes():
-        tokenizer.save(run.directory / "export")
+    save_pretrained(model, run.directory / "export", dtype=model.dtype, tokenizer=tokenizer)
     run.log.close()

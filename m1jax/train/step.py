@@ -60,6 +60,9 @@ def accumulate(
         return jax.tree.map(jnp.add, grads, new_grads), loss + new_loss, add_stats(stats, new_stats)
 
     first = jax.tree.map(lambda x: x[0], batches)
+    if jax.tree.leaves(batches)[0].shape[0] == 1:  # nothing to sum: neither zeros to begin with nor a loop
+        (loss, stats), grads = grad_fn(params, first)
+        return jax.tree.map(lambda g: g.astype(jnp.float32), grads), loss, stats
     shapes = jax.eval_shape(loss_fn, params, first)[1]
     start = (
         jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params),

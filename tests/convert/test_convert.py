@@ -17,16 +17,17 @@ from flax import nnx
 
 from m1jax import MiniMaxM1, ModelConfig, UserError, from_pretrained, save_pretrained
 from m1jax.checkpoint import Checkpoints
-from m1jax.convert import files, main
-from m1jax.convert.files import Plan, Weights
-from m1jax.convert.main import ConvertConfig
-from m1jax.convert.names import tensors
+from m1jax.commands import convert as command
+from m1jax.convert import pieces, stream
+from m1jax.weights import safetensors as files
+from m1jax.weights.names import tensors
+from m1jax.weights.safetensors import Plan, Weights
 
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
     """Several pieces per tensor and several files, as large models have."""
-    monkeypatch.setattr(main, "PIECE_BYTES", 2000)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 2000)
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +38,7 @@ def partial_rotary_is_known():
 
 
 def convert(src, dst, **options):
-    main.main(ConvertConfig(src, dst, **{"threads": 4, **options}))
+    command.main(command.Config(src, dst, **{"threads": 4, **options}))
     return dst
 
 
@@ -134,7 +135,7 @@ def test_dry_run_of_the_published_model_reads_headers_only(tmp_path, capsys):
     assert index is not None
     (tmp_path / files.INDEX).write_bytes(index)
     (tmp_path / "config.json").write_text(json.dumps(config.to_hf()))
-    main.PIECE_BYTES = 128 * 2**20
+    pieces.PIECE_BYTES = 128 * 2**20
     for to in ("orbax", "transformers"):
         convert(tmp_path, tmp_path.with_name("never"), to=to, dry_run=True)
         out = capsys.readouterr().out
@@ -147,17 +148,18 @@ def test_dry_run_of_the_published_model_reads_headers_only(tmp_path, capsys):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from m1jax.convert import main
-main.PIECE_BYTES = 2000
-copy, count = main._copy, int(sys.argv[4])
+from m1jax.commands import convert
+from m1jax.convert import pieces, stream
+pieces.PIECE_BYTES = 2000
+copy, count = stream.copy_piece, int(sys.argv[4])
 def counted(*args):
     global count
     count -= 1
     if count == 0:
         os.kill(os.getpid(), signal.SIGKILL)
     copy(*args)
-main._copy = counted
-main.main(main.ConvertConfig(Path(sys.argv[1]), Path(sys.argv[2]), to=sys.argv[3], threads=2))
+stream.copy_piece = counted
+convert.main(convert.Config(Path(sys.argv[1]), Path(sys.argv[2]), to=sys.argv[3], threads=2))
 """
 
 
@@ -168,13 +170,13 @@ def test_goes_on_after_sigkill(golden, tmp_path, to, monkeypatch):
     assert not (tmp_path / "out" / "config.json").exists()
     assert not (tmp_path / "out" / "0").exists()
     copied = []
-    copy = main._copy
-    monkeypatch.setattr(main, "_copy", lambda *args: (copied.append(args[1]), copy(*args)))
+    copy = stream.copy_piece
+    monkeypatch.setattr(stream, "copy_piece", lambda *args: (copied.append(args[1]), copy(*args)))
     convert(golden, tmp_path / "out", to=to)
-    pieces = sum(
-        len(list(main._cut(t, np.dtype("f4") if t.router else files.DTYPES["BF16"]))) for t in tensors_of(golden)
+    whole = sum(
+        len(list(pieces.cut(t, np.dtype("f4") if t.router else files.DTYPES["BF16"]))) for t in tensors_of(golden)
     )
-    assert pieces - 200 <= len(copied) <= pieces - 190
+    assert whole - 200 <= len(copied) <= whole - 190
     back = tmp_path / "out" if to == "official" else convert(tmp_path / "out", tmp_path / "back", to="official")
     assert contents(back) == contents(golden)
 
@@ -213,13 +215,13 @@ def test_several_processes_share_the_work(golden, tmp_path, to):
 
 
 def test_a_byte_that_was_not_written_is_found(golden, tmp_path, monkeypatch):
-    copy = main._copy
+    copy = stream.copy_piece
 
     def lossy(source, piece, dtype, descriptor):
         if piece.tensor.name != "lm_head.weight":
             copy(source, piece, dtype, descriptor)
 
-    monkeypatch.setattr(main, "_copy", lossy)
+    monkeypatch.setattr(stream, "copy_piece", lossy)
     with pytest.raises(UserError, match=r"lm_head.weight differs in model"):
         convert(golden, tmp_path / "out", to="official")
     assert not (tmp_path / "out").exists()
@@ -261,7 +263,7 @@ def test_a_full_disk_keeps_what_is_done(golden, tmp_path, monkeypatch):
         patch.setattr("shutil.disk_usage", lambda path: usage)
         with pytest.raises(UserError, match=r"the disk is full: [0-9,]+ bytes are to be written, 1,000 are free"):
             convert(golden, tmp_path / "out", to="official")
-    copy, left = main._copy, [100]
+    copy, left = stream.copy_piece, [100]
 
     def full(*args):
         left[0] -= 1
@@ -270,12 +272,12 @@ def test_a_full_disk_keeps_what_is_done(golden, tmp_path, monkeypatch):
         copy(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(main, "_copy", full)
+        patch.setattr(stream, "copy_piece", full)
         with pytest.raises(UserError, match=r"the disk is full.*free some and start again"):
             convert(golden, tmp_path / "out", to="official")
     assert not (tmp_path / "out").exists()
     done = []
-    monkeypatch.setattr(main, "_copy", lambda *args: (done.append(1), copy(*args)))
+    monkeypatch.setattr(stream, "copy_piece", lambda *args: (done.append(1), copy(*args)))
     convert(golden, tmp_path / "out", to="official")
     assert contents(tmp_path / "out") == contents(golden)
     assert len(done) < 700

@@ -9,11 +9,11 @@ import pytest
 from flax import nnx
 
 from m1jax import MiniMaxM1, ModelConfig
-from m1jax.convert.names import tensors
 from m1jax.model import head
 from m1jax.model.layers import rotary
 from m1jax.model.lightning import alibi_slopes, log_decays
 from m1jax.model.moe import MoE, Routing, balancing_loss
+from m1jax.weights.names import tensors
 from pallas_kernels import PADDING
 from tests.model.conftest import random_tokens, small_config, small_model
 

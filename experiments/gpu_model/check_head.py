@@ -1,0 +1,238 @@
+"""Is the head on matrix units as accurate as float32, and what does it cost? On a GPU, beside the products it replaces.
+
+    python -m experiments.gpu_model.check_head
+
+Vocabulary 32,768, hidden 2048. Errors against float64 of 512 tokens; times of 8 x 4096 tokens; logits of a decode step.
+The last line is everything as JSON.
+"""
+
+import functools
+import json
+import statistics
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from m1jax.model import head
+
+WIDTH, WORDS, TOKENS = 2048, 32768, 8 * 4096
+rows: list[dict[str, object]] = []
+
+
+def report(what: str, measure: Callable[[], dict[str, float]]) -> None:
+    """Adds what `measure` finds, or why it failed, and prints it."""
+    try:
+        row: dict[str, object] = {"what": what, **measure()}
+    except Exception as error:  # the other measurements go on
+        row = {"what": what, "failed": f"{type(error).__name__}: {error}"[:300]}
+    rows.append(row)
+    print(*(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()), flush=True)
+
+
+def milliseconds(function: Callable[..., object], *arguments: object) -> float:
+    """Median of five batches of calls, each enqueued at once and waited for once."""
+    jax.block_until_ready(function(*arguments))
+    start = time.perf_counter()
+    jax.block_until_ready(function(*arguments))
+    calls = max(1, min(100, int(0.1 / (time.perf_counter() - start))))
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        for _ in range(calls - 1):
+            function(*arguments)
+        jax.block_until_ready(function(*arguments))
+        times.append((time.perf_counter() - start) / calls * 1e3)
+    return statistics.median(times)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def problem(tokens: int, spread: float) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """hidden, lm_head and targets whose scores have that standard deviation."""
+    keys = jax.random.split(jax.random.key(time.time_ns() % 2**31), 3)
+    hidden = jax.random.normal(keys[0], (1, tokens, WIDTH)).astype(jnp.bfloat16)
+    lm_head = jax.random.normal(keys[1], (WORDS, WIDTH)) * spread * WIDTH**-0.5
+    return hidden, lm_head, jax.random.randint(keys[2], (1, tokens), 0, WORDS)
+
+
+def through(product: Callable[[jax.Array, jax.Array], jax.Array]) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """(log-probability, entropy) from another product, all logits at once."""
+
+    @jax.jit
+    def log_probs(hidden: jax.Array, lm_head: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+        log_p = jax.nn.log_softmax(product(hidden, lm_head))
+        entropy = -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
+        return jnp.take_along_axis(log_p, targets[..., None], -1)[..., 0], entropy
+
+    return log_probs
+
+
+def highest(hidden: jax.Array, lm_head: jax.Array) -> jax.Array:
+    return jnp.einsum("...i,vi->...v", hidden.astype(jnp.float32), lm_head, precision="highest")
+
+
+def preset(name: str) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    algorithm = jax.lax.DotAlgorithmPreset[name]
+    return lambda hidden, lm_head: jnp.einsum(
+        "...i,vi->...v", hidden.astype(jnp.float32), lm_head, precision=algorithm, preferred_element_type=jnp.float32
+    )
+
+
+def in_bfloat16(count: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """So many bfloat16 parts of the weight in one product, as on a TPU."""
+
+    def product(hidden: jax.Array, lm_head: jax.Array) -> jax.Array:
+        kept, head.target_platform = head.target_platform, lambda: "tpu"
+        try:
+            return head._product(hidden, head._parts(lm_head)[:count])
+        finally:
+            head.target_platform = kept
+
+    return product
+
+
+def pieces_of_width(count: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """Float16 parts, the products over `count` pieces of the width added outside of the matrix units."""
+
+    def product(hidden: jax.Array, lm_head: jax.Array) -> jax.Array:
+        sums = [
+            head._product(h, head._parts(w))
+            for h, w in zip(jnp.split(hidden, count, -1), jnp.split(lm_head, count, -1), strict=True)
+        ]
+        return jax.lax.reduce(jnp.stack(sums), jnp.float32(0), jax.lax.add, (0,))
+
+    return product
+
+
+def errors(spread: float) -> None:
+    hidden, lm_head, targets = problem(512, spread)
+    scores = np.asarray(hidden[0], np.float64) @ np.asarray(lm_head, np.float64).T
+    top = scores.max(-1, keepdims=True)
+    log_p = scores - top - np.log(np.exp(scores - top).sum(-1, keepdims=True))
+    entropy = -(np.exp(log_p) * log_p).sum(-1)
+    best = jnp.asarray(scores.argmax(-1), jnp.int32)[None]
+
+    def against(function: Callable[..., tuple[jax.Array, jax.Array]]) -> dict[str, float]:
+        found = {}
+        for name, words in (("random", targets), ("best", best)):
+            log_prob, ent = function(hidden, lm_head, words)
+            wrong = (
+                np.asarray(log_prob[0], np.float64) - np.take_along_axis(log_p, np.asarray(words[0])[:, None], 1)[:, 0]
+            )
+            found[f"{name}_max"], found[f"{name}_rms"] = float(abs(wrong).max()), float(np.sqrt((wrong**2).mean()))
+        found["entropy_max"] = float(abs(np.asarray(ent[0], np.float64) - entropy).max())
+        return found
+
+    forms = {
+        "ours": jax.jit(head.log_probs),
+        "highest": through(highest),
+        "float16 x 2": through(lambda h, w: head._product(h, head._parts(w))),
+        "float16 x 2, width in 2": through(pieces_of_width(2)),
+        "float16 x 2, width in 4": through(pieces_of_width(4)),
+        "float16 x 2, width in 8": through(pieces_of_width(8)),
+        "bfloat16 x 2": through(in_bfloat16(2)),
+        "bfloat16 x 3": through(in_bfloat16(3)),
+        "BF16_BF16_F32_X6": through(preset("BF16_BF16_F32_X6")),
+    }
+    for name, form in forms.items():
+        report(f"error, scores of {spread}: {name}", functools.partial(against, form))
+
+
+def gradients(spread: float) -> dict[str, float]:
+    hidden, lm_head, targets = problem(4096, spread)
+    g, e = jax.random.normal(jax.random.key(3), (2, 1, 4096)) * 1e-5
+
+    @jax.jit
+    def pulled(hidden: jax.Array, lm_head: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return jax.vjp(lambda h, w: head.log_probs(h, w, targets), hidden, lm_head)[1]((g, e))
+
+    ours = pulled(hidden, lm_head)
+    truth = pulled(hidden.astype(jnp.float32), lm_head)
+    return {
+        name: float(jnp.linalg.norm(a.astype(jnp.float32) - b) / jnp.linalg.norm(b))
+        for name, a, b in zip(("d_hidden", "d_lm_head"), ours, truth, strict=True)
+    }
+
+
+def times() -> None:
+    hidden, lm_head, targets = problem(TOKENS, 1.0)
+    flop = 2 * TOKENS * WIDTH * WORDS
+
+    def timed(function: Callable[..., object], *arguments: object, products: float) -> dict[str, float]:
+        ms = milliseconds(function, *arguments)
+        return {"ms": ms, "tflop_per_s": products * flop / ms * 1e-9}
+
+    @jax.jit
+    def pulled(hidden: jax.Array, lm_head: jax.Array) -> tuple[jax.Array, jax.Array]:
+        (log_prob, entropy), transposed = jax.vjp(lambda h, w: head.log_probs(h, w, targets), hidden, lm_head)
+        return transposed((log_prob, entropy))
+
+    exact = hidden.astype(jnp.float32)
+    forward = jax.jit(head.log_probs)
+    report("ours, forward", lambda: timed(forward, hidden, lm_head, targets, products=2))
+    report("ours, forward + backward", lambda: timed(pulled, hidden, lm_head, products=5))
+    report("float32, forward", lambda: timed(forward, exact, lm_head, targets, products=1))
+    report("float32, forward + backward", lambda: timed(pulled, exact, lm_head, products=4))
+
+    def chunk(dtype: jax.typing.DTypeLike, count: int) -> dict[str, float]:
+        """One chunk's product alone, float32 written out."""
+        a, b = (jnp.ones((n, count * WIDTH), dtype) for n in (4096, WORDS))
+        a, b = (x + jax.random.normal(jax.random.key(0), x.shape).astype(dtype) for x in (a, b))
+        dot = jax.jit(lambda a, b: jnp.einsum("ti,vi->tv", a, b, preferred_element_type=jnp.float32))
+        ms = milliseconds(dot, a, b)
+        return {"ms": ms, "tflop_per_s": 2 * 4096 * count * WIDTH * WORDS / ms * 1e-9}
+
+    report("product of 4096 tokens, float16 x 2", lambda: chunk(jnp.float16, 2))
+    report("product of 4096 tokens, bfloat16 x 2", lambda: chunk(jnp.bfloat16, 2))
+    report("product of 4096 tokens, bfloat16 x 3", lambda: chunk(jnp.bfloat16, 3))
+    report("splitting the weight", lambda: {"ms": milliseconds(jax.jit(head._parts), lm_head)})
+    kept = head.WIDE_CHUNK_ELEMENTS
+    for size in (2**26, 2**28):
+        head.WIDE_CHUNK_ELEMENTS = size
+        jax.clear_caches()
+        report(f"forward + backward, chunks of {size >> 18} MiB", lambda: timed(pulled, hidden, lm_head, products=5))
+    head.WIDE_CHUNK_ELEMENTS = kept
+    jax.clear_caches()
+
+
+def decode() -> None:
+    _, lm_head, _ = problem(1, 1.0)
+    together = jnp.concatenate(head._parts(lm_head)[::-1], axis=-1)
+
+    def prepared(hidden: jax.Array, together: jax.Array) -> jax.Array:
+        twice = jnp.concatenate([hidden.astype(together.dtype)] * 2, axis=-1)
+        return jnp.einsum("ti,vi->tv", twice, together, preferred_element_type=jnp.float32) / head.WEIGHT_SCALE
+
+    for count in (1, 8, 64, 256):
+        hidden = jax.random.normal(jax.random.key(0), (count, WIDTH)).astype(jnp.bfloat16)
+        forms: dict[str, tuple[Callable[..., jax.Array], jax.Array]] = {
+            "ours": (head.logits, lm_head),
+            "highest": (highest, lm_head),
+            "BF16_BF16_F32_X6": (preset("BF16_BF16_F32_X6"), lm_head),
+            "BF16_BF16_F32_X3": (preset("BF16_BF16_F32_X3"), lm_head),
+            "TF32_TF32_F32_X3": (preset("TF32_TF32_F32_X3"), lm_head),
+            "parts made beforehand": (prepared, together),
+        }
+        for name, (form, weight) in forms.items():
+
+            def measure(form=form, weight=weight, hidden=hidden) -> dict[str, float]:
+                ms = milliseconds(jax.jit(form), hidden, weight)
+                return {"ms": ms, "gb_per_s": 4 * WIDTH * WORDS / ms * 1e-6}
+
+            report(f"logits of {count} rows: {name}", measure)
+
+
+def main() -> None:
+    print(jax.devices()[0].device_kind, jax.__version__, flush=True)
+    for spread in (1.0, 3.0):
+        report(f"gradient error, scores of {spread}", functools.partial(gradients, spread))
+        errors(spread)
+    times()
+    decode()
+    print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""The version for NVIDIA Hopper GPUs: grouped products in Pallas (`hopper_matmul`), everything between them by XLA.
+
+Assignments are sorted by expert and every expert's rows are filled up to whole tiles with rows of zeros, so that no
+tile has two experts. Forward takes two kernels: silu(x w1^T) * (x w3^T), both products of a tile side by side, and
+that times w2^T. Backward takes five, of the same two kinds; it keeps the two products inside from forward: where a
+layer is rematerialised, its gradient then computes nothing a third time.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.custom_batching import sequential_vmap
+
+from pallas_kernels import _hopper
+from pallas_kernels.experts import hopper_few, hopper_matmul
+from pallas_kernels.experts.routing import Plan, plan
+from pallas_kernels.kept import KEPT
+
+
+def unsupported(x: jax.Array, w1: jax.Array, w3: jax.Array, w2: jax.Array) -> str | None:
+    """Why this implementation cannot run for these arguments, or None."""
+    reason = _hopper.missing()
+    if reason is not None:
+        return reason
+    dtypes = {a.dtype for a in (x, w1, w3, w2)}
+    if dtypes != {jnp.dtype(jnp.bfloat16)}:
+        found = ", ".join(sorted(d.name for d in dtypes))
+        return (
+            f"tokens and weights must be bfloat16 (the matrix units would quietly round float32 to TF32): got {found}"
+        )
+    inner, hidden = w1.shape[-2:]
+    if hidden % 128 or inner % 128:
+        return f"hidden and inner sizes must be multiples of 128: got {hidden} and {inner}"
+    return None
+
+
+def forward(
+    x: jax.Array, w1: jax.Array, w3: jax.Array, w2: jax.Array, routes: jax.Array, weights: jax.Array, interpret=False
+) -> jax.Array:
+    """Shapes as in `api.expert_mlp`; y [N,D] bfloat16."""
+    return _mlp(interpret, x, w1, w3, w2, routes, weights)
+
+
+def forward_of_layer(x, w1, w3, w2, routes, weights, layer, interpret=False) -> jax.Array:
+    """The same with stacks of weights, [L,E,F,D] and [L,E,D,F], which are read where they lie."""
+    experts = w1.shape[1]
+    w1, w3, w2 = (w.reshape(-1, *w.shape[2:]) for w in (w1, w3, w2))
+    return _products(interpret, False, x, w1, w3, w2, routes, weights, experts=experts, first=layer * experts)[0]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _mlp(interpret, *arrays):
+    return _products(interpret, False, *arrays)[0]
+
+
+def _forward(interpret, *arrays):
+    y, *inside = _products(interpret, True, *arrays)
+    return y, (*arrays, *(checkpoint_name(a, KEPT) for a in inside))
+
+
+def _products(interpret, keep, *arrays, experts=None, first=0):
+    """y, and if they are to be kept the products with w1 and w3, [P,F]. Experts begin at weight `first`."""
+
+    @sequential_vmap
+    def run(x, w1, w3, w2, routes, weights, first):
+        count = experts or w1.shape[0]
+        if not keep and x.shape[0] <= hopper_few.TOKENS:
+            return (hopper_few.forward(x, w1, w3, w2, routes, weights, first, count, interpret=interpret),)
+        rows, by_rows = _sorted(routes, count)
+        by_rows["experts"] += first
+        multiply = functools.partial(hopper_matmul.rows_product, transpose_rhs=True, interpret=interpret, **by_rows)
+
+        def gated(up, gate):
+            hidden = up / (1 + jnp.exp(-up)) * gate
+            return (hidden, up, gate) if keep else (hidden,)
+
+        hidden, *kept = multiply([rows.rows(x)], [w1, w3], combine=gated, outputs=3 if keep else 1)
+        (out,) = multiply([hidden], [w2])
+        share = weights.astype(jnp.float32)[..., None]
+        y = jnp.sum(share * rows.gather(out).astype(jnp.float32), axis=1).astype(x.dtype)
+        return y, *kept
+
+    return run(*arrays, jnp.int32(first))
+
+
+def _backward(interpret, saved, dy):
+    @sequential_vmap
+    def run(x, w1, w3, w2, routes, weights, up, gate, dy):
+        rows, by_rows = _sorted(routes, w1.shape[0])
+        multiply = functools.partial(hopper_matmul.rows_product, transpose_rhs=False, interpret=interpret, **by_rows)
+        sums = functools.partial(hopper_matmul.weights_product, first=rows.start, count=rows.size, interpret=interpret)
+        x_rows, dy_rows = rows.rows(x), rows.rows(dy)
+        share = rows.spread(weights.astype(jnp.float32))[:, None]
+        (d_hidden,) = multiply([dy_rows], [w2])
+        d_hidden, up, gate = (a.astype(jnp.float32) for a in (d_hidden, up, gate))
+        sigmoid = jax.nn.sigmoid(up)
+        hidden = up * sigmoid * gate
+        d_share = jnp.sum(d_hidden * hidden, axis=1)
+        d_hidden = d_hidden * share
+        d_up = (d_hidden * gate * sigmoid * (1 + up * (1 - sigmoid))).astype(x.dtype)
+        d_gate = (d_hidden * up * sigmoid).astype(x.dtype)
+        (dx_rows,) = multiply([d_up, d_gate], [w1, w3])
+        dx = jnp.sum(rows.gather(dx_rows).astype(jnp.float32), axis=1).astype(x.dtype)
+        dw2 = sums(dy_rows, (hidden * share).astype(x.dtype))
+        return dx, sums(d_up, x_rows), sums(d_gate, x_rows), dw2, rows.gather(d_share).astype(weights.dtype)
+
+    dx, dw1, dw3, dw2, d_weights = run(*saved, dy)
+    return dx, dw1, dw3, dw2, None, d_weights
+
+
+_mlp.defvjp(_forward, _backward)
+
+
+def _sorted(routes: jax.Array, experts: int) -> tuple[Plan, dict[str, jax.Array]]:
+    """The plan, and what `hopper_matmul.rows_product` must know of it."""
+    rows = plan(routes, experts, hopper_matmul.TILE_ROWS)
+    ends = (rows.start + rows.size) // hopper_matmul.TILE_ROWS
+    tiles = jnp.arange(rows.token.size // hopper_matmul.TILE_ROWS)
+    expert = jnp.searchsorted(ends, tiles, side="right").astype(jnp.int32)
+    return rows, {"experts": jnp.minimum(expert, experts - 1), "used": ends[-1:]}

@@ -1,0 +1,100 @@
+"""Lightning attention over a sequence that is split between devices.
+
+What a device needs of the tokens before its own is one state per head. So each sums its own tokens into a state, all
+gather these states once, and each weighs those before it by the decay in between (LASP-2, arXiv 2502.07563, with a
+decay). What is exchanged does not depend on the length; the gradient takes the same way back, as a reduce-scatter.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import _compat
+from pallas_kernels.lightning.api import check, lightning_attention
+from pallas_kernels.lightning.segments import is_real
+
+
+def lightning_attention_sequence_parallel(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    log_decay: jax.Array,
+    *,
+    axis_name: str,
+    initial_state: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    implementation: str = "auto",
+) -> tuple[jax.Array, jax.Array]:
+    """`lightning_attention` inside `jax.shard_map`, the tokens split along T over the mesh axis `axis_name`.
+
+    Args:
+      q, k, v, segment_ids: this device's tokens, [B,T/n,...]; shapes, dtypes and meaning as in `lightning_attention`:
+        over the whole row ids do not go down and padding stands at the end.
+      log_decay: [H] float32, the same on all devices of the axis.
+      initial_state: [B,H,K,V] float32 or None, the state before the whole row, the same on all devices of the axis.
+      axis_name: the mesh axis that T is split over.
+      implementation: as in `lightning_attention`, for this device's tokens.
+
+    Returns:
+      o for this device's tokens, and the float32 state [B,H,K,V] after the last real token of the whole row, the same
+      on all devices of the axis (shard_map knows: its out_specs need not name the axis).
+
+    Raises:
+      ValueError, TypeError: as `lightning_attention`.
+    """
+    check(q, k, v, log_decay, initial_state, segment_ids)
+    log_decay = lax.stop_gradient(log_decay)
+    if initial_state is None:
+        initial_state = jnp.zeros((q.shape[0], q.shape[2], k.shape[3], v.shape[3]), jnp.float32)
+    onto, enters, decays = _between_shards(log_decay, q.shape[1], segment_ids, axis_name)
+    local = _dot("bthk,bthv->bhkv", (onto[..., None] * k).astype(k.dtype), v)
+    # One exchange, told twice: the states in front of a device differ between devices, the one behind all does not.
+    ahead = _fold(enters, decays, lax.axis_index(axis_name), initial_state, lax.all_gather(local, axis_name))
+    # Without check_vma the gradient of a value that all devices share comes in parts, which must be summed here.
+    checked = axis_name in _compat.varying_axes(lax.axis_index(axis_name))
+    gathered = lax.all_gather(local, axis_name, to="invarying" if checked else "varying")
+    final_state = _fold(None, decays, lax.axis_size(axis_name), initial_state, gathered)
+    o, _ = lightning_attention(
+        q, k, v, log_decay, initial_state=ahead, segment_ids=segment_ids, implementation=implementation
+    )
+    return o, final_state
+
+
+def _between_shards(log_decay, length, segment_ids, axis_name):
+    """onto [B,T/n,H], the weight of each token here in this device's state, and for all devices of the axis
+    enters [n,B], whether the state in front of the device belongs to its first token's segment,
+    decays [n,B,H], what becomes of that state across the device. B is 1 without segment_ids.
+    """
+    shards = lax.axis_size(axis_name)
+    position = jnp.arange(length)
+    if segment_ids is None:
+        onto = jnp.exp((length - 1 - position)[:, None] * log_decay)
+        decays = jnp.broadcast_to(jnp.exp(length * log_decay), (shards, 1, *log_decay.shape))
+        return onto[None], jnp.ones((shards, 1), bool), decays
+    real = is_real(segment_ids)
+    count = real.sum(1, dtype=jnp.int32)
+    first, last = segment_ids[:, 0], jnp.where(real, segment_ids, segment_ids[:, :1]).max(1)
+    to_end = jnp.maximum(count[:, None] - 1 - position, 0)
+    onto = jnp.where((real & (segment_ids == last[:, None]))[..., None], jnp.exp(to_end[..., None] * log_decay), 0.0)
+    first, last, count = lax.all_gather(jnp.stack([first, last, count]), axis_name, axis=1, to="invarying")
+    empty = count == 0
+    enters = empty | (first == jnp.concatenate([first[:1], last[:-1]]))
+    crosses = enters & (empty | (first == last))
+    return onto, enters, jnp.where(crosses[..., None], jnp.exp(count[..., None] * log_decay), 0.0)
+
+
+def _fold(enters, decays, device, initial_state, states):
+    """The state in front of `device` (n: behind all), [B,H,K,V], from those that each device's own tokens sum to."""
+    states = jnp.concatenate([initial_state[None], states])
+    source, crossed = jnp.arange(len(states))[:, None], jnp.arange(len(decays))
+    between = (crossed >= source) & (crossed < device)
+    weights = jnp.where(between[..., None, None], decays, 1.0).prod(1)
+    weights = jnp.where((source <= device)[..., None], weights, 0.0)
+    if enters is not None:
+        weights = jnp.where(enters[device][..., None], weights, 0.0)
+    return (weights[..., None, None] * states).sum(0)
+
+
+def _dot(formula, a, b):
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jnp.einsum(formula, a, b, precision=precision, preferred_element_type=jnp.float32)

@@ -1,5 +1,0 @@
-"""Causal softmax attention with grouped heads, packed segments and caches; see `api.softmax_attention`."""
-
-from pallas_kernels.softmax_attention.api import softmax_attention
-
-__all__ = ["softmax_attention"]

@@ -1,0 +1,109 @@
+"""The Hopper kernels in Pallas' interpreter, with race detection; test_hopper_compiled.py really compiles them."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import _hopper, expert_mlp
+from pallas_kernels.experts import hopper, hopper_matmul, reference
+from tests.pallas_kernels.experts.test_api import assert_close, problem, run
+
+needs_newer_interpreter = pytest.mark.skipif(
+    jax.__version_info__ < (0, 11), reason="JAX 0.10.2 interprets no transposed operands"
+)
+
+
+@pytest.fixture
+def on_hopper(monkeypatch):
+    """The public op believes that it is on an H200, and runs in the interpreter."""
+    monkeypatch.setattr(_hopper, "missing", lambda: None)
+    forward = functools.partial(hopper.forward, interpret=True)
+    monkeypatch.setattr(hopper, "forward", forward)
+
+
+def low(arrays):
+    return tuple(a.astype(jnp.bfloat16) for a in arrays)
+
+
+def check(arrays, routes):
+    """Outputs and all gradients: every product's operands and results are rounded to bfloat16, 1.7e-3 each."""
+    got = run(low(arrays), routes, "hopper")
+    assert all(a.dtype == jnp.bfloat16 for a in got)
+    want = run(tuple(a.astype(jnp.float32) for a in low(arrays)), routes, "reference")
+    assert_close([a.astype(jnp.float32) for a in got], want, tolerance=5e-3)
+
+
+@needs_newer_interpreter
+@pytest.mark.parametrize(
+    ("tokens", "experts", "k", "hidden", "inner"),
+    [
+        (37, 3, 2, 128, 128),
+        pytest.param(1, 3, 2, 128, 128, marks=pytest.mark.slow),
+        pytest.param(200, 2, 1, 128, 256, marks=pytest.mark.slow),
+        pytest.param(150, 3, 3, 256, 128, marks=pytest.mark.slow),
+    ],
+)
+def test_equals_oracle(on_hopper, tokens, experts, k, hidden, inner):
+    check(*problem(tokens, experts, k, hidden, inner))
+
+
+@pytest.mark.slow
+@needs_newer_interpreter
+@pytest.mark.parametrize(
+    "routes",
+    [
+        pytest.param(np.full((70, 2), 1), id="all to one, twice"),
+        pytest.param(np.random.default_rng(1).integers(-3, 6, size=(70, 2)), id="ids out of range"),
+    ],
+)
+def test_unusual_routes(on_hopper, routes):
+    check(*problem(len(routes), 3, hidden=128, inner=128, routes=routes))
+
+
+@needs_newer_interpreter
+def test_no_assignment_at_all(on_hopper):
+    arrays, routes = problem(2, 3, hidden=128, inner=128, routes=np.array([[-1, 3], [2**31 - 1, -(2**31)]]))
+    assert all(not np.asarray(a, np.float32).any() for a in run(low(arrays), routes, "hopper"))
+
+
+@pytest.mark.slow
+@needs_newer_interpreter
+def test_vmap(on_hopper):
+    (x, w1, w3, w2, weights), routes = problem(8, 2, hidden=128, inner=128)
+    x, w1, w3, w2, weights = low((x, w1, w3, w2, weights))
+    batched = [a.reshape(2, 4, -1) for a in (x, routes, weights)]
+    got = jax.vmap(lambda x, r, w: expert_mlp(x, w1, w3, w2, r, w, implementation="hopper"))(*batched)
+    want = reference.forward(*(a.astype(jnp.float32) for a in (x, w1, w3, w2)), routes, weights)
+    assert_close([got.reshape(want.shape).astype(jnp.float32)] * 6, [want] * 6, tolerance=5e-3)
+
+
+@needs_newer_interpreter
+@pytest.mark.parametrize("transpose_rhs", [False, True])
+def test_more_tiles_than_stay_together_and_more_steps_than_stages(monkeypatch, transpose_rhs):
+    """Also: the second pair of operands, and tiles that are not used."""
+    monkeypatch.setattr(hopper_matmul, "_TOGETHER", 2)
+    rng = np.random.default_rng(0)
+    experts, used = np.array([1, 1, 0, 2], np.int32), np.array([3], np.int32)
+    lhs = [jnp.asarray(rng.normal(size=(512, 192)), jnp.bfloat16) for _ in range(2)]
+    rhs = [jnp.asarray(rng.normal(size=(3, 192, 128)), jnp.bfloat16) for _ in range(2)]
+    given = [b.mT for b in rhs] if transpose_rhs else rhs
+    options = dict(transpose_rhs=transpose_rhs, interpret=True)
+    (out,) = hopper_matmul.rows_product(lhs, given, jnp.asarray(experts), jnp.asarray(used), **options)
+    matrices = [np.asarray(b, np.float32)[experts.repeat(128)] for b in rhs]
+    want = np.sum([np.einsum("pk,pkn->pn", np.asarray(a, np.float32), b) for a, b in zip(lhs, matrices)], axis=0)
+    error = np.asarray(out, np.float32)[:384] - want[:384]
+    assert np.sqrt(np.mean(error**2) / np.mean(want**2)) <= 3e-3
+
+
+def test_says_why_it_cannot_run(monkeypatch):
+    arrays, routes = problem(4, 3)
+    with pytest.raises(ValueError, match="'hopper' cannot run here: it needs an NVIDIA Hopper GPU"):
+        run(low(arrays), routes, "hopper")
+    monkeypatch.setattr(_hopper, "missing", lambda: None)
+    with pytest.raises(ValueError, match=r"must be bfloat16.*TF32.*got float32"):
+        run(arrays, routes, "hopper")
+    with pytest.raises(ValueError, match="multiples of 128: got 32 and 48"):
+        run(low(arrays), routes, "hopper")

@@ -1,5 +1,0 @@
-from tests.pallas_kernels.softmax_attention.suite import Suite
-
-
-class TestReference(Suite):
-    implementation = "reference"
