@@ -67,8 +67,8 @@ def case(preset: str, rows: int, rate: float, profile: bool) -> dict[str, Any]:
         def step(i: jax.Array, carry: Any) -> Any:
             token, cache = carry
             logits, cache = model(token[:, None], cache, last_only=True)
-            token, _ = sample(logits, jax.vmap(jax.random.fold_in, (0, None))(keys, i), temperature=1.0)
-            return token, cache
+            step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, i)
+            return sample(logits, step_keys, temperature=jnp.ones(rows), top_p=jnp.ones(rows)).tokens, cache
 
         return jax.lax.fori_loop(0, STEPS, step, (token, cache))[0]
 
