@@ -17,48 +17,41 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from m1jax.config import ModelConfig
 from m1jax.flops import peak_flops, training_flops
 from m1jax.model import MiniMaxM1
+from m1jax.train.batch import Batch
+from m1jax.train.loop import supervised_loss
 from m1jax.train.optimizer import OptimizerConfig
 from m1jax.train.step import init_state, make_train_step
 
 SEQUENCES = 4  # packed into a row
 
 
-def loss_of(graph: Any, coefficient: float, remat: Any) -> Any:
-    def loss_fn(params: Any, batch: Any) -> Any:
-        model: MiniMaxM1 = nnx.merge(graph, params)
-        out = model.forward(batch["tokens"], segment_ids=batch["segment_ids"], remat=remat)
-        log_prob, entropy = model.log_probs(out.hidden, batch["targets"])
-        loss = -jnp.sum(batch["weight"] * log_prob) + coefficient * jnp.sum(batch["weight"] * out.aux)
-        return loss, {"entropy": jnp.sum(batch["weight"] * entropy)}
-
-    return loss_fn
-
-
-def case(preset: str, rows: int, tokens: int, remat: str, profile: bool) -> dict[str, Any]:
+def case(preset: str, rows: int, tokens: int, remat: Any, profile: bool) -> dict[str, Any]:
     config = ModelConfig.preset(preset)
     graph, params = nnx.split(jax.jit(lambda: MiniMaxM1(config, rngs=nnx.Rngs(0)))())
     optimizer = OptimizerConfig(learning_rate=1e-4).build(1000)
     state = jax.jit(lambda p: init_state(p, optimizer), donate_argnums=0)(params)
     rng = np.random.default_rng(0)
     cut = tokens // SEQUENCES
-    batch = {
-        "tokens": rng.integers(0, config.vocab_size, (1, rows, tokens)).astype(np.int32),
-        "targets": rng.integers(0, config.vocab_size, (1, rows, tokens)).astype(np.int32),
-        "segment_ids": np.broadcast_to(np.arange(tokens) // cut, (1, rows, tokens)).astype(np.int32),
-        "weight": np.full((1, rows, tokens), 1 / (rows * tokens), np.float32),
-    }
+    shape = (1, rows, tokens)
+    ids = np.broadcast_to(np.arange(tokens) // cut, shape)
+    words = (rng.integers(0, config.vocab_size, shape).astype(np.int32) for _ in range(2))
+    batch = Batch.of(
+        tokens=next(words),
+        targets=next(words),
+        segment_ids=ids.astype(np.int32),
+        mask=np.ones(shape, bool),
+        weight=np.full(shape, 1 / (rows * tokens), np.float32),
+    )
     batch = jax.device_put(batch)
-    step = make_train_step(loss_of(graph, config.router_aux_loss_coef, remat), optimizer)
-    count = jnp.int32(1)
+    step = make_train_step(supervised_loss(graph, config.router_aux_loss_coef, remat), optimizer)
     begin = time.perf_counter()
-    traced = step.trace(state, batch, count)
+    traced = step.trace(state, batch)
     trace = time.perf_counter() - begin
     lowered = traced.lower()
     lower = time.perf_counter() - begin - trace
@@ -68,7 +61,7 @@ def case(preset: str, rows: int, tokens: int, remat: str, profile: bool) -> dict
     times = []
     for _ in range(6):
         begin = time.perf_counter()
-        state, stats = compiled(state, batch, count)
+        state, stats = compiled(state, batch)
         jax.block_until_ready(stats)
         times.append(time.perf_counter() - begin)
     seconds = statistics.median(times[1:])
@@ -84,12 +77,12 @@ def case(preset: str, rows: int, tokens: int, remat: str, profile: bool) -> dict
         "lower s": lower,
         "compile s": compiling,
         "GB": (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 1e9,
-        "loss": float(stats["loss"]),
+        "loss": float(stats.loss),
     }
     if profile:
         with tempfile.TemporaryDirectory() as directory:
             with jax.profiler.trace(directory):
-                state, stats = compiled(state, batch, count)
+                state, stats = compiled(state, batch)
                 jax.block_until_ready(stats)
             kernels(Path(directory), f"{preset}-{rows}x{tokens}")
     return row

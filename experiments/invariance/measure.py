@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 
 from m1jax.config import ModelConfig
-from m1jax.model import MiniMaxM1
+from m1jax.model import MiniMaxM1, Remat
 from m1jax.rl.prepare import example
 from m1jax.rl.trainer import rl_loss
 from m1jax.rl.types import Episode, RLBatch
@@ -59,7 +59,7 @@ def responses() -> list[RLBatch]:
     return found
 
 
-def gradients(packed: RLBatch, *, rows: int, remat: bool = False, mesh: str = "") -> tuple[float, list[np.ndarray]]:
+def gradients(packed: RLBatch, *, rows: int, remat: Remat = "none", mesh: str = "") -> tuple[float, list[np.ndarray]]:
     """Loss and gradients with `rows` rows to a micro-batch."""
     graph, params = nnx.split(MiniMaxM1(CONFIG, rngs=nnx.Rngs(0)))
     batches = packing.micro_batches(packed, rows)
@@ -91,7 +91,7 @@ def main() -> None:
         "rows in another order": dict(packed=shuffled, rows=rows),
         "other row length (other neighbours)": dict(packed=one_a_row, rows=8),
         "not packed: one response to a row": dict(packed=alone, rows=8),
-        "every layer rematerialised": dict(packed=packed, rows=rows, remat=True),
+        "every layer rematerialised": dict(packed=packed, rows=rows, remat="layers"),
         "8 devices: data=8": dict(packed=packed, rows=rows, mesh="data=8"),
         "8 devices: fsdp=8": dict(packed=packed, rows=rows, mesh="fsdp=8"),
         "8 devices: fsdp=2,expert=2,tensor=2": dict(packed=packed, rows=rows, mesh="fsdp=2,expert=2,tensor=2"),

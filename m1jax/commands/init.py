@@ -82,6 +82,6 @@ def _require_memory(preset: str, parameters: int) -> None:
     needed, there = 4 * parameters, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > there:
         raise UserError(
-            f"{preset} has {parameters / 1e9:.0f} billion parameters, {needed / 1e9:,.0f} GB in float32; this machine has "
-            f"{there / 1e9:,.0f} GB of memory; take a smaller preset"
+            f"{preset} has {parameters / 1e9:.0f} billion parameters, {needed / 1e9:,.0f} GB in float32; this machine "
+            f"has {there / 1e9:,.0f} GB of memory; take a smaller preset"
         )

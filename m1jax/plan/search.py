@@ -55,7 +55,7 @@ def remedies(setup: Setup, chip: Chip) -> list[str]:
 
     found = []
     if setup.task != "generate" and not setup.remat and fits(remat=True):
-        found.append("--remat: recompute layers for the backward pass")
+        found.append("--remat layers: recompute layers for the backward pass")
     least = 1 if setup.task == "generate" else setup.mesh["data"] * setup.mesh["fsdp"] * setup.mesh["expert"]
     rows = next((n for i in range(1, 32) if (n := setup.rows // 2**i) and n % least == 0 and fits(rows=n)), None)
     if rows is not None:

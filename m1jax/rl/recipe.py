@@ -3,6 +3,7 @@
 import dataclasses
 
 from m1jax.errors import UserError, require_positive
+from m1jax.model import Remat
 from m1jax.rl.rewards import RewardRecipe
 from m1jax.rl.rollout import GenerationRecipe
 from m1jax.train.optimizer import OptimizerConfig
@@ -39,8 +40,9 @@ class UpdateRecipe:
     """tokens per row of an update's micro-batches; several responses share a row"""
     rows: int = free(8)
     """rows per micro-batch; the result does not depend on it, memory does"""
-    remat: bool = free(False)
-    """recompute layers in the backward pass: less memory, more time"""
+    remat: Remat = free("auto")
+    """what the backward pass computes again: nothing (none), what is cheap (cheap), whole layers (layers: least memory,
+    most time); auto is none on CPU and cheap elsewhere"""
 
     def __post_init__(self) -> None:
         require_positive(self, "updates", "rows")

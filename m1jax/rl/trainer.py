@@ -10,7 +10,7 @@ from m1jax.chat import Tokenizer
 from m1jax.config import ModelConfig
 from m1jax.errors import UNTRAINED
 from m1jax.flops import forward_flops
-from m1jax.model import MiniMaxM1
+from m1jax.model import MiniMaxM1, Remat
 from m1jax.rl.environment import MakeEnvironment, SingleTurn
 from m1jax.rl.evaluation import summary, write_samples
 from m1jax.rl.generator import BatchGenerator
@@ -34,13 +34,13 @@ BY_UPDATE = ("ratio_max", "clipped", "kl_k3")
 
 
 def rl_loss(
-    graph: nnx.GraphDef[MiniMaxM1], *, max_weight: float, temperature: float = 1.0, remat: bool = False
+    graph: nnx.GraphDef[MiniMaxM1], *, max_weight: float, temperature: float = 1.0, remat: Remat = "auto"
 ) -> LossFn[RLBatch]:
     """CISPO as `loss_fn(params, micro-batch)`; adds the policy's entropy (nats per token) to the statistics."""
 
     def loss_fn(params: Params, batch: RLBatch) -> tuple[Float[Array, ""], Stats]:
         model = nnx.merge(graph, params)
-        out = model.forward(batch.tokens, segment_ids=batch.segment_ids, remat="layers" if remat else "none")
+        out = model.forward(batch.tokens, segment_ids=batch.segment_ids, remat=remat)
         logp, entropy = model.log_probs(out.hidden, batch.targets, temperature=temperature)
         loss, stats = cispo_loss(logp, batch.old_logp, batch.advantage, batch.mask, batch.weight, max_weight=max_weight)
         return loss, {**stats, "entropy": Mean.of(entropy, batch.weight)}

@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from m1jax.errors import require_positive
-from m1jax.model import MiniMaxM1
+from m1jax.model import MiniMaxM1, Remat
 from m1jax.train import placement, statistics
 from m1jax.train.batch import Batch
 from m1jax.train.optimizer import OptimizerConfig
@@ -27,8 +27,9 @@ class LoopRecipe(SessionRecipe):
     optimizer: OptimizerConfig
     steps: int = free(500)
     """updates; a run may go on to more of them where its learning rates so far are those of the longer run"""
-    remat: bool = free(False)
-    """recompute layers in the backward pass: less memory, more time"""
+    remat: Remat = free("auto")
+    """what the backward pass computes again: nothing (none), what is cheap (cheap), whole layers (layers: least memory,
+    most time); auto is none on CPU and cheap elsewhere"""
     log_every: int = free(10)
     """updates between lines of metrics.jsonl"""
     evaluate_every: int = free(100)
@@ -58,7 +59,7 @@ class Batches(Protocol):
     def close(self) -> None: ...
 
 
-def supervised_loss(graph: nnx.GraphDef[MiniMaxM1], aux_coefficient: float, remat: bool = False) -> LossFn[Batch]:
+def supervised_loss(graph: nnx.GraphDef[MiniMaxM1], aux_coefficient: float, remat: Remat = "auto") -> LossFn[Batch]:
     """Cross-entropy of what is trained on plus the routers' balancing loss, as `loss_fn(params, micro-batch)`.
 
     With weights that sum to one over an update, the loss is the mean over the tokens trained on, in nats. Statistics:
@@ -67,7 +68,7 @@ def supervised_loss(graph: nnx.GraphDef[MiniMaxM1], aux_coefficient: float, rema
 
     def loss_fn(params: Params, batch: Batch) -> tuple[Float[Array, ""], Stats]:
         model = nnx.merge(graph, params)
-        out = model.forward(batch.tokens, segment_ids=batch.segment_ids, remat="layers" if remat else "none")
+        out = model.forward(batch.tokens, segment_ids=batch.segment_ids, remat=remat)
         log_prob, _ = model.log_probs(out.hidden, batch.targets)
         assert out.aux is not None  # there is no cache
         loss = jnp.sum(batch.weight * (aux_coefficient * out.aux - log_prob))
