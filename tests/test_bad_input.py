@@ -292,7 +292,8 @@ def test_a_run_does_not_replace_a_model(directory, tmp_path, capsys):
     data = tmp_path / "data.jsonl"
     data.write_text('{"prompt": "1+1=", "answer": "2"}\n')
     before = (directory / "config.json").read_text()
-    message = run(capsys, "train", "sft", directory, "--data", data, "--runs", tmp_path, "--name", directory.name)
+    place = ("--runs", tmp_path, "--name", directory.name)
+    message = run(capsys, "train", "sft", directory, "--data", data, "--row-length", "32", *place)
     assert "holds a model" in message
     assert (directory / "config.json").read_text() == before
 
