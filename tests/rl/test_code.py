@@ -81,7 +81,7 @@ def test_assertions(pool):
         ("def f(): return 10 ** 5000", "assert f() == 10 ** 5000"),
         ("import numpy\ndef f(): return numpy.int64(3), numpy.float64(0.5)", "assert f() == (3, 0.5)"),
         (
-            "from collections import Counter, namedtuple\nP = namedtuple('P', 'x')\ndef f(): return Counter('aab'), P(1)",
+            "import collections as c\nP = c.namedtuple('P', 'x')\ndef f(): return c.Counter('aab'), P(1)",
             "assert f() == ({'a': 2, 'b': 1}, (1,))",
         ),
         (

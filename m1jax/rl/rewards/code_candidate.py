@@ -12,6 +12,7 @@ import numbers
 import os
 import sys
 import types
+from typing import Any
 
 ITEMS = 1_000_000
 
@@ -19,34 +20,34 @@ ITEMS = 1_000_000
 class Answers:
     """What the examiner may ask for."""
 
-    def __init__(self, program):
-        self.objects = [program]
+    def __init__(self, program: types.ModuleType):
+        self.objects: list[Any] = [program]
 
-    def encode(self, value):
+    def encode(self, value: Any) -> Any:
         """As JSON: what JSON knows as itself, the rest as an object with one name."""
         if value is None or isinstance(value, bool):
             return value
         if isinstance(value, str):
-            return str.__str__(value)
+            return str(value)
         if isinstance(value, numbers.Integral):  # numpy's too
             return int(value)
         if isinstance(value, float):
-            return {"float": float.__repr__(value)}
+            return {"float": repr(float(value))}
         if isinstance(value, complex):
             return {"complex": [repr(value.real), repr(value.imag)]}
         if isinstance(value, bytes | bytearray):
             return {"bytes": bytes(value).hex()}
         for name, kind in (("list", list), ("tuple", tuple), ("set", set), ("frozenset", frozenset)):
             if isinstance(value, kind):
-                return {name: [self.encode(each) for each in kind.__iter__(value)]}
+                return {name: [self.encode(each) for each in value]}
         if isinstance(value, dict):
-            return {"dict": [[self.encode(key), self.encode(each)] for key, each in dict.items(value)]}
+            return {"dict": [[self.encode(key), self.encode(each)] for key, each in value.items()]}
         if hasattr(value, "__next__"):
             return {"iterator": [self.encode(each) for each in itertools.islice(value, ITEMS)]}
         self.objects.append(value)
         return {"object": len(self.objects) - 1}
 
-    def decode(self, value):
+    def decode(self, value: Any) -> Any:
         if not isinstance(value, dict):
             return value
         ((kind, inner),) = value.items()
@@ -63,7 +64,7 @@ class Answers:
         make = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}[kind]
         return make(map(self.decode, inner))
 
-    def answer(self, asked):
+    def answer(self, asked: list[Any]) -> dict[str, Any]:
         number, name, arguments, keywords = asked
         found = self.objects[number]
         if name is not None:
@@ -74,7 +75,7 @@ class Answers:
         return {"value": self.encode(value), "arguments": [self.encode(each) for each in arguments]}
 
 
-def main():
+def main() -> None:
     sys.set_int_max_str_digits(0)
     questions, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
     null = os.open(os.devnull, os.O_RDWR)

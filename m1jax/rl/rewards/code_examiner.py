@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+from typing import Any
 
 PR_SET_DUMPABLE = 4
 
@@ -18,42 +19,47 @@ PR_SET_DUMPABLE = 4
 class Remote:
     """Something that the program defines; its attributes can be had and it can be called, and it equals only itself."""
 
-    def __init__(self, dialogue, number):
+    def __init__(self, dialogue: "Dialogue", number: int):
         self._dialogue, self._number = dialogue, number
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
         return self._dialogue.get(self._number, name)
 
-    def __call__(self, *arguments, **keywords):
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
         return self._dialogue.call(self._number, arguments, keywords)
 
 
 class Dialogue:
-    def __init__(self, process):
-        self.process = process
+    """With the program's process, in lines of JSON."""
 
-    def reply(self):
-        line = self.process.stdout.readline()
+    def __init__(self, process: "subprocess.Popen[str]"):
+        assert process.stdin is not None
+        assert process.stdout is not None
+        self._questions, self._answers = process.stdin, process.stdout
+
+    def reply(self) -> Any:
+        line = self._answers.readline()
         if not line:
             raise RuntimeError("the program has ended")
         return json.loads(line)
 
-    def ask(self, *question):
-        self.process.stdin.write(json.dumps(question) + "\n")
-        self.process.stdin.flush()
+    def ask(self, *question: Any) -> Any:
+        self._questions.write(json.dumps(question) + "\n")
+        self._questions.flush()
         reply = self.reply()
         if "error" in reply:
             kind = getattr(builtins, str(reply["error"]), None)
-            known = isinstance(kind, type) and issubclass(kind, Exception) and kind is not AssertionError
-            raise (kind if known else RuntimeError)(reply["message"])
+            if isinstance(kind, type) and issubclass(kind, Exception) and kind is not AssertionError:
+                raise kind(reply["message"])
+            raise RuntimeError(reply["message"])
         return reply
 
-    def get(self, number, name):
+    def get(self, number: int, name: str) -> Any:
         return self.decode(self.ask(number, name, None, None)["value"])
 
-    def call(self, number, arguments, keywords):
+    def call(self, number: int, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
         encoded = [encode(argument) for argument in arguments]
         reply = self.ask(number, None, encoded, {name: encode(each) for name, each in keywords.items()})
         for argument, changed in zip(arguments, map(self.decode, reply["arguments"])):
@@ -64,7 +70,7 @@ class Dialogue:
                 argument.update(changed)
         return self.decode(reply["value"])
 
-    def decode(self, value):
+    def decode(self, value: Any) -> Any:
         if not isinstance(value, dict):
             return value
         ((kind, inner),) = value.items()
@@ -82,7 +88,7 @@ class Dialogue:
         return make([self.decode(each) for each in inner])
 
 
-def encode(value):
+def encode(value: Any) -> Any:
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, Remote):
@@ -101,7 +107,7 @@ def encode(value):
     raise TypeError(f"a test gives the program a {type(value).__name__}, which is no plain value")
 
 
-def main():
+def main() -> None:
     sys.set_int_max_str_digits(0)
     ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)  # closes /proc/PID to the program
     given = json.load(sys.stdin)
@@ -120,7 +126,7 @@ def main():
         text=True,
     )
     dialogue = Dialogue(process)
-    names = {"__name__": "tests"}
+    names: dict[str, Any] = {"__name__": "tests"}
     for name in dialogue.reply()["names"]:
         # What a test takes for Python's own must not be the program's, unless it is what the program was to write.
         if name in given["entry"] or not (hasattr(builtins, name) or name in sys.stdlib_module_names):
