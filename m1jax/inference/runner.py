@@ -25,7 +25,7 @@ from m1jax.inference.sequence import Sequence
 from m1jax.inference.stopping import END_IDS, NEVER, Stops, ended
 from m1jax.model import Cache, MiniMaxM1, head
 from m1jax.sharding import ambient_mesh
-from pallas_kernels._compat import target_platform
+from pallas_kernels import target_platform
 
 COPIES = 16
 """Copies that one call carries out."""
