@@ -66,7 +66,10 @@ def test_nucleus_as_if_sorted(seed, top_p, spread):
     found = drawn(logits, seed, top_p=top_p)
     u = np.asarray(jax.vmap(jax.random.uniform)(jax.random.split(jax.random.key(seed), 64)))
     tokens, mass = sorted_nucleus(logits, u, np.float32(top_p))
-    np.testing.assert_allclose(np.exp(found.logp - found.nucleus_logp), mass, rtol=1e-4)
+    ours = np.exp(found.logp - found.nucleus_logp)
+    other = ~np.isclose(ours, mass, rtol=1e-4)  # one sum reaches top_p and the other misses it, by a rounding
+    np.testing.assert_allclose(np.minimum(ours, mass)[other], top_p, rtol=1e-6)
+    assert np.mean(other) <= 1 / 64
     assert np.mean(np.asarray(found.tokens) != tokens) <= 1 / 64  # u may fall on a border to within rounding
 
 
