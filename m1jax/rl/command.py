@@ -6,6 +6,7 @@ from typing import Annotated
 
 import tyro
 
+from m1jax import processes
 from m1jax.chat import Tokenizer
 from m1jax.errors import UserError, require_seed
 from m1jax.model import MiniMaxM1
@@ -105,6 +106,6 @@ def _problems(files: list[tuple[str, float]], tokenizer: Tokenizer, recipe: RLRe
 
 def finish(run: Run, model: MiniMaxM1, tokenizer: Tokenizer) -> None:
     """Draws the curves and exports the model."""
-    if placement.writes():
+    if processes.writes():
         draw_curves(run.log.records, CURVES, run.directory / "curves.png")
     export(run, model, tokenizer)

@@ -14,8 +14,8 @@ from jaxtyping import Float, Int, UInt8, UInt32
 
 from m1jax.inference import decode, pad_prompts
 from m1jax.model import MiniMaxM1
+from m1jax.processes import on_host
 from m1jax.rl.types import Finish
-from m1jax.train.placement import on_host
 from m1jax.train.step import Params
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from flax import nnx
 from jaxtyping import Array, Float
 
+from m1jax import processes
 from m1jax.chat import Tokenizer
 from m1jax.config import ModelConfig
 from m1jax.errors import UNTRAINED
@@ -228,7 +229,7 @@ class Trainer:
         """Figures of held-out problems; `samples` names a file to show some responses in."""
         rounds, prompts = self._recipe.evaluation.evaluate_rounds, self._recipe.generation.prompts
         scored = [group for i in range(rounds) for group in self._reward(self._generate("heldout", i * prompts))]
-        if samples is not None and placement.writes():
+        if samples is not None and processes.writes():
             write_samples(scored, self._run.directory / f"samples_{samples}.md")
         return {f"heldout_{name}": value for name, value in summary(scored).items()}
 

@@ -19,24 +19,11 @@ from jax.sharding import Mesh
 
 from m1jax.errors import UserError
 from m1jax.model import MiniMaxM1
-from m1jax.processes import gathered, on_host, writes
 from m1jax.sharding import AXES, ROWS, check_shardable, make_mesh, parameter_shardings, process_rows, rows_of_batch
 from m1jax.train.batch import B
 from m1jax.train.step import TrainState, init_state
 from m1jax.weights.directory import read_config
 from m1jax.weights.pretrained import from_pretrained
-
-__all__ = [
-    "current_mesh",
-    "gathered",
-    "load_model",
-    "on_host",
-    "place_batch",
-    "place_state",
-    "share_of_rows",
-    "use_mesh",
-    "writes",
-]
 
 
 def use_mesh(spec: str) -> contextlib.AbstractContextManager[Any]:

@@ -16,6 +16,7 @@ import grain
 import numpy as np
 import tyro
 
+from m1jax import processes
 from m1jax.errors import UserError, require_positive, require_seed
 from m1jax.train import placement
 from m1jax.train.batch import Batch
@@ -160,11 +161,11 @@ class Rows:
 def _united(mine: dict[str, Any]) -> dict[str, Any]:
     """The entries of all processes' dictionaries."""
     text = np.frombuffer(json.dumps(mine).encode(), np.uint8)
-    longest = int(placement.gathered(np.array(len(text), np.int32)).max())
+    longest = int(processes.gathered(np.array(len(text), np.int32)).max())
     padded = np.full(longest, ord(" "), np.uint8)
     padded[: len(text)] = text
     united: dict[str, Any] = {}
-    for other in placement.gathered(padded):
+    for other in processes.gathered(padded):
         united |= json.loads(other.tobytes())
     return united
 

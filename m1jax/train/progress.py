@@ -7,7 +7,7 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from m1jax.train.placement import writes
+from m1jax.processes import writes
 
 
 class Reporter:

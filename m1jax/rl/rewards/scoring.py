@@ -9,9 +9,9 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from m1jax.errors import UserError, require_positive
+from m1jax.processes import gathered
 from m1jax.rl.rewards.judge import Judge, Unjudged
 from m1jax.rl.types import Group, Scored
-from m1jax.train.placement import gathered
 
 log = logging.getLogger(__name__)
 
