@@ -224,9 +224,13 @@ class Session:
         if branch is not None:
             source, step = branch
             with Checkpoints(source / "checkpoints" / self._phase, config=self._config) as others:
+                there = others.steps()
+                if not there or step not in (None, *there):
+                    raise UserError(
+                        f"--from {source}: it has no checkpoint of {self._phase} {'' if step is None else step}; "
+                        f"there are: {', '.join(map(str, there)) or 'none'}"
+                    )
                 found, said = others.restore(**target, step=step), "branches off"
-            if found is None:
-                raise UserError(f"--from {source}: there is no checkpoint of {self._phase!r}")
             self._run.log.records = MetricsLog(source, writes=False).records
         if found is None:
             self._run.log.resume(self._phase, -1)

@@ -108,7 +108,10 @@ def test_a_function_of_ones_own(file):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("def reward(response):\n    return 1 / 0\n", r"mine\.py, line 2: ZeroDivisionError: division by zero, at 'abc'"),
+        (
+            "def reward(response):\n    return 1 / 0\n",
+            r"py, line 2: ZeroDivisionError: division by zero, at 'abc'",
+        ),
         ("def reward(response): return None\n", r"mine\.py:reward returned None, which is no finite number"),
         ("def reward(response): return 'good'\n", "returned 'good'"),
         ("def reward(response): return float('nan')\n", "returned nan"),

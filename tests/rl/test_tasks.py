@@ -63,7 +63,8 @@ def test_a_mixture_takes_turns():
 
 
 @pytest.mark.parametrize(
-    ("weights", "order"), [((1, 1, 1), [0, 1, 2]), ((3, 1), [0, 0, 1, 0]), ((1, 2.5), [1, 0, 1, 1, 1, 0, 1]), ((7,), [0])]
+    ("weights", "order"),
+    [((1, 1, 1), [0, 1, 2]), ((3, 1), [0, 0, 1, 0]), ((1, 2.5), [1, 0, 1, 1, 1, 0, 1]), ((7,), [0])],
 )
 def test_turns_follow_the_weights(weights, order):
     turns = Turns(weights)
