@@ -119,7 +119,7 @@ class Session:
     def __exit__(self, *raised: Any) -> None:
         self._open.__exit__(*raised)
         if raised[0] is not None:  # else another training of the run goes on with it
-            self._run.log.close()
+            self._run.close()
 
     def update(self, step: TrainStep, batch: Batch, *, planned: float | None = None) -> Stats | None:
         """One update.
@@ -174,7 +174,7 @@ class Session:
             What the meter added (see `Meter.record`).
         """
         measured = self._meter.record()
-        self._run.log.append(self._phase, step, {**figures, **measured})
+        self._run.record(self._phase, step, {**figures, **measured})
         self._recorded = step
         return measured
 

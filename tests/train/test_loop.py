@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from m1jax import cli
 from m1jax.checkpoint import Checkpoints
 from m1jax.errors import UserError
 from m1jax.train import guards, packing
@@ -153,3 +154,24 @@ def test_held_out_loss(tmp_path):
     assert found[0] == pytest.approx(before, rel=1e-5)
     assert found[3] == pytest.approx(nll(trained), rel=1e-5)
     assert found[3] < found[0]
+
+
+def test_from_the_command_line(tmp_path, capsys):
+    """Several files, held-out ones, a branch; rows that are longer than the model's positions."""
+    tiny.save(tmp_path / "model")
+    for name in ("a", "b", "held"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"prompt": f"{name}=", "answer": "1"}) + "\n")
+    sizes = ["--steps", "2", "--batch", "2", "--row-length", "8", "--rows", "2", "--evaluate-every", "1"]
+    data = ["--data", f"{tmp_path}/a.jsonl=2", f"{tmp_path}/b.jsonl", "--eval-data", f"{tmp_path}/held.jsonl"]
+    command = ["train", "sft", f"{tmp_path}/model", *data, *sizes, "--runs", f"{tmp_path}/runs"]
+    cli.main(command)
+    records = [json.loads(line) for line in (tmp_path / "runs/sft/metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records] == [0, 1, 2]
+    assert all(r["heldout_nll"] > 0 for r in records)
+    cli.main(
+        [*command, "--name", "second", "--from", f"{tmp_path}/runs/sft", "--steps", "3", "--learning-rate", "1e-3"]
+    )
+    assert "branches off from update 2" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        cli.main([*command, "--name", "third", "--row-length", "10240001"])
+    assert "max_position_embeddings = 10240000" in capsys.readouterr().err
