@@ -169,3 +169,12 @@ def test_a_longer_run_with_other_rows_goes_on(tmp_path):
 def test_recipes_that_cannot_be(wrong, says):
     with pytest.raises(UserError, match=says):
         wrong()
+
+
+@pytest.mark.parametrize("convention", ["gspo", "dppo-tv"])
+def test_rivals_train(tmp_path, capsys, convention):
+    recipe = dataclasses.replace(RECIPE, loss=LossRecipe(convention=convention), iterations=1)
+    _, records = train(tmp_path / "run", recipe, judge_of(0, 1))
+    assert f"loss: objective {convention.split('-')[0]}(" in capsys.readouterr().out
+    assert records[1]["updates"] == 2
+    assert records[1]["grad_norm"] > 0
