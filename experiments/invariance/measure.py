@@ -17,6 +17,7 @@ from flax import nnx
 
 from m1jax.config import ModelConfig
 from m1jax.model import MiniMaxM1, Remat
+from m1jax.rl.conventions import CONVENTIONS
 from m1jax.rl.prepare import example
 from m1jax.rl.trainer import rl_loss
 from m1jax.rl.types import Episode, RLBatch
@@ -63,7 +64,7 @@ def gradients(packed: RLBatch, *, rows: int, remat: Remat = "none", mesh: str = 
     """Loss and gradients with `rows` rows to a micro-batch."""
     graph, params = nnx.split(MiniMaxM1(CONFIG, rngs=nnx.Rngs(0)))
     batches = packing.micro_batches(packed, rows)
-    loss_fn = rl_loss(graph, max_weight=5.0, remat=remat)
+    loss_fn = rl_loss(graph, CONVENTIONS["paper"].objective, remat=remat)
     here = make_mesh(mesh)
     with jax.set_mesh(here):
         params = jax.device_put(params, parameter_shardings(params, here))

@@ -16,6 +16,7 @@ from m1jax.config import ModelConfig
 from m1jax.errors import UserError
 from m1jax.model import Cache, MiniMaxM1
 from m1jax.plan.setup import Setup
+from m1jax.rl.conventions import CONVENTIONS
 from m1jax.rl.trainer import rl_loss
 from m1jax.rl.types import RLBatch
 from m1jax.sharding import ROWS, make_mesh, parameter_shardings
@@ -68,7 +69,7 @@ def _update(setup: Setup, mesh: Mesh) -> Any:
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=tokens), batch)
     remat = "layers" if setup.remat else "none"
     if setup.task == "rl":
-        loss = rl_loss(graph, max_weight=5.0, remat=remat)
+        loss = rl_loss(graph, CONVENTIONS["paper"].objective, remat=remat)
     else:
         loss = supervised_loss(graph, setup.model.router_aux_loss_coef, remat)
     return make_train_step(loss, optimizer).lower(state, batch, count=jax.ShapeDtypeStruct((), jnp.int32))

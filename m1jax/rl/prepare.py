@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float
 
-from m1jax.rl.advantages import group_advantages, informative
-from m1jax.rl.aggregation import prompt_mean
+from m1jax.rl.advantages import informative
+from m1jax.rl.aggregation import Responses
 from m1jax.rl.recipe import RLRecipe
 from m1jax.rl.types import Episode, RLBatch, Scored, Updates, stacked
 from m1jax.train import packing
@@ -20,22 +20,34 @@ def useful(scored: Sequence[Scored]) -> list[Scored]:
 def prepare(scored: Sequence[Scored], recipe: RLRecipe) -> Updates:
     """Advantages of the first P useful groups, dealt out to the updates and packed.
 
-    Whole groups go to one update, as evenly as possible, so that the loss's mean within a prompt stays within one
-    update. With fewer groups than updates there is one update per group; with none there is none.
+    Whole groups go to one update, as evenly as possible, so that a loss's mean within a prompt stays within one update.
+    With fewer groups than updates there is one update per group; with none there is none.
     """
     kept = useful(scored)[: recipe.generation.prompts]
     rows, row_length, count = recipe.update.rows, recipe.update.row_length, recipe.micro_batches
+    if not kept:
+        return Updates(RLBatch.padding((0, count, rows, row_length)))
+    convention = recipe.loss.chosen
+    prompts = np.concatenate([np.full(len(group.rewards), number) for number, group in enumerate(kept)])
+    episodes = [episode for group in kept for episode in group.group.episodes]
+    advantages = convention.advantages(np.concatenate([group.rewards for group in kept]), prompts)
+    tokens = np.array([episode.length for episode in episodes])
+    parts = np.array_split(np.arange(len(kept)), min(recipe.update.updates, len(kept)))
     batches = []
-    for part in np.array_split(np.arange(len(kept)), min(recipe.update.updates, len(kept))) if kept else []:
-        prompts = np.concatenate([np.full(len(kept[i].group.episodes), i) for i in part])
-        weights = iter(prompt_mean(np.concatenate([kept[i].lengths for i in part]), prompts))
-        examples = [
-            example(episode, float(advantage), float(next(weights)))
-            for i in part
-            for episode, advantage in zip(kept[i].group.episodes, group_advantages(kept[i].rewards))
-        ]
+    for part in parts:
+        mine = np.flatnonzero(np.isin(prompts, part))
+        weights = convention.aggregation(
+            Responses(
+                tokens=tokens[mine],
+                prompts=prompts[mine],
+                batch_tokens=int(tokens.sum()),
+                updates=len(parts),
+                limit=recipe.generation.max_new_tokens,
+            )
+        )
+        examples = [example(episodes[i], float(advantages[i]), float(weight)) for i, weight in zip(mine, weights)]
         batches.append(packing.micro_batches(packing.pack(examples, row_length), rows, count))
-    return Updates(stacked(batches) if batches else RLBatch.padding((0, count, rows, row_length)))
+    return Updates(stacked(batches))
 
 
 def example(episode: Episode, advantage: float, weight: float) -> RLBatch:

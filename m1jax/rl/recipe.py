@@ -1,9 +1,11 @@
 """How to train by reinforcement learning; the defaults are the report's where it gives a number."""
 
 import dataclasses
+from typing import Literal
 
 from m1jax.errors import UserError, require_positive
 from m1jax.model import Remat
+from m1jax.rl.conventions import CONVENTIONS, Convention, cispo, is_cispo
 from m1jax.rl.rewards import RewardRecipe
 from m1jax.rl.rollout import GenerationRecipe
 from m1jax.train.optimizer import OptimizerConfig
@@ -15,19 +17,37 @@ __all__ = ["EvaluationRecipe", "GenerationRecipe", "LossRecipe", "RLRecipe", "Re
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossRecipe:
-    """CISPO."""
+    """The loss, its normaliser and its advantages."""
 
-    max_weight: float = 5.0
-    """upper bound of the importance weight pi / pi_old, the weight itself and not an offset from 1; there is no lower
-    bound"""
+    convention: Literal[
+        "paper", "trl", "verl", "scalerl", "grpo", "dapo", "dr-grpo", "gspo", "reinforce", "dppo-tv", "dppo-kl"
+    ] = "paper"
+    """whose loss, normaliser and advantages: CISPO as in the report, as in TRL, verl or ScaleRL, or a rival of it
+    (m1jax/rl/conventions.py)"""
+    max_weight: float | None = None
+    """of CISPO: upper bound of the importance weight pi / pi_old, the weight itself and not an offset from 1 (None: the
+    convention's, 5 in paper, trl and scalerl)"""
+    min_weight: float | None = None
+    """of CISPO: lower bound of it (None: the convention's, 0 in paper, trl and scalerl: no bound)"""
 
     def __post_init__(self) -> None:
-        if not self.max_weight >= 1:
-            raise UserError(
-                f"max_weight = {self.max_weight} would scale every gradient: it bounds the importance weight itself, "
-                f"which is 1 where nothing has changed (1 + eps_high of the report; did you mean "
-                f"{1 + self.max_weight:g}?)"
-            )
+        _ = self.chosen
+
+    @property
+    def chosen(self) -> Convention:
+        """The convention, with the bounds that were given.
+
+        Raises:
+            UserError: bounds that would scale every gradient, or of a loss that has none.
+        """
+        found = CONVENTIONS[self.convention]
+        bounds = {"max_weight": self.max_weight, "min_weight": self.min_weight}
+        given = {name: value for name, value in bounds.items() if value is not None}
+        if not given:
+            return found
+        if not is_cispo(found.objective):
+            raise UserError(f"{' and '.join(given)} bound the importance weights of CISPO; {self.convention} has none")
+        return dataclasses.replace(found, objective=cispo(**found.objective.keywords | given))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from m1jax.model import MiniMaxM1, Remat
 from m1jax.rl.environment import MakeEnvironment, SingleTurn
 from m1jax.rl.evaluation import summary, write_samples
 from m1jax.rl.generator import BatchGenerator
-from m1jax.rl.losses import cispo_loss
+from m1jax.rl.losses import Objective, policy_loss
 from m1jax.rl.prepare import prepare, useful
 from m1jax.rl.recipe import RLRecipe
 from m1jax.rl.rewards import Judge, RuleJudge, score
@@ -35,15 +35,17 @@ BY_UPDATE = ("ratio_max", "clipped", "kl_k3")
 
 
 def rl_loss(
-    graph: nnx.GraphDef[MiniMaxM1], *, max_weight: float, temperature: float = 1.0, remat: Remat = "auto"
+    graph: nnx.GraphDef[MiniMaxM1], objective: Objective, *, temperature: float = 1.0, remat: Remat = "auto"
 ) -> LossFn[RLBatch]:
-    """CISPO as `loss_fn(params, micro-batch)`; adds the policy's entropy (nats per token) to the statistics."""
+    """An objective of `losses` as `loss_fn(params, micro-batch)`; adds the policy's entropy, nats per token, to the
+    statistics."""
 
     def loss_fn(params: Params, batch: RLBatch) -> tuple[Float[Array, ""], Stats]:
         model = nnx.merge(graph, params)
         out = model.forward(batch.tokens, segment_ids=batch.segment_ids, remat=remat)
         logp, entropy = model.log_probs(out.hidden, batch.targets, temperature=temperature)
-        loss, stats = cispo_loss(logp, batch.old_logp, batch.advantage, batch.mask, batch.weight, max_weight=max_weight)
+        taken = (batch.old_logp, batch.advantage, batch.mask, batch.weight)
+        loss, stats = policy_loss(objective, logp, *taken, segment_ids=batch.segment_ids)
         return loss, {**stats, "entropy": Mean.of(entropy, batch.weight)}
 
     return loss_fn
@@ -83,8 +85,9 @@ class Trainer:
        equal teach nothing: for up to `rounds` rounds, others are asked (dynamic sampling).
     3. *Prepare*: rewards become advantages within each group, and what teaches something is dealt out to the updates
        and packed into rows.
-    4. *Update*: `updates` steps of AdamW on the CISPO loss, each on its own part of the batch. From the second on the
-       policy is no longer the one that generated: the loss's importance weight corrects for that.
+    4. *Update*: `updates` steps of AdamW on the loss (CISPO, or another of `conventions`), each on its own part of the
+       batch. From the second on the policy is no longer the one that generated: the loss's importance weight corrects
+       for that.
     5. *Log*, and evaluate on held-out problems now and then.
 
     A checkpoint may be made after any update; `train` goes on from the newest one, in the middle of a generation batch
@@ -123,7 +126,7 @@ class Trainer:
         optimizer = recipe.optimizer.build(recipe.planned_updates)
         loss_fn = rl_loss(
             self._graph,
-            max_weight=recipe.loss.max_weight,
+            recipe.loss.chosen.objective,
             temperature=recipe.generation.temperature,
             remat=recipe.update.remat,
         )
@@ -237,6 +240,7 @@ class Trainer:
         """Goes to where the training was left; the generation batch that it was left in, if there is one."""
         place, recipe = self._session.place, self._recipe
         if place is None:
+            self._session.message(f"loss: {recipe.loss.chosen}")
             heldout = self._evaluate("before")
             self._session.record(0, heldout)
             self._session.message(f"held-out reward before: {heldout['heldout_reward']:.3f}")

@@ -17,6 +17,7 @@ from flax import nnx
 from m1jax.checkpoint import Checkpoints
 from m1jax.config import ModelConfig
 from m1jax.model import MiniMaxM1
+from m1jax.rl.conventions import CONVENTIONS
 from m1jax.rl.trainer import rl_loss
 from m1jax.rl.types import RLBatch, stacked
 from m1jax.sharding import make_mesh, parameter_shardings, process_rows, rows_of_batch
@@ -59,7 +60,7 @@ def main(directory: Path, kind: str, spec: str, steps: int, seconds: float = 0.0
     mesh = make_mesh(spec)
     optimizer = OptimizerConfig(learning_rate=1e-2, eps=1e-8).build(steps)
     graph, params = nnx.split(MiniMaxM1(CONFIG, rngs=nnx.Rngs(0)))
-    loss = supervised_loss(graph, 0.01) if kind == "sft" else rl_loss(graph, max_weight=5.0)
+    loss = supervised_loss(graph, 0.01) if kind == "sft" else rl_loss(graph, CONVENTIONS["paper"].objective)
     with (
         jax.set_mesh(mesh),
         Checkpoints(directory / "checkpoints", config=CONFIG, keep=2) as checkpoints,

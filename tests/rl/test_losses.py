@@ -1,12 +1,20 @@
-"""CISPO against a float64 numpy oracle, and what it must not depend on."""
+"""Losses against a float64 oracle, verl and TRL, gradients by hand, and what they must not depend on."""
+
+from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from m1jax.rl.aggregation import prompt_mean
-from m1jax.rl.losses import cispo_loss
+from m1jax.errors import UserError
+from m1jax.rl import losses
+from m1jax.rl.advantages import Advantages
+from m1jax.rl.aggregation import Responses
+from m1jax.rl.conventions import CONVENTIONS, cispo
+from m1jax.rl.losses import policy_loss
+from m1jax.rl.recipe import LossRecipe
 from m1jax.train.statistics import merge, on_host, values
 
 B, T = 6, 9
@@ -23,12 +31,21 @@ def batch():
     return logp, old_logp, rng.normal(size=B), mask
 
 
-def arrays(batch, prompts=PROMPTS):
+def responses(mask, prompts):
+    tokens = mask.sum(axis=1)
+    return Responses(tokens=tokens, prompts=prompts, batch_tokens=int(tokens.sum()), updates=1, limit=mask.shape[1])
+
+
+def arrays(batch, prompts=PROMPTS, convention="paper"):
     """(logp, old_logp, advantage, mask, weight) as the loss takes them."""
     logp, old_logp, advantage, mask = batch
-    weight = mask * prompt_mean(mask.sum(axis=1), prompts)[:, None]
+    weight = mask * CONVENTIONS[convention].aggregation(responses(mask, prompts))[:, None]
     rest = (old_logp, np.broadcast_to(advantage[:, None], mask.shape), mask, weight)
     return tuple(jnp.asarray(x) for x in (logp, *rest))
+
+
+def cispo_loss(*arrays, **bounds):
+    return policy_loss(partial(losses.cispo, **bounds), *arrays)
 
 
 def oracle(logp, old_logp, advantage, mask, prompts, max_weight, min_weight=0.0):
@@ -71,13 +88,13 @@ def test_value_and_gradient(batch, bounds):
 
 
 def test_one_prompt_is_a_token_mean(batch):
-    prompts = np.zeros(B)
+    prompts = np.zeros(B, int)
     loss, _ = cispo_loss(*arrays(batch, prompts), max_weight=2.0)
     np.testing.assert_allclose(loss, oracle(*batch, prompts=prompts, max_weight=2.0)[0], rtol=1e-5)
 
 
 def test_on_policy_gradient_is_reinforce(batch):
-    logp, _, advantage, mask, weight = arrays(batch, np.zeros(B))
+    logp, _, advantage, mask, weight = arrays(batch, np.zeros(B, int))
     grad = jax.grad(lambda x: cispo_loss(x, logp, advantage, mask, weight, max_weight=5.0)[0])(logp)
     np.testing.assert_allclose(grad, -advantage * mask / mask.sum(), rtol=1e-6)
 
@@ -117,3 +134,169 @@ def test_a_small_gap_is_measured():
     stats = values(on_host(stats))
     assert stats["kl_k3"] == pytest.approx(np.expm1(1e-4) - 1e-4, rel=1e-2)
     assert stats["gap_max"] == pytest.approx(1e-4, rel=1e-6)
+
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "rl_losses.npz"
+PPO = partial(losses.ppo, low=0.2, high=0.2)
+LIBRARIES = {
+    "verl_cispo": (CONVENTIONS["verl"].objective, "verl"),
+    "verl_vanilla": (partial(losses.ppo, low=0.2, high=0.28, dual=3.0), "dapo"),
+    "verl_gspo": (partial(losses.gspo, low=0.1, high=0.15), "gspo"),
+    "verl_dppo_tv": (CONVENTIONS["dppo-tv"].objective, "dppo-tv"),
+    "verl_dppo_kl": (CONVENTIONS["dppo-kl"].objective, "dppo-kl"),
+    "trl_cispo": (CONVENTIONS["trl"].objective, "trl"),
+    "trl_grpo": (CONVENTIONS["grpo"].objective, "grpo"),
+    "trl_dapo": (PPO, "dapo"),
+    "trl_dr_grpo": (CONVENTIONS["dr-grpo"].objective, "dr-grpo"),
+}
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_as_verl_and_trl_have_it(name):
+    """On arrays where every bound is met; golden/make_rl_losses.py ran their functions."""
+    golden = np.load(GOLDEN)
+    objective, convention = LIBRARIES[name]
+    logp, *rest = arrays([golden[n] for n in ("logp", "old_logp", "advantage", "mask")], golden["prompts"], convention)
+    (loss, stats), grad = jax.value_and_grad(lambda x: policy_loss(objective, x, *rest), has_aux=True)(logp)
+    np.testing.assert_allclose(loss, golden[f"{name}_loss"], rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(grad, golden[f"{name}_grad"], rtol=1e-6, atol=1e-7)
+    assert on_host(stats)["clipped"].value() > 0
+
+
+def test_advantages_as_verl_and_trl_have_them():
+    golden = np.load(GOLDEN)
+    rewards, prompts = golden["rewards"], golden["prompts"]
+    np.testing.assert_allclose(CONVENTIONS["verl"].advantages(rewards, prompts), golden["verl_advantages"], rtol=1e-6)
+    groups = rewards.reshape(2, 3).astype(np.float64)
+    trl = (groups - groups.mean(1, keepdims=True)) / (groups.std(1, ddof=1, keepdims=True) + 1e-4)
+    np.testing.assert_allclose(CONVENTIONS["trl"].advantages(rewards, prompts), trl.ravel(), rtol=1e-6)
+
+
+# One token each: ratio, advantage -> what the objective's gradient in log pi is; old probability 1/4 throughout.
+BY_HAND = {
+    "cispo up": (partial(losses.cispo, max_weight=2.0), 3.0, 1.5, 2.0 * 1.5),
+    "cispo inside": (partial(losses.cispo, max_weight=2.0), 0.1, -1.5, 0.1 * -1.5),
+    "cispo with a floor": (partial(losses.cispo, max_weight=2.0, min_weight=0.5), 0.1, -1.5, 0.5 * -1.5),
+    "masked up, wanted": (partial(losses.masked_cispo, max_weight=2.0, min_weight=0.5), 3.0, 1.5, 0.0),
+    "masked up, unwanted": (partial(losses.masked_cispo, max_weight=2.0, min_weight=0.5), 3.0, -1.5, 2.0 * -1.5),
+    "masked down, unwanted": (partial(losses.masked_cispo, max_weight=2.0, min_weight=0.5), 0.1, -1.5, 0.0),
+    "masked down, wanted": (partial(losses.masked_cispo, max_weight=2.0, min_weight=0.5), 0.1, 1.5, 0.5 * 1.5),
+    "dispo right, up": (partial(losses.dispo, right=(0.5, 2.0), wrong=(0.1, 3.0)), 4.0, 1.5, 2.0 * 1.5),
+    "dispo right, down": (partial(losses.dispo, right=(0.5, 2.0), wrong=(0.1, 3.0)), 0.01, 1.5, 0.5 * 1.5),
+    "dispo wrong, up": (partial(losses.dispo, right=(0.5, 2.0), wrong=(0.1, 3.0)), 3.5, -1.5, 3.0 * -1.5),
+    "dispo wrong, down": (partial(losses.dispo, right=(0.5, 2.0), wrong=(0.1, 3.0)), 0.01, -1.5, 0.1 * -1.5),
+    "reinforce": (losses.reinforce, 3.0, 1.5, 1.5),
+    "ppo up, wanted": (PPO, 1.5, 1.5, 0.0),
+    "ppo up, unwanted": (PPO, 1.5, -1.5, 1.5 * -1.5),
+    "ppo down, unwanted": (PPO, 0.5, -1.5, 0.0),
+    "ppo down, wanted": (PPO, 0.5, 1.5, 0.5 * 1.5),
+    "ppo inside": (PPO, 1.1, 1.5, 1.1 * 1.5),
+    "ppo, dual": (partial(PPO, dual=2.0), 3.0, -1.5, 0.0),
+    "gspo": (partial(losses.gspo, low=0.2, high=0.2), 1.1, 1.5, 1.1 * 1.5),
+    "gspo, cut": (partial(losses.gspo, low=0.2, high=0.2), 1.5, 1.5, 0.0),
+    # From 1/4 to 3/4 is a distance of 1/2, from 1/4 to 1/40 one of 9/40, whatever the ratio.
+    "dppo up, wanted": (partial(losses.dppo, divergence="tv", low=0.2, high=0.2), 3.0, 1.5, 0.0),
+    "dppo up, unwanted": (partial(losses.dppo, divergence="tv", low=0.2, high=0.2), 3.0, -1.5, 3.0 * -1.5),
+    "dppo up a little": (partial(losses.dppo, divergence="tv", low=0.2, high=0.2), 1.7, 1.5, 1.7 * 1.5),
+    "dppo down, unwanted": (partial(losses.dppo, divergence="tv", low=0.2, high=0.2), 0.1, -1.5, 0.0),
+    "dppo down a little": (partial(losses.dppo, divergence="tv", low=0.25, high=0.2), 0.1, -1.5, 0.1 * -1.5),
+    # KL of (1/4, 3/4) against (3/4, 1/4): 1/2 log 3 = 0.549.
+    "dppo by KL": (partial(losses.dppo, divergence="kl", low=0.5, high=0.5), 3.0, 1.5, 0.0),
+    "dppo by KL, inside": (partial(losses.dppo, divergence="kl", low=0.6, high=0.6), 3.0, 1.5, 3.0 * 1.5),
+    "dppo, capped": (partial(losses.dppo, divergence="tv", low=1.0, high=1.0, max_weight=2.0), 3.0, 1.5, 2.0 * 1.5),
+}
+
+
+@pytest.mark.parametrize("case", BY_HAND)
+def test_gradients_by_hand(case):
+    objective, ratio, advantage, want = BY_HAND[case]
+    old = jnp.log(jnp.full((1, 1), 0.25))
+    rest = (old, jnp.full((1, 1), advantage), jnp.ones((1, 1), bool), jnp.full((1, 1), 0.5))
+    (_, stats), grad = jax.value_and_grad(lambda x: policy_loss(objective, x, *rest), has_aux=True)(old + np.log(ratio))
+    np.testing.assert_allclose(grad[0, 0], -0.5 * want, rtol=1e-5, atol=1e-7)
+    free = objective is losses.reinforce or want in (ratio * advantage,)
+    assert on_host(stats)["clipped"].value() == (not free)
+
+
+@pytest.mark.parametrize("name", CONVENTIONS)
+def test_at_the_first_update_all_losses_are_reinforce(batch, name):
+    """At a ratio of one no bound has a say: the gradient is the advantage times the normaliser."""
+    logp, _, advantage, mask, weight = arrays(batch)
+    objective = CONVENTIONS[name].objective
+    (_, stats), grad = jax.value_and_grad(
+        lambda x: policy_loss(objective, x, logp, advantage, mask, weight), has_aux=True
+    )(logp)
+    np.testing.assert_allclose(grad, -advantage * weight, rtol=1e-6)
+    assert on_host(stats)["clipped"].value() == 0
+
+
+@pytest.mark.parametrize("name", CONVENTIONS)
+def test_what_float32_cannot_hold(batch, name):
+    """Ratios of e^80 and e^-80, and log-probabilities of minus infinity: loss and gradient stay finite."""
+    logp, old_logp, advantage, mask, weight = (np.array(x) for x in arrays(batch))
+    logp[0, :4], old_logp[0, :4] = [-80, -1e-3, -np.inf, -1], [-1e-3, -80, -1, -np.inf]
+    objective = CONVENTIONS[name].objective
+    rest = tuple(jnp.asarray(x) for x in (old_logp, advantage, mask, weight))
+    (loss, stats), grad = jax.value_and_grad(lambda x: policy_loss(objective, x, *rest), has_aux=True)(
+        jnp.asarray(logp)
+    )
+    assert np.isfinite(loss)
+    assert np.isfinite(grad).all()
+    assert grad[0, 2] == 0  # a token that the policy cannot write
+    assert all(np.isfinite(value) for value in values(on_host(stats)).values())
+    # What is no number at all is not hidden: the guard will see it.
+    spoilt = jnp.asarray(logp).at[1, 0].set(jnp.nan)
+    assert np.isnan(policy_loss(objective, spoilt, *rest)[0])
+
+
+def test_sequences_that_share_a_row(batch):
+    """GSPO's ratios are of sequences, not of rows; and what stands between them has no say."""
+    logp, old_logp, advantage, mask, weight = arrays(batch)
+    objective = partial(losses.gspo, low=0.1, high=0.15)
+
+    def in_one_row(x, between):
+        return jnp.concatenate([x[1], jnp.full(2, between, x.dtype), x[2]])[None]
+
+    apart = jax.value_and_grad(
+        lambda x: policy_loss(objective, x, *(y[1:3] for y in (old_logp, advantage, mask, weight))), has_aux=True
+    )(logp[1:3])
+    segments = jnp.array([[0] * (T + 1) + [1] * (T + 1)])
+    row = [in_one_row(x, between) for x, between in zip((old_logp, advantage, mask, weight), (9.0, 9.0, False, 9.0))]
+    shared = jax.value_and_grad(lambda x: policy_loss(objective, x, *row, segment_ids=segments), has_aux=True)(
+        in_one_row(logp, -9.0)
+    )
+    np.testing.assert_allclose(shared[0][0], apart[0][0], rtol=1e-6)
+    np.testing.assert_allclose(shared[1][0, :T], apart[1][0], rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(shared[1][0, -T:], apart[1][1], rtol=1e-6, atol=1e-9)
+
+
+def test_a_correction_multiplies_the_terms_alone(batch):
+    logp, *rest = arrays(batch)
+    factor = jnp.linspace(0, 2, B * T).reshape(B, T)
+    objective = CONVENTIONS["paper"].objective
+    plain = jax.grad(lambda x: policy_loss(objective, x, *rest)[0])(logp)
+    (_, stats), grad = jax.value_and_grad(lambda x: policy_loss(objective, x, *rest, correction=factor), has_aux=True)(
+        logp
+    )
+    np.testing.assert_allclose(grad, plain * factor, rtol=1e-6)
+    assert on_host(stats) == on_host(policy_loss(objective, logp, *rest)[1])
+
+
+def test_recipes_choose_and_bound():
+    assert LossRecipe().chosen == CONVENTIONS["paper"]
+    assert str(LossRecipe(max_weight=2).chosen).startswith(
+        "objective cispo(max_weight=2, min_weight=0), normaliser prompt_mean, advantages"
+    )
+    assert str(CONVENTIONS["verl"]).startswith(
+        "objective cispo(max_weight=1.28, min_weight=0.8), normaliser token_mean"
+    )
+    with pytest.raises(UserError, match=r"max_weight bound the importance weights of CISPO; grpo has none"):
+        LossRecipe(convention="grpo", max_weight=5.0)
+    for wrong, says in ((dict(max_weight=0.28), r"did you mean 1\.28"), (dict(min_weight=1.5), "min_weight = 1.5")):
+        with pytest.raises(UserError, match=says):
+            cispo(**wrong)
+
+
+def test_conventions_are_what_they_say():
+    assert CONVENTIONS["scalerl"].advantages == Advantages(scale="batch")
+    assert CONVENTIONS["dr-grpo"].advantages.scale is None
