@@ -56,8 +56,9 @@ class Runner(Protocol):
         """Let the model read the chunks' tokens. Returns their routes, where they are recorded."""
         ...
 
-    def decode(self, sequences: Several[Sequence], allowances: Several[int]) -> Decoded[np.ndarray]:
-        """Feed each sequence its last token and draw the next, up to so many times."""
+    def decode(self, sequences: Several[Sequence], allowances: Several[int], patience: int) -> Decoded[np.ndarray]:
+        """Feed each sequence its last token and draw the next, up to so many times; and no further once `patience` of
+        them have ended or written what they may."""
         ...
 
     def load(self, params: object) -> None:
@@ -152,7 +153,9 @@ class Engine:
             self._copy()
         if plan.decode:
             allowances = [s.allowance(self._runner.capacity.steps) for s in plan.decode]
-            self._take(plan.decode, self._runner.decode(plan.decode, allowances))
+            # Rows that fall idle are worth a look only where somebody waits for them.
+            patience = max(1, len(allowances) // 8) if self._scheduler.waiting else len(allowances)
+            self._take(plan.decode, self._runner.decode(plan.decode, allowances, patience))
         events, self._events = self._events, []
         return events
 

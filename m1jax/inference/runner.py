@@ -25,7 +25,7 @@ from m1jax.inference.sequence import Sequence
 from m1jax.inference.stopping import END_IDS, NEVER, Stops, ended
 from m1jax.model import Cache, MiniMaxM1, head
 from m1jax.sharding import ambient_mesh
-from pallas_kernels._compat import target_platform
+from pallas_kernels import target_platform
 
 COPIES = 16
 """Copies that one call carries out."""
@@ -170,7 +170,7 @@ class ModelRunner:
             return []
         return [found[: chunk.count] for found, chunk in zip(jax.device_get(routes), chunks)]
 
-    def decode(self, sequences: Several[Sequence], allowances: Several[int]) -> Decoded[np.ndarray]:
+    def decode(self, sequences: Several[Sequence], allowances: Several[int], patience: int) -> Decoded[np.ndarray]:
         self._rows.allowances[:] = 0
         for sequence, allowance in zip(sequences, allowances):
             row = sequence.row
@@ -180,12 +180,12 @@ class ModelRunner:
                 self._settled[row] = (sequence.pages, len(sequence.pages))
             advance(self._rows, sequence, allowance)
         at = np.array([sequence.row for sequence in sequences])
-        out = self._decode(next(rows for rows in self.capacity.decode if rows > at.max()))
+        out = self._decode(next(rows for rows in self.capacity.decode if rows > at.max()), patience)
         return jax.tree.map(lambda x: x[at], jax.device_get(out))
 
-    def _decode(self, rows: int) -> Decoded[jax.Array]:
-        some = jax.tree.map(lambda x: x[:rows], self._rows)
-        self._cache, out = _decode(self._model, self._cache, some, self.capacity.steps, self.records_routes)
+    def _decode(self, rows: int, patience: int) -> Decoded[jax.Array]:
+        some, steps = jax.tree.map(lambda x: x[:rows], self._rows), self.capacity.steps
+        self._cache, out = _decode(self._model, self._cache, some, np.int32(patience), steps, self.records_routes)
         return out
 
     def _compile(self) -> None:
@@ -194,7 +194,7 @@ class ModelRunner:
         for shape in self.capacity.prefill:
             self.prefill(shape, [])
         for rows in self.capacity.decode:
-            self._decode(rows)
+            self._decode(rows, 1)
 
 
 def prepared(model: MiniMaxM1) -> MiniMaxM1:
@@ -249,9 +249,14 @@ def _prefill(
 
 @functools.partial(jax.jit, static_argnames=("steps", "record_routes"), donate_argnames="cache")
 def _decode(
-    model: MiniMaxM1, cache: Cache, rows: Rows[jax.Array], steps: int, record_routes: bool
+    model: MiniMaxM1,
+    cache: Cache,
+    rows: Rows[jax.Array],
+    patience: Int[Array, ""],
+    steps: int,
+    record_routes: bool,
 ) -> tuple[Cache, Decoded[jax.Array]]:
-    """Up to `steps` tokens for each row, until nobody may write any more."""
+    """Up to `steps` tokens for each row, until nobody may write any more, or `patience` rows may not."""
     fold_in = jax.vmap(jax.random.fold_in)
     keys = fold_in(jax.random.wrap_key_data(rows.keys), rows.samples)
     stops = Stops(rows.end_ids, rows.certain, rows.patience, rows.run)
@@ -298,7 +303,9 @@ def _decode(
 
     def unfinished(carry: tuple[jax.Array, Cache, jax.Array, Decoded[jax.Array]]) -> jax.Array:
         step, _, _, out = carry
-        return (step < steps) & jnp.any(alive(out))
+        writing = alive(out)
+        ended = jnp.sum(~writing & (rows.allowances > 0))
+        return (step < steps) & jnp.any(writing) & (ended < patience)
 
     _, cache, _, out = jax.lax.while_loop(unfinished, advance, (jnp.int32(0), cache, rows.tokens, out))
     return cache, out

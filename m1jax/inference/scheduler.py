@@ -160,13 +160,14 @@ class Scheduler:
         return True
 
     def _admit(self) -> None:
+        held = 0  # who waits for a prefix has its row already: a group stays together
         for sequence in self.waiting.copy():
-            if not self.rows.free:
+            if self.rows.free <= held:
                 break
-            if sequence.waits_for is not None and sequence.waits_for.promised:
-                continue
-            if not self._place(sequence):
+            waits = sequence.waits_for is not None and sequence.waits_for.promised
+            if not waits and not self._place(sequence):
                 break  # nobody overtakes: pages will be free for it some day
+            held += sequence.row < 0
 
     def _place(self, sequence: Sequence) -> bool:
         """Give a waiting sequence its row, or let it wait for a prefix in the making. False: there are no pages."""

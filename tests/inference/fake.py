@@ -76,7 +76,8 @@ class FakeRunner:
             routes.append(np.stack([self.read(s, t) for t in s.tokens[s.computed : s.computed + chunk.count]]))
         return routes
 
-    def decode(self, sequences, allowances):
+    def decode(self, sequences, allowances, patience):
+        assert 0 < patience <= len(sequences)
         rows, steps = len(sequences), self.capacity.steps
         assert len({s.row for s in sequences}) == rows
         out = Decoded(
