@@ -91,20 +91,18 @@ def experts_right(tokens, layers=2, experts=8, hidden=1024, inner=1536):
     return {"error": error(got, want)}
 
 
-def experts_time(rate, tokens, experts, hidden, inner, layers=1, few=True):
+def experts_time(rate, tokens, *, experts, hidden, inner, layers=1, few=True):
     """With `few=False` by the products of 128 rows an expert."""
     arrays = expert_arrays(tokens, layers, experts, hidden, inner)
     was = hopper_few.TOKENS
     hopper_few.TOKENS = was if few else 0
     try:
+        one_layer = jax.jit(functools.partial(pallas_kernels.expert_mlp, implementation="hopper"))  # lowered once
 
-        def step(x, w1, w3, w2, routes, weights):
-            y = x
+        def step(x, *arrays):
             for layer in range(layers):
-                y = pallas_kernels.expert_mlp(
-                    y, w1, w3, w2, routes, weights, layer=jnp.int32(layer), implementation="hopper"
-                )
-            return y
+                x = one_layer(x, *arrays, layer=jnp.int32(layer))
+            return x
 
         took = seconds(step, *arrays) / layers
     finally:
@@ -170,7 +168,8 @@ def states_in_place(rate, sequences=64, heads=16, layers=8, size=128):
         return jax.lax.scan(layer, (q, pool), jnp.arange(layers, dtype=jnp.int32))[0]
 
     compiled = jax.jit(step, donate_argnums=1).lower(q, pool).compile()
-    temporaries = compiled.memory_analysis().temp_size_in_bytes
+    memory = compiled.memory_analysis()
+    assert memory is not None
     nbytes = pool.nbytes
     out, pool = compiled(q, pool)
     best = float("inf")
@@ -181,7 +180,7 @@ def states_in_place(rate, sequences=64, heads=16, layers=8, size=128):
             out, pool = compiled(q, pool)
         jax.block_until_ready((out, pool))
         best = min(best, (time.perf_counter() - start) / 5)
-    return {"us": best / layers * 1e6, "of_copy": 2 * nbytes / best / rate, "temporaries": temporaries}
+    return {"us": best / layers * 1e6, "of_copy": 2 * nbytes / best / rate, "temporaries": memory.temp_size_in_bytes}
 
 
 def main():
@@ -193,34 +192,38 @@ def main():
     rate = copy_rate()
     results = {"device": device.device_kind, "jax": jax.__version__, "copy_TB_s": rate / 1e12}
     print(f"{device.device_kind}, JAX {jax.__version__}: copies {rate / 1e12:.2f} TB/s", flush=True)
-    wide = dict(experts=16, hidden=2048, inner=2048, layers=4)
-    m1 = dict(experts=16, hidden=6144, inner=9216)
-    heads = dict(heads=64, kv_heads=8)
+    wide = functools.partial(experts_time, rate, experts=16, hidden=2048, inner=2048, layers=4)
+    small = functools.partial(experts_time, rate, experts=16, hidden=1024, inner=1024, layers=8)
+    m1 = functools.partial(experts_time, rate, experts=16, hidden=6144, inner=9216)
+    attention = functools.partial(attention_time, rate, heads=64, kv_heads=8)
     cases = {
+        "experts wide, 64 tokens": lambda: wide(64),
+        "experts m1-1b, 64 tokens": lambda: small(64),
+        "attention 1 x 1M": lambda: attention(1, 1 << 20, page_size=1 << 20),
+        "attention 64 x 8k": lambda: attention(64, 8192, page_size=256),
         "experts right, 5 tokens": lambda: experts_right(5),
-        "experts right, 70 tokens": lambda: experts_right(70),
-        "experts right, 200 tokens": lambda: experts_right(200),
         "attention right, pages of 64": lambda: attention_right(5, 8, 2, 128, 64, 9, [1, 0, 576, 65, 300]),
+        "experts wide, 256 tokens": lambda: wide(256),
+        "experts wide, 512 tokens": lambda: wide(512),
+        "experts wide, 1 token": lambda: wide(1),
+        "attention 256 x 512": lambda: attention_time(rate, 256, 512, heads=16, kv_heads=4, page_size=64),
+        "states 64 x 16 heads": lambda: states_in_place(rate),
+        "attention 64 x up to 8k": lambda: attention(64, 8192, page_size=64, ragged=True),
+        "experts wide, 128 tokens": lambda: wide(128),
+        "experts m1-1b, 1 token": lambda: small(1),
+        "experts m1-1b, 64 tokens, old": lambda: small(64, few=False),
+        "attention m1-1b, 64 x 2k": lambda: attention_time(rate, 64, 2048, heads=16, kv_heads=4, page_size=64, size=64),
+        "experts M1, 64 tokens": lambda: m1(64),
+        "attention 64 x 8k, old": lambda: attention(64, 8192, page_size=256, old=True),
+        "experts M1, 1 token": lambda: m1(1),
+        "experts wide, 64 tokens, old": lambda: wide(64, few=False),
+        "experts wide, 128 tokens, old": lambda: wide(128, few=False),
+        "experts M1, 64 tokens, old": lambda: m1(64, few=False),
         "attention right, one page": lambda: attention_right(3, 64, 8, 128, 4096, 1, [4096, 17, 4095]),
         "attention right, size 64": lambda: attention_right(40, 6, 6, 64, 128, 4, [(37 * i) % 513 for i in range(40)]),
-        "experts wide, 64 tokens": lambda: experts_time(rate, 64, **wide),
-        "experts wide, 64 tokens, old": lambda: experts_time(rate, 64, **wide, few=False),
-        "attention 64 x 8k": lambda: attention_time(rate, 64, 8192, **heads, page_size=256),
-        "attention 1 x 1M": lambda: attention_time(rate, 1, 1 << 20, **heads, page_size=1 << 20),
-        "attention 64 x 8k, old": lambda: attention_time(rate, 64, 8192, **heads, page_size=256, old=True),
-        "experts M1, 64 tokens": lambda: experts_time(rate, 64, **m1),
-        "experts M1, 64 tokens, old": lambda: experts_time(rate, 64, **m1, few=False),
-        "experts wide, 1 token": lambda: experts_time(rate, 1, **wide),
-        "experts wide, 128 tokens": lambda: experts_time(rate, 128, **wide),
-        "experts wide, 128 tokens, old": lambda: experts_time(rate, 128, **wide, few=False),
-        "experts wide, 256 tokens": lambda: experts_time(rate, 256, **wide),
-        "experts wide, 512 tokens": lambda: experts_time(rate, 512, **wide),
-        "states 64 x 16 heads": lambda: states_in_place(rate),
-        "attention 64 x up to 8k": lambda: attention_time(rate, 64, 8192, **heads, page_size=64, ragged=True),
-        "attention 256 x 512": lambda: attention_time(rate, 256, 512, heads=16, kv_heads=4, page_size=64),
-        "attention 1 x 1M, old": lambda: attention_time(rate, 1, 1 << 20, **heads, page_size=1 << 20, old=True),
-        "experts M1, 1 token": lambda: experts_time(rate, 1, **m1),
-        "experts M1, 128 tokens": lambda: experts_time(rate, 128, **m1),
+        "experts right, 70 tokens": lambda: experts_right(70),
+        "experts right, 200 tokens": lambda: experts_right(200),
+        "attention 1 x 1M, old": lambda: attention(1, 1 << 20, page_size=1 << 20, old=True),
     }
     for name, case in cases.items():
         if not any(name.startswith(kind) for kind in given.only.split(",")):

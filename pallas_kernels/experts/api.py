@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels._compat import vary_over, varying_axes
+from pallas_kernels.arguments import is_known
 from pallas_kernels.ladder import Ladder
 
 LADDER = Ladder(
@@ -94,7 +95,7 @@ def _check(x, w1, w3, w2, routes, weights, layer) -> None:
         raise ValueError(f"expert_mlp: w2 must be [{stack}E, D, F] = {(*some, D, F)}, got {w2.shape}")
     if layer is not None and (jnp.ndim(layer) or not jnp.issubdtype(jnp.result_type(layer), jnp.integer)):
         raise ValueError(f"expert_mlp: layer must be one integer, got {layer}")
-    if isinstance(layer, int) and not 0 <= layer < w1.shape[0]:
+    if layer is not None and is_known(layer) and not 0 <= layer < w1.shape[0]:
         raise ValueError(f"expert_mlp: layer must be in 0..{w1.shape[0] - 1}, got {layer}")
     if routes.ndim != 2 or routes.shape[0] != x.shape[0]:
         raise ValueError(f"expert_mlp: routes must be [N, k] with N = {x.shape[0]}, got {routes.shape}")

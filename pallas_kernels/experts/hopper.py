@@ -1,6 +1,6 @@
 """The version for NVIDIA Hopper GPUs: grouped products in Pallas (`hopper_matmul`), everything between them by XLA.
 
-Assignments are sorted by expert and every expert's rows are filled up to whole tiles with rows of zeros, so that no
+Assignments are sorted by expert and every expert's rows are filled up to whole tiles with rows of any token, so that no
 tile has two experts. Forward takes two kernels: silu(x w1^T) * (x w3^T), both products of a tile side by side, and
 that times w2^T. Backward takes five, of the same two kinds; it keeps the two products inside from forward: where a
 layer is rematerialised, its gradient then computes nothing a third time.
@@ -47,7 +47,7 @@ def forward_of_layer(x, w1, w3, w2, routes, weights, layer, interpret=False) -> 
     """The same with stacks of weights, [L,E,F,D] and [L,E,D,F], which are read where they lie."""
     experts = w1.shape[1]
     w1, w3, w2 = (w.reshape(-1, *w.shape[2:]) for w in (w1, w3, w2))
-    return _products(interpret, False, x, w1, w3, w2, routes, weights, experts=experts, first=layer * experts)[0]
+    return _products(interpret, False, x, w1, w3, w2, routes, weights, experts=experts, layer=layer)[0]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -60,29 +60,31 @@ def _forward(interpret, *arrays):
     return y, (*arrays, *(checkpoint_name(a, KEPT) for a in inside))
 
 
-def _products(interpret, keep, *arrays, experts=None, first=0):
-    """y, and if they are to be kept the products with w1 and w3, [P,F]. Experts begin at weight `first`."""
+def _products(interpret, keep, *arrays, experts=None, layer=0):
+    """y, and if they are to be kept the products with w1 and w3, [P,F]; weights may be a stack of layers' `experts`."""
 
     @sequential_vmap
-    def run(x, w1, w3, w2, routes, weights, first):
+    def run(x, w1, w3, w2, routes, weights, layer):
         count = experts or w1.shape[0]
         if not keep and x.shape[0] <= hopper_few.TOKENS:
-            return (hopper_few.forward(x, w1, w3, w2, routes, weights, first, count, interpret=interpret),)
+            return (hopper_few.forward(x, w1, w3, w2, routes, weights, layer, count, interpret=interpret),)
         rows, by_rows = _sorted(routes, count)
-        by_rows["experts"] += first
+        by_rows["experts"] += layer * count
         multiply = functools.partial(hopper_matmul.rows_product, transpose_rhs=True, interpret=interpret, **by_rows)
 
         def gated(up, gate):
             hidden = up / (1 + jnp.exp(-up)) * gate
             return (hidden, up, gate) if keep else (hidden,)
 
-        hidden, *kept = multiply([rows.rows(x)], [w1, w3], combine=gated, outputs=3 if keep else 1)
+        # What fills up an expert's rows may be any token: nobody asks for its output.
+        x_rows = x.at[rows.token].get(mode="clip")
+        hidden, *kept = multiply([x_rows], [w1, w3], combine=gated, outputs=3 if keep else 1)
         (out,) = multiply([hidden], [w2])
         share = weights.astype(jnp.float32)[..., None]
         y = jnp.sum(share * rows.gather(out).astype(jnp.float32), axis=1).astype(x.dtype)
         return y, *kept
 
-    return run(*arrays, jnp.int32(first))
+    return run(*arrays, jnp.asarray(layer, jnp.int32))
 
 
 def _backward(interpret, saved, dy):
@@ -118,5 +120,6 @@ def _sorted(routes: jax.Array, experts: int) -> tuple[Plan, dict[str, jax.Array]
     rows = plan(routes, experts, hopper_matmul.TILE_ROWS)
     ends = (rows.start + rows.size) // hopper_matmul.TILE_ROWS
     tiles = jnp.arange(rows.token.size // hopper_matmul.TILE_ROWS)
-    expert = jnp.searchsorted(ends, tiles, side="right").astype(jnp.int32)
+    # Not `searchsorted`, which becomes a loop of small programs.
+    expert = jnp.sum(ends <= tiles[:, None], axis=1, dtype=jnp.int32)
     return rows, {"experts": jnp.minimum(expert, experts - 1), "used": ends[-1:]}

@@ -4,8 +4,8 @@ Every expert in use takes all tokens, and those that did not choose it weigh not
 expert's rows are filled up, and the matrix units, which compute too much, still wait for memory. Channels of the
 weights are the rows of all products, tokens the columns:
 
-    up      h[i] = silu(w1 x^T) * (w3 x^T) * share[i]        for the i-th expert in use, [F,n]
-    down    y^T = sum_i w2 h[i]                              one sum over the channels of all of them
+    up      h[e] = silu(w1[e] x^T) * (w3[e] x^T) * share[e]      for every expert in use, [F,n]
+    down    y^T = sum_e w2[e] h[e]                               one sum over the channels of all of them
 
 Thread blocks stay for a whole product and take one item after another: 64 rows of w1 beside the same 64 of w3, or 128
 of w2 and a part of the sum. One warpgroup multiplies; the other has the copy engine fill a ring of stages and runs
@@ -14,7 +14,6 @@ ahead into the next item. An expert that nobody chose costs nothing.
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,25 +29,6 @@ _DEPTH = 128
 _MEMORY = 192 << 10  # Of the ring.
 
 
-class Chosen(NamedTuple):
-    """Which experts are in use, and by whom."""
-
-    experts: jax.Array  # [E] int32, those in use first
-    used: jax.Array  # [1] int32, how many there are
-    share: jax.Array  # [E,N] float32, what each of them contributes to each token
-
-
-def chosen(routes: jax.Array, weights: jax.Array, experts: int) -> Chosen:
-    """Of `routes` and `weights` [N,k]; ids outside 0..experts-1 count for nothing."""
-    index = jnp.arange(experts, dtype=jnp.int32)
-    taken = (routes.reshape(-1, 1) == index).any(0)
-    place = jnp.sum(taken & (index < index[:, None]), axis=1)
-    active = jnp.sum(jnp.where(taken & (place == index[:, None]), index, 0), axis=1, dtype=jnp.int32)
-    used = jnp.sum(taken, keepdims=True, dtype=jnp.int32)
-    hit = (routes == active[:, None, None]) & (index < used)[:, None, None]
-    return Chosen(active, used, jnp.sum(jnp.where(hit, weights.astype(jnp.float32), 0.0), axis=2))
-
-
 def forward(
     x: jax.Array,
     w1: jax.Array,
@@ -56,7 +36,7 @@ def forward(
     w2: jax.Array,
     routes: jax.Array,
     weights: jax.Array,
-    first: jax.Array,
+    layer: jax.Array,
     experts: int,
     *,
     interpret=False,
@@ -64,90 +44,129 @@ def forward(
     """y [N,D] bfloat16 of x [N,D], N <= TOKENS.
 
     Args:
-      w1, w3: [S,F,D] bfloat16 and w2 [S,D,F], of which S the experts first, first + 1, ... are these; D and F multiples
-        of 128.
+      w1, w3: [L*E,F,D] bfloat16 and w2 [L*E,D,F], D and F multiples of 128: the experts of all layers.
       routes, weights: [N,k], as in `api.expert_mlp`.
-      first: int32 scalar.
-      experts: how many these are.
+      layer: int32 scalar, 0 <= layer < L.
+      experts: E.
     """
     tokens = x.shape[0]
     columns = -(-tokens // 64) * 64
-    picked = chosen(routes, weights, experts)
-    schedule = (picked.experts + first, picked.used)
+    taken, share = chosen(routes, weights, experts)
     x = jnp.pad(x, ((0, columns - tokens), (0, 0)))
-    share = jnp.pad(picked.share, ((0, 0), (0, columns - tokens)))
-    hidden = _up(x, w1, w3, *schedule, share, interpret=interpret)
-    parts = _down(hidden, w2, *schedule, interpret=interpret)
+    share = jnp.pad(share, ((0, 0), (0, columns - tokens)))
+    layer = layer.reshape(1)
+    hidden = _up(x, w1, w3, taken, layer, share, interpret=interpret)
+    parts = _down(hidden, w2, taken, layer, interpret=interpret)
     return parts.sum(0).T[:tokens].astype(x.dtype)
 
 
-def _up(x, w1, w3, experts, used, share, *, interpret):
+def chosen(routes: jax.Array, weights: jax.Array, experts: int) -> tuple[jax.Array, jax.Array]:
+    """Whether anybody chose an expert, [E] int32 of 0 and 1; what it contributes to each token, [E,N] float32.
+
+    `routes` and `weights` are [N,k]; ids outside 0..experts-1 count for nothing.
+    """
+    index = jnp.arange(experts)
+    hit = routes == index[:, None, None]
+    share = jnp.sum(jnp.where(hit, weights.astype(jnp.float32), 0.0), axis=2)
+    return hit.any((1, 2)).astype(jnp.int32), share
+
+
+def _up(x, w1, w3, taken, layer, share, *, interpret):
     """[E,F,n] bfloat16: what goes into the second product, for the experts in use."""
     columns, depth = x.shape
-    rows = w1.shape[1]
-    tiles = rows // 64
+    experts, rows, steps = share.shape[0], w1.shape[1], depth // _DEPTH
     ops = _hopper.operations(interpret)
 
-    def locate(refs, item):
-        slot = lax.div(item, jnp.int32(tiles))
-        row = lax.rem(item, jnp.int32(tiles)) * 64
-        return (slot, refs[3][slot], row), depth // _DEPTH
+    def walk(refs, block, blocks, visit):
+        """The tiles of one expert after the other are dealt to the blocks in turn."""
+        tiles = rows // 64
 
-    def fetch(refs, copy, place, step):
-        _, expert, row = place
-        inside = pl.ds(step * _DEPTH, _DEPTH)
-        for half in range(2):
-            copy.lhs(half, refs[1 + half].at[expert, pl.ds(row, 64), inside])
-        copy.rhs(refs[0].at[:, inside])
+        def expert(e, carry):
+            done, next_block = carry
+            first = lax.rem(block + blocks - next_block, jnp.int32(blocks))
+            taken = refs[3][e]
+            mine = taken * lax.div(jnp.maximum(tiles - first + blocks - 1, 0), jnp.int32(blocks))
+
+            def tile(index, done):
+                visit((e, (first + index * blocks) * 64), steps, done)
+                return done + steps
+
+            done = lax.fori_loop(0, mine, tile, done)
+            return done, lax.rem(next_block + taken * tiles, jnp.int32(blocks))
+
+        lax.fori_loop(0, experts, expert, (jnp.int32(0), jnp.int32(0)))
+
+    def fetch(refs, place, steps, fill):
+        expert, row = place
+        matrix = refs[4][0] * experts + expert
+
+        @pl.loop(0, steps)
+        def _(step):
+            inside = pl.ds(step * _DEPTH, _DEPTH)
+            fill(step, *(ref.at[matrix, pl.ds(row, 64), inside] for ref in refs[1:3]), refs[0].at[:, inside])
 
     def finish(refs, place, products, buffer):
-        slot, _, row = place
+        expert, row = place
         up, gate = products
-        share = ops.along(ops.load(refs[5].at[slot], columns=True), (64, columns))
+        share = ops.along(ops.load(refs[5].at[expert], columns=True), (64, columns))
         hidden = up / (1 + jnp.exp(-up)) * gate
         # Not a product with zero: what an expert makes of a token that is not its own may be infinite.
         hidden = jnp.where(share == 0, 0.0, hidden * share)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         buffer[...] = hidden.astype(jnp.bfloat16)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(buffer, refs[6].at[slot, pl.ds(row, 64)])
+        plgpu.copy_smem_to_gmem(buffer, refs[6].at[expert, pl.ds(row, 64)])
 
     return _stream(
-        (x, w1, w3, experts, used, share),
-        jax.ShapeDtypeStruct((experts.shape[0], rows, columns), jnp.bfloat16),
+        (x, w1, w3, taken, layer, share),
+        jax.ShapeDtypeStruct((experts, rows, columns), jnp.bfloat16),
         columns=columns,
-        items=lambda refs: refs[4][0] * tiles,
-        locate=locate,
+        walk=walk,
         fetch=fetch,
         finish=finish,
         rhs_shape=(columns, _DEPTH),
         transpose_rhs=True,
-        name="few_tokens_up",
+        name="expert_mlp_few_up",
         interpret=interpret,
     )
 
 
-def _down(hidden, w2, experts, used, *, interpret):
+def _down(hidden, w2, taken, layer, *, interpret):
     """[parts,D,n] float32: their sum is y^T."""
-    _, depth, columns = hidden.shape
-    rows = w2.shape[1]
-    tiles, chunks = rows // 128, depth // _DEPTH
+    experts, depth, columns = hidden.shape
+    rows, chunks = w2.shape[1], depth // _DEPTH
+    tiles = rows // 128
     parts = _parts(tiles)
 
-    def locate(refs, item):
-        tile, part = lax.rem(item, jnp.int32(tiles)), lax.div(item, jnp.int32(tiles))
-        total = refs[3][0] * chunks
-        first, end = (lax.div(total * p, jnp.int32(parts)) for p in (part, part + 1))
-        return (tile * 128, part, first), end - first
+    def walk(refs, block, blocks, visit):
+        total = sum(refs[2][e] for e in range(experts)) * chunks
 
-    def fetch(refs, copy, place, step):
+        def item(index, done):
+            place = block + index * blocks
+            part = lax.div(place, jnp.int32(tiles))
+            first, end = (lax.div(total * p, jnp.int32(parts)) for p in (part, part + 1))
+            visit((lax.rem(place, jnp.int32(tiles)) * 128, part, first), end - first, done)
+            return done + end - first
+
+        lax.fori_loop(0, lax.div(tiles * parts - block + blocks - 1, jnp.int32(blocks)), item, jnp.int32(0))
+
+    def fetch(refs, place, steps, fill):
         row, _, first = place
-        slot = lax.div(first + step, jnp.int32(chunks))
-        inside = pl.ds(lax.rem(first + step, jnp.int32(chunks)) * _DEPTH, _DEPTH)
-        expert = refs[2][slot]
-        for half in range(2):
-            copy.lhs(half, refs[1].at[expert, pl.ds(row + 64 * half, 64), inside])
-        copy.rhs(refs[0].at[slot, inside])
+
+        def expert(e, begin):
+            """The part's share of this expert's channels, which begin at step `begin` of the whole sum."""
+            taken = refs[2][e]
+            matrix = refs[3][0] * experts + e
+
+            @pl.loop(jnp.maximum(first - begin, 0), taken * jnp.minimum(first + steps - begin, chunks))
+            def _(chunk):
+                inside = pl.ds(chunk * _DEPTH, _DEPTH)
+                halves = (refs[1].at[matrix, pl.ds(row + 64 * half, 64), inside] for half in range(2))
+                fill(begin + chunk - first, *halves, refs[0].at[e, inside])
+
+            return begin + taken * chunks
+
+        lax.fori_loop(0, experts, expert, jnp.int32(0))
 
     def finish(refs, place, products, buffer):
         row, part, _ = place
@@ -155,16 +174,15 @@ def _down(hidden, w2, experts, used, *, interpret):
             refs[4][part, pl.ds(row + 64 * half, 64)] = products[half]
 
     return _stream(
-        (hidden, w2, experts, used),
+        (hidden, w2, taken, layer),
         jax.ShapeDtypeStruct((parts, rows, columns), jnp.float32),
         columns=columns,
-        items=lambda refs: tiles * parts,
-        locate=locate,
+        walk=walk,
         fetch=fetch,
         finish=finish,
         rhs_shape=(_DEPTH, columns),
         transpose_rhs=False,
-        name="few_tokens_down",
+        name="expert_mlp_few_down",
         interpret=interpret,
     )
 
@@ -178,26 +196,12 @@ def _parts(tiles: int) -> int:
     return min(range(1, 17), key=idle)
 
 
-class _Copies:
-    """Where the operands of a step go: a stage of the ring."""
-
-    def __init__(self, lhs, rhs, full):
-        self._lhs, self._rhs, self._full = lhs, rhs, full
-
-    def lhs(self, half, source):
-        plgpu.copy_gmem_to_smem(source, self._lhs.at[half], self._full)
-
-    def rhs(self, source):
-        plgpu.copy_gmem_to_smem(source, self._rhs, self._full)
-
-
 def _stream(
     inputs,
     out_type,
     *,
     columns: int,
-    items: Callable,
-    locate: Callable,
+    walk: Callable,
     fetch: Callable,
     finish: Callable,
     rhs_shape: tuple[int, int],
@@ -207,9 +211,9 @@ def _stream(
 ):
     """The kernel: two products [64,columns] an item, of two pieces of weights with the same right side.
 
-    items(refs) says how many items there are; locate(refs, item) where one lies and how many steps it takes;
-    fetch(refs, copies, place, step) brings what a step multiplies; finish(refs, place, products, buffer) does with the
-    products what is to be done.
+    walk(refs, block, blocks, visit) calls visit(place, steps, done) for each of a block's items; `done` steps were
+    before it. fetch(refs, place, steps, fill) calls fill(step, lhs, lhs, rhs) with what each step multiplies;
+    finish(refs, place, products, buffer) does with the products what is to be done.
     """
     blocks = 2 if interpret else _hopper.MULTIPROCESSORS
     stages = _MEMORY // ((2 * 64 + columns) * _DEPTH * 2)
@@ -217,24 +221,16 @@ def _stream(
     def body(*refs):
         *refs, lhs_smem, rhs_smem, out_smem, full, empty = refs
         block, group = lax.axis_index("block"), lax.axis_index("group")
-        mine = lax.div(items(refs) - block + blocks - 1, jnp.int32(blocks))
-
-        def each(do):
-            """do(place, steps, done) for each of this block's items; `done` steps were before it."""
-
-            def one(index, done):
-                place, steps = locate(refs, block + index * blocks)
-                do(place, steps, done)
-                return done + steps
-
-            lax.fori_loop(0, mine, one, jnp.int32(0))
 
         def produce(place, steps, done):
-            @pl.loop(0, steps)
-            def _(step):
+            def fill(step, first, second, rhs):
                 stage = lax.rem(done + step, jnp.int32(stages))
                 plgpu.barrier_wait(empty.at[stage])
-                fetch(refs, _Copies(lhs_smem.at[stage], rhs_smem.at[stage], full.at[stage]), place, step)
+                plgpu.copy_gmem_to_smem(first, lhs_smem.at[stage, 0], full.at[stage])
+                plgpu.copy_gmem_to_smem(second, lhs_smem.at[stage, 1], full.at[stage])
+                plgpu.copy_gmem_to_smem(rhs, rhs_smem.at[stage], full.at[stage])
+
+            fetch(refs, place, steps, fill)
 
         def compute(place, steps, done):
             def release(step):
@@ -265,13 +261,13 @@ def _stream(
             plgpu.set_max_registers(240, action="increase")
             for stage in range(stages):
                 plgpu.barrier_arrive(empty.at[stage])
-            each(compute)
+            walk(refs, block, blocks, compute)
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(group == 1)
         def _():
             plgpu.set_max_registers(40, action="decrease")
-            each(produce)
+            walk(refs, block, blocks, produce)
 
     tiled = functools.partial(plgpu.SMEM, dtype=jnp.bfloat16, transforms=_hopper.TILED)
     out = plgpu.kernel(

@@ -106,6 +106,8 @@ def lightning_attention_decode(
       q, k: [N,H,K] float32 or bfloat16; v: [N,H,V], same dtype.
       log_decay: [H] float32, <= 0.
       pool: [P,H,K,V] float32. Donated: outside jit the array passed in is dead afterwards; inside jit, donate it there.
+        A stack of layers [L,P,H,K,V] need not be sliced: view it as [L*P,H,K,V], add layer * P to the slots and let the
+        scan over layers carry it. It stays where it is.
       slots: [N] int32, the row of the pool that holds each sequence's state: distinct; negative for an idle sequence,
         whose output is zero and for which nothing is written. None: P = N, and sequence n has row n.
       implementation: "auto" (the best that can run here), "xla", "hopper" or "tpu".
