@@ -32,7 +32,7 @@ import pytest
 # Checks the shapes and dtypes in the signatures of what works on arrays while tests run. Not those of what users call:
 # that says itself what is wrong with an argument, and is tested for it.
 CHECKED = [
-    "m1jax.rl.losses",
+    *(f"m1jax.rl.{name}" for name in ("advantages", "aggregation", "losses")),
     *(f"m1jax.model.{name}" for name in ("cache", "head", "layers", "lightning", "moe", "softmax")),
 ]
 jaxtyping.install_import_hook(CHECKED, "beartype.beartype")

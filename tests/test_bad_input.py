@@ -376,7 +376,8 @@ def test_a_disk_that_is_read_only(good, tmp_path, capsys):
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", place], capture_output=True).returncode:
         pytest.skip("a file system cannot be mounted here")
     try:
-        for command in (("train", "sft", good, "--data", data, "--runs", place), ("convert", good, place / "out")):
+        train = ("train", "sft", good, "--data", data, "--row-length", "16", "--runs", place)
+        for command in (train, ("convert", good, place / "out")):
             message = run(capsys, *command)
             assert re.search(f"{place}.*: this file system is read-only; choose another place", message)
             assert "remove" not in message

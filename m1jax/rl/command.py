@@ -16,6 +16,7 @@ from m1jax.rl.tasks import ProblemFile, Task, UserProblems, get_task
 from m1jax.rl.trainer import PHASE, Trainer
 from m1jax.train import placement
 from m1jax.train.data import load_tokenizer, read_problems, weighted
+from m1jax.train.estimate import warn_if_slow
 from m1jax.train.metrics import draw_curves
 from m1jax.train.run import Branch, Run, run_directory
 from m1jax.train.sft import export
@@ -59,6 +60,8 @@ class Config:
     """Order of the problems, and sampling."""
     mesh: str = ""
     """How the devices share the work, for example fsdp=4,tensor=2 (docs/multihost.md); one device without it."""
+    wandb: str | None = None
+    """A project of Weights & Biases to send the figures to as well (extra `wandb`)."""
     profile: bool = False
     """Trace three updates into RUNS/NAME/profile, for xprof or TensorBoard."""
     recipe: tyro.conf.OmitArgPrefixes[RLRecipe] = dataclasses.field(default_factory=RLRecipe)
@@ -78,6 +81,9 @@ def main(config: Config) -> None:
         files = weighted(config.data) if config.data else []
         task = _problems(files, tokenizer, recipe) if files else get_task(config.task or "")
         model = placement.load_model(config.model, [(recipe.update.rows, recipe.update.row_length)])
+        asked = recipe.generation
+        tokens = asked.prompts * asked.samples * asked.longest // recipe.update.updates  # at most; generation apart
+        warn_if_slow(model.config, tokens, asked.longest, recipe.planned_updates, f"prompts {asked.prompts}")
         settings = {
             "command": "train rl",
             "model_config": model.config,
@@ -88,7 +94,7 @@ def main(config: Config) -> None:
             "seed": config.seed,
             "recipe": recipe,
         }
-        run = Run(directory, settings, branch=branch)
+        run = Run(directory, settings, branch=branch, wandb=config.wandb)
         trainer = Trainer(run, model, task, tokenizer, recipe, config.seed, judge=judge, profile=config.profile)
         finish(run, trainer.train(), tokenizer)
 

@@ -20,7 +20,7 @@ def summary(scored: Sequence[Scored]) -> dict[str, float]:
         "accuracy": float(correct.mean()),
         "length": float(lengths.mean()),
         "length_p99": float(np.percentile(lengths, 99)),
-        "unfinished": float(np.mean([episode.finish == "length" for episode in episodes])),
+        "unfinished": float(np.mean([episode.finish != "stop" for episode in episodes])),
     }
     for name in scored[0].parts:
         figures[f"reward_{name}"] = float(np.mean(np.concatenate([group.parts[name] for group in scored])))

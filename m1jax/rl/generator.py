@@ -3,54 +3,19 @@
 `Generator` is what the trainer needs; `BatchGenerator` fulfils it with the jitted loop of `m1jax.inference.decode`.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Protocol
 
 import jax
 import numpy as np
 from flax import nnx
-from jaxtyping import Float, Int, UInt8, UInt32
+from jaxtyping import Array, Key
 
 from m1jax.inference import decode, pad_prompts
+from m1jax.inference.types import Completion, Finish, Request
 from m1jax.model import MiniMaxM1
-from m1jax.rl.types import Finish
-from m1jax.train.placement import on_host
+from m1jax.processes import on_host
 from m1jax.train.step import Params
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How to draw tokens. From the whole distribution: log-probabilities are then those of the policy itself."""
-
-    temperature: float
-    max_new_tokens: int
-    end_ids: tuple[int, ...]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Request:
-    """A context to be continued."""
-
-    tokens: Int[np.ndarray, " time"]
-    key: UInt32[np.ndarray, "2"]
-    """data of a random key; sample g draws its token t with fold_in(fold_in(key, g), t)"""
-    sampling: Sampling
-    samples: int = 1
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Completion:
-    """One continuation of a request."""
-
-    tokens: Int[np.ndarray, " new"]
-    """int32, the end token included"""
-    logp: Float[np.ndarray, " new"]
-    """float32, under the tempered policy"""
-    version: int
-    """of the parameters that wrote it"""
-    finish: Finish
-    routes: UInt8[np.ndarray, "new layers k"] | None = None
 
 
 class Generator(Protocol):
@@ -82,10 +47,10 @@ class BatchGenerator:
         self._params, self._version = params, version
 
     def run(self, requests: Sequence[Request]) -> list[list[Completion]]:
-        first = requests[0]
-        samples, temperature, end_ids = first.samples, first.sampling.temperature, first.sampling.end_ids
-        alike = {(r.samples, r.sampling.temperature, r.sampling.end_ids) for r in requests}
+        alike = {(r.samples, r.sampling.temperature, r.sampling.top_p, r.sampling.end_ids) for r in requests}
         assert len(alike) == 1, "one call, one kind of request"
+        ((samples, temperature, top_p, end_ids),) = alike
+        assert top_p == 1, "whose log-probabilities are those of the policy itself"
         longest = max(len(request.tokens) for request in requests)
         time = self._prompt_tokens if longest <= self._prompt_tokens else 1 << (longest - 1).bit_length()
         out = on_host(
@@ -93,7 +58,7 @@ class BatchGenerator:
                 self._graph,
                 self._params,
                 *pad_prompts([request.tokens for request in requests], time),  # pyright: ignore[reportArgumentType]
-                _keys_of_samples(np.stack([request.key for request in requests]), samples),
+                _keys_of_samples(jax.numpy.stack([request.key for request in requests]), samples),
                 np.array(end_ids, np.int32),
                 np.float32(temperature),
                 samples_per_prompt=samples,
@@ -105,19 +70,21 @@ class BatchGenerator:
             limit = requests[row // samples].sampling.max_new_tokens
             finish: Finish = "stop" if finished and length <= limit else "length"
             n = min(int(length), limit)
-            completions.append(Completion(tokens=tokens[:n], logp=logp[:n], version=self._version, finish=finish))
+            completions.append(
+                Completion(
+                    tokens=tokens[:n],
+                    logp=logp[:n],
+                    nucleus_logp=logp[:n],
+                    written=np.ones(n, bool),
+                    version=np.full(n, self._version, np.int32),
+                    routes=None,
+                    finish=finish,
+                    sample=row % samples,
+                )
+            )
         return [completions[i : i + samples] for i in range(0, len(completions), samples)]
 
 
 @jax.jit(static_argnums=1)
-def _keys_of_samples(requests: UInt32[jax.Array, "requests 2"], samples: int) -> jax.Array:
-    def one(key: jax.Array) -> jax.Array:
-        return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.wrap_key_data(key), np.arange(samples))
-
-    return jax.vmap(one)(requests).reshape(-1)
-
-
-@jax.jit
-def folded(keys: UInt32[jax.Array, "n 2"], numbers: UInt32[jax.Array, " n"]) -> jax.Array:
-    """Data of the keys fold_in(key, number)."""
-    return jax.random.key_data(jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(keys), numbers))
+def _keys_of_samples(requests: Key[Array, " requests"], samples: int) -> Key[Array, " rows"]:
+    return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(requests, np.arange(samples)).reshape(-1)

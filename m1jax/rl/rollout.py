@@ -4,15 +4,17 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import UInt32
+from jaxtyping import Array, Key, UInt32
 
 from m1jax.chat import Tokenizer, encode_chat, encode_prompt
 from m1jax.errors import UserError, require_positive
+from m1jax.inference.types import Completion, Finish, Request, Sampling
 from m1jax.rl.environment import Environment, MakeEnvironment, Messages, SingleTurn
-from m1jax.rl.generator import Completion, Generator, Request, Sampling, folded
+from m1jax.rl.generator import Generator
 from m1jax.rl.tasks import Problem, Split, Task
-from m1jax.rl.types import Episode, Finish, Group
+from m1jax.rl.types import Episode, Group
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,7 +104,7 @@ class Rollout:
         """
         numbers = np.arange(first, first + self._recipe.prompts, dtype=np.uint32)
         problems = [self._task.problem(split, seed, int(number)) for number in numbers]
-        keys = np.asarray(_keys_of_problems(np.array([seed, split == "heldout"], np.uint32), numbers))
+        keys = list(_keys_of_problems(np.array([seed, split == "heldout"], np.uint32), numbers))
         attempts: list[list[_Attempt]] = []
         for problem, number, key in zip(problems, numbers, keys):
             group: list[_Attempt] = []
@@ -123,7 +125,7 @@ class Rollout:
         problem: Problem,
         rng: np.random.Generator,
         sample: int,
-        key: UInt32[np.ndarray, "2"],
+        key: Key[Array, ""],
         others: Sequence["_Attempt"],
     ) -> "_Attempt":
         environment = self._environment()
@@ -151,9 +153,8 @@ class Rollout:
                 self._take(attempt, completion)
 
     def _later_turn(self, attempts: Sequence["_Attempt"], turn: int) -> None:
-        keys = np.stack([attempt.key for attempt in attempts])
-        keys = folded(keys, np.array([attempt.sample for attempt in attempts], np.uint32))
-        keys = np.asarray(folded(keys, np.full(len(attempts), 2**31 + turn, np.uint32)))
+        samples = np.array([attempt.sample for attempt in attempts], np.uint32)
+        keys = list(_keys_of_turn(jnp.stack([attempt.key for attempt in attempts]), samples, np.uint32(turn)))
         requests = [
             Request(tokens=a.context(), key=key, sampling=self._sampling(self._recipe.max_new_tokens - len(a.tokens)))
             for a, key in zip(attempts, keys)
@@ -163,7 +164,8 @@ class Rollout:
 
     def _sampling(self, max_new_tokens: int) -> Sampling:
         end_ids = (self._tokenizer.eos_id,)
-        return Sampling(temperature=self._recipe.temperature, max_new_tokens=max_new_tokens, end_ids=end_ids)
+        # From the whole distribution: log-probabilities are then those of the policy itself.
+        return Sampling(temperature=self._recipe.temperature, top_p=1.0, max_new_tokens=max_new_tokens, end_ids=end_ids)
 
     def _take(self, attempt: "_Attempt", completion: Completion) -> None:
         """What the policy wrote, and what the environment has to say to it."""
@@ -193,7 +195,7 @@ class _Attempt:
         messages: list[Mapping[str, str]],
         prompt: list[int],
         sample: int,
-        key: UInt32[np.ndarray, "2"],
+        key: Key[Array, ""],
     ):
         self.environment, self.messages, self.prompt, self.sample, self.key = environment, messages, prompt, sample, key
         self.tokens: list[int] = []
@@ -209,9 +211,9 @@ class _Attempt:
 
     def write(self, completion: Completion, text: str) -> None:
         self.tokens += completion.tokens.tolist()
-        self._written += [True] * len(completion.tokens)
+        self._written += completion.written.tolist()
         self._logp.append(completion.logp)
-        self._version += [completion.version] * len(completion.tokens)
+        self._version += completion.version.tolist()
         self._turns.append(text)
         self.messages.append({"role": "assistant", "content": text})
         self.finish = completion.finish
@@ -239,7 +241,21 @@ def _plain(messages: Messages) -> str:
 
 
 @jax.jit
-def _keys_of_problems(seeds: UInt32[jax.Array, "2"], problems: UInt32[jax.Array, " problems"]) -> jax.Array:
+def _keys_of_problems(
+    seeds: UInt32[jax.Array, "2"], problems: UInt32[jax.Array, " problems"]
+) -> Key[Array, " problems"]:
     seed, split = seeds
     base = jax.random.fold_in(jax.random.key(seed), split)
-    return jax.random.key_data(jax.vmap(jax.random.fold_in, (None, 0))(base, problems))
+    return jax.vmap(jax.random.fold_in, (None, 0))(base, problems)
+
+
+@jax.jit
+def _keys_of_turn(
+    problems: Key[Array, " attempts"], samples: UInt32[jax.Array, " attempts"], turn: UInt32[jax.Array, ""]
+) -> Key[Array, " attempts"]:
+    """Behind all that a first turn draws with, which folds in the number of a token."""
+
+    def one(problem: jax.Array, sample: jax.Array) -> jax.Array:
+        return jax.random.fold_in(jax.random.fold_in(problem, sample), np.uint32(2**31) + turn)
+
+    return jax.vmap(one)(problems, samples)

@@ -2,18 +2,15 @@
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Literal
 
 import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
+from m1jax.inference.types import Finish
 from m1jax.rl.tasks.base import Problem
 from m1jax.train import packing
 from m1jax.train.batch import Batch, column
-
-Finish = Literal["stop", "length"]
-"""why a response ended: by its end token, or at the limit"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,7 @@ from m1jax.errors import UserError, require_positive, require_seed
 from m1jax.train import placement
 from m1jax.train.batch import Batch
 from m1jax.train.data import ENDLESS, Documents, load_tokenizer, mixture, weighted
+from m1jax.train.estimate import warn_if_slow
 from m1jax.train.loop import LoopRecipe, fit
 from m1jax.train.optimizer import OptimizerConfig
 from m1jax.train.run import Branch, Run, free, run_directory
@@ -193,6 +194,8 @@ class Config:
     """Order of the data."""
     mesh: str = ""
     """How the devices share the work, for example fsdp=4,tensor=2 (docs/multihost.md); one device without it."""
+    wandb: str | None = None
+    """A project of Weights & Biases to send the figures to as well (extra `wandb`)."""
     profile: bool = False
     """Trace three updates into RUNS/NAME/profile, for xprof or TensorBoard."""
     recipe: tyro.conf.OmitArgPrefixes[PretrainRecipe] = dataclasses.field(default_factory=PretrainRecipe)
@@ -210,6 +213,7 @@ def main(config: Config) -> None:
         others = [Documents(path, tokenizer) for path in config.eval_data]
         longest = recipe.stages[-1][0]
         model = placement.load_model(config.model, [(recipe.rows(length), length) for length, _ in recipe.stages])
+        warn_if_slow(model.config, recipe.batch_tokens, longest, recipe.steps, f"batch-tokens {recipe.batch_tokens}")
         pieces = [piece for lines in others for n in range(len(lines)) for piece in _pieces(lines[n], longest)]
         settings = {
             "command": "train pretrain",
@@ -219,7 +223,7 @@ def main(config: Config) -> None:
             "seed": config.seed,
             "recipe": recipe,
         }
-        run = Run(directory, settings, branch=branch)
+        run = Run(directory, settings, branch=branch, wandb=config.wandb)
         rows = Rows(lambda stage: mixture(sources, seed=(config.seed, stage)), recipe)
         heldout = held_out(pieces, recipe.rows(longest), longest) if pieces else None
         model = fit(run, model, rows, recipe, phase="pretrain", heldout=heldout, profile=config.profile)

@@ -5,12 +5,13 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from m1jax import processes
 from m1jax.disk import Lock, explained, write_atomically, writing
 from m1jax.errors import UserError
 from m1jax.train.metrics import MetricsLog
+from m1jax.train.wandb import WandB
 
 T = TypeVar("T")
 
@@ -57,6 +58,7 @@ class Run:
         settings: everything that decides the result (configuration and seeds), as dataclasses, dicts and numbers; kept
             in `config.json`. Of a run that goes on, only fields that are `free` may differ, and how a path is spelt.
         branch: where it begins, if it is not from the beginning.
+        wandb: a project of Weights & Biases, where its figures go too.
 
     Raises:
         UserError: the directory holds a model or checkpoints of a run with other settings, another process trains in
@@ -64,15 +66,23 @@ class Run:
     """
 
     def __init__(
-        self, directory: str | os.PathLike[str], settings: Mapping[str, object], *, branch: Branch | None = None
+        self,
+        directory: str | os.PathLike[str],
+        settings: Mapping[str, object],
+        *,
+        branch: Branch | None = None,
+        wandb: str | None = None,
     ):
         self.directory, self.branch = Path(directory), branch
         if branch is not None:
             settings = {**settings, "from": [branch.run, branch.step]}
+        self._wandb: WandB | None = None
         failure: UserError | None = None
         if processes.writes():
             try:
                 self._lock = self._open(settings)
+                if wandb is not None:
+                    self._wandb = WandB(wandb, self.directory, _plain(settings))
             except UserError as error:
                 failure = error
             except OSError as error:
@@ -100,6 +110,19 @@ class Run:
         write_atomically(file, json.dumps(_plain(settings), indent=2) + "\n")
         return lock
 
+    def record(self, phase: str, step: int, values: Mapping[str, object]) -> None:
+        """A line of metrics.jsonl, on disk when this returns, and wherever else figures go."""
+        self.log.append(phase, step, values)
+        if self._wandb is not None:
+            self._wandb.add(phase, step, values)
+
+    def close(self) -> None:
+        """To be called when nothing more will be recorded."""
+        self.log.close()
+        if self._wandb is not None:
+            self._wandb.close()
+            self._wandb = None
+
     def checkpoints_of(self, phase: str) -> Path:
         """Where the checkpoints of a phase are. The directory is made, so that it is noticed if it goes away."""
         directory = self.directory / "checkpoints" / phase
@@ -109,7 +132,7 @@ class Run:
         return directory
 
 
-def _plain(value: object) -> object:
+def _plain(value: object) -> Any:
     """As JSON can hold it; paths as they are found from anywhere."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}

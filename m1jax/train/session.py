@@ -119,7 +119,7 @@ class Session:
     def __exit__(self, *raised: Any) -> None:
         self._open.__exit__(*raised)
         if raised[0] is not None:  # else another training of the run goes on with it
-            self._run.log.close()
+            self._run.close()
 
     def update(self, step: TrainStep, batch: Batch, *, planned: float | None = None) -> Stats | None:
         """One update.
@@ -174,7 +174,7 @@ class Session:
             What the meter added (see `Meter.record`).
         """
         measured = self._meter.record()
-        self._run.log.append(self._phase, step, {**figures, **measured})
+        self._run.record(self._phase, step, {**figures, **measured})
         self._recorded = step
         return measured
 
@@ -224,9 +224,13 @@ class Session:
         if branch is not None:
             source, step = branch
             with Checkpoints(source / "checkpoints" / self._phase, config=self._config) as others:
+                there = others.steps()
+                if not there or step not in (None, *there):
+                    raise UserError(
+                        f"--from {source}: it has no checkpoint of {self._phase} {'' if step is None else step}; "
+                        f"there are: {', '.join(map(str, there)) or 'none'}"
+                    )
                 found, said = others.restore(**target, step=step), "branches off"
-            if found is None:
-                raise UserError(f"--from {source}: there is no checkpoint of {self._phase!r}")
             self._run.log.records = MetricsLog(source, writes=False).records
         if found is None:
             self._run.log.resume(self._phase, -1)

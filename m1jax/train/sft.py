@@ -14,6 +14,7 @@ from m1jax.model import MiniMaxM1
 from m1jax.train import packing, placement
 from m1jax.train.batch import Batch
 from m1jax.train.data import ENDLESS, Conversations, load_tokenizer, mixture, weighted
+from m1jax.train.estimate import warn_if_slow
 from m1jax.train.loop import Batches, LoopRecipe, fit
 from m1jax.train.optimizer import OptimizerConfig
 from m1jax.train.run import Branch, Run, free, run_directory
@@ -127,6 +128,8 @@ class Config:
     """Order of the data."""
     mesh: str = ""
     """How the devices share the work, for example fsdp=4,tensor=2 (docs/multihost.md); one device without it."""
+    wandb: str | None = None
+    """A project of Weights & Biases to send the figures to as well (extra `wandb`)."""
     profile: bool = False
     """Trace three updates into RUNS/NAME/profile, for xprof or TensorBoard."""
     recipe: tyro.conf.OmitArgPrefixes[SFTRecipe] = dataclasses.field(default_factory=SFTRecipe)
@@ -144,6 +147,8 @@ def main(config: Config) -> None:
         others = [Conversations(path, tokenizer, recipe.row_length) for path in config.eval_data]
         examples = mixture(sources, seed=(config.seed,))
         model = placement.load_model(config.model, [(recipe.rows, recipe.row_length)])
+        tokens = recipe.batch * recipe.row_length  # at most
+        warn_if_slow(model.config, tokens, recipe.row_length, recipe.steps, f"batch {recipe.batch}")
         heldout = [lines[index] for lines in others for index in range(len(lines))]
         settings = {
             "command": "train sft",
@@ -153,7 +158,7 @@ def main(config: Config) -> None:
             "seed": config.seed,
             "recipe": recipe,
         }
-        run = Run(directory, settings, branch=branch)
+        run = Run(directory, settings, branch=branch, wandb=config.wandb)
         model = fit(
             run,
             model,
@@ -167,6 +172,6 @@ def main(config: Config) -> None:
 
 
 def export(run: Run, model: MiniMaxM1, tokenizer: Tokenizer) -> None:
-    """Writes the model to the run's `export/`, in the compute dtype, and closes the log."""
+    """Writes the model to the run's `export/`, in the compute dtype, and closes the run."""
     save_pretrained(model, run.directory / "export", dtype=model.dtype, tokenizer=tokenizer)
-    run.log.close()
+    run.close()

@@ -52,7 +52,7 @@ class Sum:
         return Sum(jnp.zeros((), self.sum.dtype))  # pyright: ignore[reportAttributeAccessIssue]
 
     def value(self) -> float | None:
-        return _finite(self.sum)
+        return float(self.sum)
 
 
 @jax.tree_util.register_dataclass
@@ -75,7 +75,7 @@ class Mean:
         return Mean(jnp.zeros((), self.sum.dtype), jnp.zeros((), self.count.dtype))  # pyright: ignore[reportAttributeAccessIssue]
 
     def value(self) -> float | None:
-        return _finite(float(self.sum) / float(self.count)) if float(self.count) else None
+        return float(self.sum) / float(self.count) if float(self.count) else None
 
 
 @jax.tree_util.register_dataclass
@@ -98,7 +98,7 @@ class Max:
         return Max(jnp.full((), -jnp.inf, self.max.dtype))  # pyright: ignore[reportAttributeAccessIssue]
 
     def value(self) -> float | None:
-        return _finite(self.max)
+        return None if float(self.max) == -math.inf else float(self.max)
 
 
 def merge(parts: Iterable[Mapping[str, Statistic]]) -> Stats:
@@ -134,8 +134,3 @@ def to_json(stats: Mapping[str, Statistic]) -> dict[str, list[Any]]:
 
 def from_json(stored: Mapping[str, list[Any]]) -> Stats:
     return {name: KINDS[kind](*fields) for name, (kind, *fields) in stored.items()}
-
-
-def _finite(value: Scalar) -> float | None:
-    """JSON has no NaN and no infinity; what has none says nothing anyway."""
-    return float(value) if math.isfinite(float(value)) else None

@@ -14,5 +14,5 @@ def test_group_advantages():
 
 
 def test_informative():
-    assert [informative(np.array(g)) for g in ([1, 1, 1], [0, 0, 1], [0.1, 0.1, 0.1])] == [False, True, False]
+    assert [informative(np.array(g, float)) for g in ([1, 1, 1], [0, 0, 1], [0.1, 0.1, 0.1])] == [False, True, False]
     assert not informative(np.zeros(0))

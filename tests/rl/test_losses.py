@@ -71,13 +71,13 @@ def test_value_and_gradient(batch, bounds):
 
 
 def test_one_prompt_is_a_token_mean(batch):
-    prompts = np.zeros(B)
+    prompts = np.zeros(B, int)
     loss, _ = cispo_loss(*arrays(batch, prompts), max_weight=2.0)
     np.testing.assert_allclose(loss, oracle(*batch, prompts=prompts, max_weight=2.0)[0], rtol=1e-5)
 
 
 def test_on_policy_gradient_is_reinforce(batch):
-    logp, _, advantage, mask, weight = arrays(batch, np.zeros(B))
+    logp, _, advantage, mask, weight = arrays(batch, np.zeros(B, int))
     grad = jax.grad(lambda x: cispo_loss(x, logp, advantage, mask, weight, max_weight=5.0)[0])(logp)
     np.testing.assert_allclose(grad, -advantage * mask / mask.sum(), rtol=1e-6)
 

@@ -1,8 +1,15 @@
-"""The built-in families: right demonstrations, pure problems, held-out problems that are never trained on."""
+"""Tasks: right demonstrations, pure problems, held-out problems that are never trained on, mixtures."""
+
+import collections
+import importlib.util
 
 import pytest
 
-from m1jax.rl.tasks import BUILT_IN, get_task, split_response
+from m1jax.errors import UserError
+from m1jax.rl.tasks import BUILT_IN, ProblemFile, UserProblems, get_task, split_response
+from m1jax.rl.tasks.base import Turns
+
+with_gym = pytest.mark.skipif(importlib.util.find_spec("reasoning_gym") is None, reason="the extra `tasks` is missing")
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
@@ -53,3 +60,87 @@ def test_a_mixture_takes_turns():
     problems = [mixture.problem("train", 0, index) for index in range(4)]
     assert [p.family for p in problems] == ["sums", "board", "sums", "board"]
     assert all(mixture.correct(p, p.answer) for p in problems)
+
+
+@pytest.mark.parametrize(
+    ("weights", "order"),
+    [((1, 1, 1), [0, 1, 2]), ((3, 1), [0, 0, 1, 0]), ((1, 2.5), [1, 0, 1, 1, 1, 0, 1]), ((7,), [0])],
+)
+def test_turns_follow_the_weights(weights, order):
+    turns = Turns(weights)
+    found = [turns[index] for index in range(3 * len(order))]
+    assert [source for source, _ in found] == 3 * order
+    for source in range(len(weights)):  # every source is gone through one by one
+        assert [number for s, number in found if s == source] == list(range(3 * order.count(source)))
+
+
+def test_one_task_twice_is_no_mixture():
+    with pytest.raises(UserError, match="names one task twice"):
+        get_task("sums+sums")
+
+
+def user(*files):
+    return UserProblems([ProblemFile(path, pairs, weight) for path, pairs, weight in files])
+
+
+def test_problems_of_ones_own():
+    task = user(("data/easy.jsonl", [(f"{n}+0=", str(n)) for n in range(40)], 1.0))
+    train = [task.problem("train", 0, index) for index in range(70)]
+    heldout = [task.problem("heldout", 0, index) for index in range(5)]
+    assert len({p.prompt for p in train[:35]}) == 35  # every pass has each once
+    assert sorted(p.prompt for p in train[:35]) == sorted(p.prompt for p in train[35:])
+    assert [p.prompt for p in train[:35]] != [p.prompt for p in train[35:]]
+    assert not {p.prompt for p in train} & {p.prompt for p in heldout}
+    assert {p.family for p in (*train, *heldout)} == {"easy"}  # not the path: accuracy is counted by it
+    assert task.problem("train", 0, 3) == train[3]
+    assert task.correct(train[0], train[0].answer + ".0")
+    assert not task.correct(train[0], "wrong")
+
+
+def test_several_files_are_mixed_by_weight():
+    """And what is held out of one is not trained on in another."""
+    shared = [(f"{n}*1=", str(n)) for n in range(20)]
+    task = user(("a.jsonl", shared, 3.0), ("b/c.jsonl", [*shared, *((f"{n}*2=", str(2 * n)) for n in range(20))], 1.0))
+    train = [task.problem("train", 1, index) for index in range(400)]
+    assert collections.Counter(p.family for p in train) == {"a": 300, "c": 100}
+    heldout = {task.problem("heldout", 1, index).prompt for index in range(20)}
+    assert len(heldout) == 40 // 8
+    assert not heldout & {p.prompt for p in train}
+
+
+def test_files_with_too_little_are_refused():
+    with pytest.raises(UserError, match=r"x\.jsonl: 1 different prompts"):
+        user(("x.jsonl", [("a", "b"), ("a", "c")], 1.0))
+    with pytest.raises(UserError, match=r"[xy]\.jsonl: all its 1 prompts are held out"):
+        user(("x.jsonl", [("a", "b")], 1.0), ("y.jsonl", [("c", "d")], 1.0))
+
+
+@with_gym
+def test_reasoning_gym():
+    """Problems and their judge; families are families, so that accuracy is not counted problem by problem."""
+    task = get_task("chain_sum")
+    train = [task.problem("train", 0, index) for index in range(20)]
+    heldout = [task.problem("heldout", 0, index) for index in range(20)]
+    assert train[3] == task.problem("train", 0, 3)
+    assert {p.family for p in (*train, *heldout)} == {"chain_sum"}
+    assert len({p.id for p in (*train, *heldout)}) == 40
+    for problem in train:
+        assert task.correct(problem, problem.answer)
+        assert not task.correct(problem, f"{problem.answer}1")
+
+
+@with_gym
+def test_reasoning_gym_in_a_mixture():
+    mixture = get_task("sums+chain_sum")
+    problems = [mixture.problem("train", 0, index) for index in range(6)]
+    assert [p.family for p in problems] == ["sums", "chain_sum"] * 3
+    assert all(mixture.correct(p, p.answer) for p in problems)
+    assert not any(mixture.correct(p, "x") for p in problems)
+
+
+@with_gym
+def test_families_that_are_not_there():
+    with pytest.raises(UserError, match=r"'chain_sums' is neither built in .* chain_sum"):
+        get_task("chain_sums")
+    with pytest.raises(UserError, match=r"cannot make problems of this family"):
+        get_task("composite")

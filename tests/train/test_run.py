@@ -1,6 +1,9 @@
-"""A run's directory belongs to one process at a time, and says what to do where it cannot be used."""
+"""A run's directory belongs to one process at a time, and says what to do where it cannot be used; a run goes on with
+what cannot change its result as one likes, and with nothing else changed."""
 
+import dataclasses
 import errno
+import json
 import os
 import subprocess
 import sys
@@ -9,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from m1jax.errors import UserError
-from m1jax.train.run import Run
+from m1jax.train.run import Branch, Run, free, run_directory
 
 ROOT = Path(__file__).parents[2]
 TRAINING = """
@@ -71,3 +74,75 @@ def test_damaged_settings_cost_no_checkpoints(tmp_path):
     (tmp_path / "run/config.json").unlink()
     Run(tmp_path / "run", {"seed": 0})
     assert (tmp_path / "run/checkpoints/sft/10").is_dir()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inner:
+    rate: float = 0.1
+    rows: int = free(8)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    inner: Inner = dataclasses.field(default_factory=Inner)
+    every: int = free(10)
+
+
+@pytest.fixture
+def start(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = {"model": Path("model"), "data": [(Path("a.jsonl"), 2.0)], "seed": 0, "recipe": Recipe()}
+
+    def start(branch=None, **changes):
+        return Run("runs/x", settings | changes, branch=branch)
+
+    (start().checkpoints_of("sft") / "10").mkdir()
+    return start
+
+
+def test_what_cannot_change_the_result(start, tmp_path):
+    start(recipe=Recipe(every=3, inner=Inner(rows=2)))
+    kept = json.loads(Path("runs/x/config.json").read_text())
+    assert kept["recipe"] == {"inner": {"rate": 0.1, "rows": 2}, "every": 3}
+    # However a path is spelt, and from wherever.
+    start(model=tmp_path / "model", data=[(tmp_path / "." / "a.jsonl", 2.0)])
+    os.mkdir("elsewhere")
+    os.chdir("elsewhere")
+    Run(
+        tmp_path / "runs/x",
+        {"model": Path("../model"), "data": [(Path("../a.jsonl"), 2.0)], "seed": 0, "recipe": Recipe()},
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (dict(seed=1), "seed is 0 there and 1 now"),
+        (dict(recipe=Recipe(inner=Inner(rate=0.2))), r"recipe\.inner\.rate is 0\.1 there and 0\.2 now"),
+        (dict(model=Path("other")), "model is '.*/model' there and 'other' now"),
+        (dict(data=[(Path("a.jsonl"), 1.0)]), r"data\[0\]\[1\] is 2\.0 there and 1\.0 now"),
+        (dict(data=[]), "data is .* there and \\[\\] now"),
+        (dict(branch=Branch(Path("runs/x"), 10)), "from is None there"),
+    ],
+)
+def test_what_can(start, changes, says):
+    with pytest.raises(UserError, match=says):
+        start(**changes)
+
+
+@pytest.mark.parametrize("name", ["", " ", ".", "..", "../x", "a/../../x", "/tmp/x", "x "])
+def test_a_name_leads_nowhere_else(name):
+    with pytest.raises(UserError, match="a run needs a name of its own below runs/"):
+        run_directory(Path("runs"), name)
+
+
+def test_names():
+    assert run_directory(Path("runs"), "first") == Path("runs/first")
+    assert run_directory(Path("runs"), "group/first") == Path("runs/group/first")
+
+
+def test_where_to_branch_off(start):
+    assert Branch.parse("runs/x") == (Path("runs/x"), None)
+    assert Branch.parse("runs/x:10") == (Path("runs/x"), 10)
+    with pytest.raises(UserError, match="--from runs/y:3: runs/y holds no checkpoints"):
+        Branch.parse("runs/y:3")

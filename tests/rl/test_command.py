@@ -1,0 +1,92 @@
+"""`m1jax train rl` from the command line: one's own problems in several files, one's own reward, chat format."""
+
+import json
+
+import pytest
+
+from m1jax import cli
+from m1jax.errors import UNTRAINED
+from tests import tiny
+
+SIZES = ["--iterations", "1", "--prompts", "4", "--samples", "4", "--updates", "2", "--rounds", "1", "--rows", "2"]
+SIZES += ["--max-new-tokens", "8", "--evaluate-rounds", "1"]
+PLAIN = [*SIZES, "--no-chat", "--max-prompt-tokens", "8", "--row-length", "16"]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    home = tmp_path_factory.mktemp("files")
+    tiny.save(home / "model")
+    for name in ("easy", "hard"):
+        lines = [json.dumps({"prompt": f"{name[0]}{n}=", "answer": str(n)}) + "\n" for n in range(10)]
+        (home / f"{name}.jsonl").write_text("".join(lines))
+    (home / "mine.py").write_text(
+        "def reward(response, answer):\n"
+        "    total = sum(map(ord, response))\n"
+        "    if total % 5 == 0: raise ValueError('fives are not judged')\n"
+        "    return total % 101 / 100\n"
+    )
+    return home
+
+
+def refused(capsys, *arguments):
+    with pytest.raises(SystemExit) as leaving:
+        cli.main(["train", "rl", *map(str, arguments)])
+    assert leaving.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_problems_and_reward_of_ones_own(files, tmp_path, caplog):
+    data = ["--data", f"{files}/easy.jsonl=3", f"{files}/hard.jsonl", "--reward", f"{files}/mine.py:reward"]
+    command = ["train", "rl", f"{files}/model", *data, *PLAIN, "--runs", str(tmp_path), "--name", "mine"]
+    cli.main(command)
+    run = tmp_path / "mine"
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records] == [0, 1]
+    assert records[1]["updates"] == 2
+    assert 0 < records[1]["reward"] < 1
+    assert {name for name in records[1] if name.startswith("accuracy")} == {
+        "accuracy",
+        "accuracy_easy",
+        "accuracy_hard",
+    }
+    assert "mine.py, line 3: ValueError: fives are not judged" in caplog.text
+    assert {p.name for p in run.iterdir()} >= {"export", "curves.png", "samples_before.md", "samples_after.md"}
+    settings = json.loads((run / "config.json").read_text())
+    assert settings["data"] == [[f"{files}/easy.jsonl", 3.0], [f"{files}/hard.jsonl", 1.0]]
+    assert settings["recipe"]["generation"]["prompts"] == 4
+
+
+def test_prompts_are_measured_as_they_are_asked(files, tmp_path, capsys):
+    """The chat format takes tokens too; a problem that does not fit is named by its line, before anything begins."""
+    sizes = [*SIZES, "--max-prompt-tokens", "40", "--row-length", "64", "--runs", tmp_path]
+    said = refused(capsys, files / "model", "--data", files / "easy.jsonl", *sizes)
+    assert "easy.jsonl, line 1: a prompt of" in said
+    assert "max_prompt_tokens is 40" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_learnt_has_a_status_of_its_own(files, tmp_path, capsys):
+    """With the chat format, and rules, which so small a model never satisfies."""
+    sizes = [*SIZES, "--max-prompt-tokens", "64", "--row-length", "72", "--runs", str(tmp_path)]
+    with pytest.raises(SystemExit) as leaving:
+        cli.main(["train", "rl", f"{files}/model", "--data", f"{files}/easy.jsonl", *sizes])
+    assert leaving.value.code == UNTRAINED
+    assert "not one update was made" in capsys.readouterr().out
+    assert not (tmp_path / "rl/export").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--name", ""], "a run needs a name"),
+        (["--name", "../x"], "a run needs a name"),
+        (["--reward", "none.py:f"], "there is no file none.py"),
+        (["--from", "nowhere"], "nowhere holds no checkpoints"),
+        (["--max-weight", "0.28"], "did you mean 1.28?"),
+        (["--format-reward", "1"], "format_reward = 1.0"),
+    ],
+)
+def test_what_is_refused_at_once(files, tmp_path, capsys, options, says):
+    assert says in refused(capsys, files / "model", "--task", "sums", *PLAIN, "--runs", tmp_path, *options)
+    assert not list(tmp_path.iterdir())

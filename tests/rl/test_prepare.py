@@ -1,0 +1,93 @@
+"""Scored groups become the updates' micro-batches: what is learned, how much each token counts, and where it is."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from m1jax.rl.advantages import group_advantages
+from m1jax.rl.prepare import example, prepare, useful
+from m1jax.rl.recipe import GenerationRecipe, RLRecipe, UpdateRecipe
+from m1jax.rl.types import RLBatch, Updates
+from pallas_kernels import PADDING
+from tests.rl.episodes import episode, scored
+
+RECIPE = RLRecipe(
+    generation=GenerationRecipe(prompts=4, samples=3, max_prompt_tokens=4, max_new_tokens=6),
+    update=UpdateRecipe(updates=2, row_length=10, rows=2),
+)
+
+
+def test_fields_are_aligned_to_the_position_that_predicts():
+    """Only what the model wrote is learned, also after it was spoken to."""
+    one = episode(prompt=(1, 2, 3), tokens=(4, 5, 6, 7), written=(True, True, False, True), logp=-0.5)
+    batch = example(one, advantage=2.0, weight=0.25)
+    np.testing.assert_array_equal(batch.tokens, [1, 2, 3, 4, 5, 6])
+    np.testing.assert_array_equal(batch.targets, [2, 3, 4, 5, 6, 7])
+    np.testing.assert_array_equal(batch.mask, [0, 0, 1, 1, 0, 1])
+    np.testing.assert_array_equal(batch.weight, [0, 0, 0.25, 0.25, 0, 0.25])
+    np.testing.assert_array_equal(batch.advantage, [0, 0, 2, 2, 0, 2])
+    np.testing.assert_array_equal(batch.old_logp, [0, 0, -0.5, -0.5, 0, -0.5])
+    assert {name: values.dtype for name, values in batch.fields().items()} == {
+        name: np.dtype(kind.dtype) for name, kind in RLBatch.columns().items()
+    }
+
+
+def test_penalties_make_no_group_useful():
+    """Dynamic sampling looks at raw rewards: groups that differ in length alone teach nothing (DAPO)."""
+    groups = [scored([1, 1, 1], rewards=[1, 0.5, 0]), scored([1, 0, 1]), scored([0, 0, 0]), scored([])]
+    assert useful(groups) == [groups[1]]
+
+
+def groups(count):
+    """Group n of three episodes whose first token says n and which."""
+    rng = np.random.default_rng(0)
+    made = []
+    for n in range(count):
+        lengths = rng.integers(1, 6, 3)
+        episodes = [episode(prompt=(1, 2, 3), tokens=(10 * n + k, *range(100, 99 + m))) for k, m in enumerate(lengths)]
+        made.append(scored([1, 0, 0.5], episodes=episodes))
+    return made
+
+
+@pytest.mark.parametrize(("count", "updates"), [(4, 2), (3, 2), (1, 1), (7, 2)])
+def test_whole_groups_go_to_one_update(count, updates):
+    made = groups(count)
+    prepared = prepare(made, RECIPE)
+    assert len(prepared) == updates
+    where = {}
+    for number, update in enumerate(prepared.remaining(0)):
+        assert update.tokens.shape == (RECIPE.micro_batches, 2, 10)
+        assert update.weight.sum() == pytest.approx(1)
+        assert (update.weight[~update.mask] == 0).all()
+        assert not update.mask[update.segment_ids == PADDING].any()
+        mine = sorted({int(t) // 10 for t in update.targets[update.mask] if t < 100})
+        for group in mine:
+            where[group] = number
+            # Every prompt has the same say in its update, every token in its prompt.
+            total = made[group].lengths.sum()
+            first = update.mask & (update.targets // 10 == group) & (update.targets < 100)
+            np.testing.assert_allclose(update.weight[first], 1 / (total * len(mine)), rtol=1e-6)
+            order = np.argsort(update.targets[first])
+            np.testing.assert_array_equal(update.advantage[first][order], group_advantages(made[group].rewards))
+    assert sorted(where) == list(range(min(count, 4)))  # what is beyond P is left for nobody
+
+
+def test_nothing_to_learn_is_no_update():
+    prepared = prepare([scored([1, 1, 1])], RECIPE)
+    assert len(prepared) == 0
+    assert list(prepared.remaining(0)) == []
+
+
+def test_a_resumed_run_may_cut_otherwise():
+    """The same rows, in order, in micro-batches of another size."""
+    prepared = prepare(groups(4), RECIPE)
+    stored = Updates(RLBatch.of(**prepared.batch.fields()))
+    for rows in (1, 2, 3):
+        update = dataclasses.replace(RECIPE.update, rows=rows)
+        recipe = dataclasses.replace(RECIPE, update=update)
+        cut = stored.cut(rows, recipe.micro_batches)
+        want = prepare(groups(4), recipe)
+        assert len(cut) == len(want)
+        for name, values in want.batch.fields().items():
+            np.testing.assert_array_equal(getattr(cut.batch, name), values)
