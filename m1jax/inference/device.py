@@ -59,3 +59,7 @@ class Runner(Protocol):
     def load(self, params: nnx.State) -> None:
         """Take other weights, as `nnx.split(model)` gives them."""
         ...
+
+    def rest(self) -> None:
+        """Give memory back until weights are loaded again; states and pages are lost."""
+        ...

@@ -119,6 +119,13 @@ class Engine:
         for part in self._parts:
             part.forget()
 
+    def rest(self) -> None:
+        """Give the device's memory back, weights and all, until `load`. Nobody may be in work."""
+        assert not self._live, "requests are in work"
+        for part in self._parts:
+            part.forget()
+        self._runner.rest()
+
     def step(self) -> list[Event]:
         """Run what is to be run next (a piece of prefill, some decode steps) and tell what came of it."""
         for part in self._parts:

@@ -99,7 +99,14 @@ def generate(
         Request(np.array(prompt, np.int32), key, sampling, samples_per_prompt, keep=False)
         for prompt, key in zip(ids, _request_keys(seed, len(ids)))
     ]
-    capacity = batch_capacity(config, model.dtype, requests)
+    capacity = batch_capacity(
+        config,
+        model.dtype,
+        prompts=len(ids),
+        samples=samples_per_prompt,
+        prompt_tokens=longest,
+        new_tokens=max_new_tokens,
+    )
     engine = Engine(ModelRunner(*nnx.split(model), capacity))
     results: list[Generation | None] = [None] * (len(ids) * samples_per_prompt)
     for number, completion in engine.run(requests):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
 
 import jax
 
@@ -12,7 +11,6 @@ from m1jax.config import ModelConfig
 from m1jax.errors import UserError
 from m1jax.inference.capacity import Capacity
 from m1jax.inference.runner import parts
-from m1jax.inference.types import Request
 from m1jax.model.cache import key_value_bytes, state_bytes
 from m1jax.sharding import ambient_mesh
 
@@ -82,26 +80,29 @@ def capacity_for(
 
 
 def batch_capacity(
-    config: ModelConfig, dtype: jax.typing.DTypeLike, requests: Sequence[Request], memory: int | None = None
+    config: ModelConfig,
+    dtype: jax.typing.DTypeLike,
+    *,
+    prompts: int,
+    samples: int,
+    prompt_tokens: int,
+    new_tokens: int,
 ) -> Capacity:
-    """Sizes of an engine that serves these requests and no others. Powers of two: a handful of programs serve all.
+    """Sizes of an engine that serves one batch of requests. Powers of two: a handful of programs serve all batches.
 
     Args:
-        requests: at least one; they can differ in everything.
-        memory: bytes of each device for states, keys and values; None: what is free, as in `capacity_for`.
+        prompts, samples: requests, and samples of each.
+        prompt_tokens, new_tokens: the most that one of them has and writes.
 
     Raises:
-        UserError: the longest of them does not fit.
+        UserError: one sequence of that length does not fit.
     """
     cpu, several = jax.default_backend() == "cpu", parts()
-    longest = max(len(request.tokens) for request in requests)
-    new = max(request.sampling.max_new_tokens for request in requests)
-    total = sum(request.samples for request in requests)
-    rows = min(_power(-(-total // several)), 64 if cpu else 256)
-    length = min(_power(longest) + _power(new), config.max_position_embeddings)
-    capacity = capacity_for(config, dtype, rows=rows * several, max_length=length, memory=memory)
-    chunk = min(_power(longest), 256 if cpu else 1024)
-    at_once = min(_power(-(-len(requests) // several)), max(1, (2048 if cpu else 8192) // chunk))
+    rows = min(_power(-(-prompts * samples // several)), 64 if cpu else 256)
+    length = min(_power(prompt_tokens) + _power(new_tokens), config.max_position_embeddings)
+    capacity = capacity_for(config, dtype, rows=rows * several, max_length=length)
+    chunk = min(_power(prompt_tokens), 256 if cpu else 1024)
+    at_once = min(_power(-(-prompts // several)), max(1, (2048 if cpu else 8192) // chunk))
     return dataclasses.replace(
         capacity,
         decode=(rows,),

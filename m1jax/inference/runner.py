@@ -142,10 +142,9 @@ class ModelRunner:
         assert capacity.parts == parts()
         self.capacity, self.records_routes = capacity, record_routes
         self._graph, self._mesh = graph, decoding_mesh()
-        model = nnx.merge(graph, params)
-        self.vocab_size = model.config.vocab_size
-        with self._on_mesh():
-            self._cache = _empty(model.config, capacity, model.dtype)
+        self.vocab_size = nnx.merge(graph, params).config.vocab_size
+        self._model: MiniMaxM1 | None = None
+        self._cache: Cache | None = None
         self._rows = Rows.at_rest(capacity, jax.random.key_data(jax.random.key(0)).shape[-1])
         self._settled: list[tuple[list[int], int] | None] = [None] * len(self._rows.tokens)
         self._decode_rows = capacity.decode if capacity.parts == 1 else (len(self._rows.tokens),)
@@ -158,6 +157,11 @@ class ModelRunner:
             params = jax.device_put(params, parameter_shardings(params, self._mesh))
         with self._on_mesh():
             self._model = prepared(nnx.merge(self._graph, params))
+            if self._cache is None:
+                self._cache = _empty(self._model.config, self.capacity, self._model.dtype)
+
+    def rest(self) -> None:
+        self._model = self._cache = None
 
     def _on_mesh(self) -> contextlib.AbstractContextManager[object]:
         return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)

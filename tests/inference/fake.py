@@ -53,6 +53,10 @@ class FakeRunner:
     def load(self, params):
         self.weights = params
 
+    def rest(self):
+        self.weights = None
+        self.states = [mix(98, slot) for slot in range(len(self.states))]
+
     def copy(self, copies):
         for copy in copies:
             self.states[copy.slot_to] = 0 if copy.slot_from < 0 else self.states[copy.slot_from]
