@@ -1,6 +1,32 @@
-"""Sampling and generation."""
+"""One engine for chat, agents and rollouts, and `m1jax.generate` on it."""
 
-from m1jax.inference.generate import Generation, Samples, decode, generate, pad_prompts
-from m1jax.inference.sampling import sample
+from m1jax.inference.engine import Engine
+from m1jax.inference.generate import Generation, generate
+from m1jax.inference.types import (
+    Completion,
+    Event,
+    Finish,
+    Finished,
+    RepetitionStop,
+    Request,
+    Sampling,
+    ThinkingBudget,
+    Ticket,
+    Wrote,
+)
 
-__all__ = ["Generation", "Samples", "decode", "generate", "pad_prompts", "sample"]
+__all__ = [
+    "Completion",
+    "Engine",
+    "Event",
+    "Finish",
+    "Finished",
+    "Generation",
+    "RepetitionStop",
+    "Request",
+    "Sampling",
+    "ThinkingBudget",
+    "Ticket",
+    "Wrote",
+    "generate",
+]

@@ -6,7 +6,10 @@ import math
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Capacity:
-    """Sizes of an engine's memory and of its programs."""
+    """Sizes of an engine's memory and of its programs: of each part, where rows are spread over a mesh.
+
+    A part keeps its sequences, their states and pages, and the prefixes they share, on its own devices.
+    """
 
     rows: int
     """sequences in work at once"""
@@ -26,6 +29,8 @@ class Capacity:
     """(rows, tokens) of the prefill programs, by ascending product"""
     stall: int
     """rows x tokens that may be prefilled between decode steps: how long those who decode may have to wait"""
+    parts: int = 1
+    """with several, the only decode program is that of all rows"""
 
     @property
     def slots(self) -> int:

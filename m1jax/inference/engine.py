@@ -5,64 +5,24 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from collections.abc import Sequence as Several
-from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import jax
 import numpy as np
-from jaxtyping import UInt8
+from flax import nnx
 
 from m1jax.errors import UserError
-from m1jax.inference.capacity import Capacity
 from m1jax.inference.checks import check_request
-from m1jax.inference.scheduler import Chunk, Copy, Counts, Scheduler
+from m1jax.inference.device import Decoded, Runner
+from m1jax.inference.memory import capacity_for
+from m1jax.inference.runner import ModelRunner
+from m1jax.inference.scheduler import Chunk, Counts, Scheduler
 from m1jax.inference.sequence import Sequence
 from m1jax.inference.stopping import REASONS
 from m1jax.inference.types import Completion, Event, Finish, Finished, Request, Ticket, Wrote
+from m1jax.model import MiniMaxM1
 
-A = TypeVar("A", np.ndarray, jax.Array)
-
-
-class Decoded(NamedTuple, Generic[A]):
-    """What decode steps wrote, one row for each sequence; beyond its count a row means nothing."""
-
-    counts: A
-    """int32 [n]"""
-    tokens: A
-    """int32 [n, steps]"""
-    logp: A
-    """float32 [n, steps]"""
-    nucleus_logp: A
-    """float32 [n, steps]"""
-    reasons: A
-    """int32 [n], places in `stopping.REASONS`"""
-    certain: A
-    """int32 [n], `Sequence.certain` from now on"""
-    routes: A | None
-    """uint8 [n, steps, layers, k]"""
-
-
-class Runner(Protocol):
-    """The model on its device. Rows and slots, pages and lengths are the sequences' own."""
-
-    capacity: Capacity
-    vocab_size: int
-    records_routes: bool
-
-    def copy(self, copies: Several[Copy]) -> None:
-        """Copy states and pages, one after the other."""
-        ...
-
-    def prefill(self, shape: tuple[int, int], chunks: Several[Chunk]) -> list[UInt8[np.ndarray, "n layers k"]]:
-        """Let the model read the chunks' tokens. Returns their routes, where they are recorded."""
-        ...
-
-    def decode(self, sequences: Several[Sequence], allowances: Several[int]) -> Decoded[np.ndarray]:
-        """Feed each sequence its last token and draw the next, up to so many times."""
-        ...
-
-    def load(self, params: object) -> None:
-        """Take other weights."""
-        ...
+FIXED = 64
+"""What a prefill costs besides its tokens (reading the weights, starting), in tokens."""
 
 
 class Engine:
@@ -72,20 +32,38 @@ class Engine:
         runner: the model on its device (`m1jax.inference.ModelRunner`).
         version: of the weights that the runner begins with.
 
-    Attributes:
-        counts: what was done so far.
     """
+
+    @classmethod
+    def of(
+        cls,
+        model: MiniMaxM1,
+        *,
+        rows: int | None = None,
+        max_length: int | None = None,
+        memory: int | None = None,
+        record_routes: bool = False,
+    ) -> Engine:
+        """An engine for a model, as large as the device allows; sizes as in `memory.capacity_for`.
+
+        Raises:
+            UserError: not even one sequence of that length fits.
+        """
+        capacity = capacity_for(model.config, model.dtype, rows=rows, max_length=max_length, memory=memory)
+        return cls(ModelRunner(*nnx.split(model), capacity, record_routes=record_routes))
 
     def __init__(self, runner: Runner, version: int = 0) -> None:
         self._runner, self._version = runner, version
-        self._scheduler = Scheduler(runner.capacity)
+        self._parts = [Scheduler(runner.capacity, part) for part in range(runner.capacity.parts)]
         self._live: dict[Ticket, dict[int, Sequence]] = {}
+        self._home: dict[Sequence, Scheduler] = {}
         self._tickets = self._arrivals = 0
         self._events: list[Event] = []
 
     @property
     def counts(self) -> Counts:
-        return self._scheduler.counts
+        """What was done so far."""
+        return sum((part.counts for part in self._parts), Counts())
 
     @property
     def busy(self) -> bool:
@@ -101,8 +79,10 @@ class Engine:
         check_request(request, self._runner.capacity, self._runner.vocab_size, self._runner.records_routes)
         key = np.asarray(jax.random.key_data(request.key))
         ticket, further = self._new_ticket(), itertools.count(request.samples)
+        prompt = np.asarray(request.tokens, np.int32)
+        part = min(self._parts, key=lambda part: (part.load, -part.prefixes.kept(prompt)))
         for sample in range(request.samples):
-            self._add(Sequence(self._arrivals, ticket, sample, request, key, further))
+            self._add(Sequence(self._arrivals, ticket, sample, request, key, further), part)
         return ticket
 
     def cancel(self, ticket: Ticket) -> None:
@@ -125,34 +105,37 @@ class Engine:
         if n < 1:
             raise UserError(f"fork: n = {n} must be at least 1")
         if source.row >= 0:
-            self._scheduler.snapshot(source)
+            self._home[source].snapshot(source)
         tickets = [self._new_ticket() for _ in range(n)]
         for fork in tickets:
-            self._add(source.fork(self._arrivals, fork))
+            self._add(source.fork(self._arrivals, fork), self._home[source])
         return tickets
 
-    def load(self, params: object, version: int) -> None:
+    def load(self, params: nnx.State, version: int) -> None:
         """Go on with other weights. A sample that has written nothing yet is computed by them alone; one that has keeps
         its states and keys, and its completion says which weights wrote which token. Kept prefixes are forgotten."""
         self._runner.load(params)
         self._version = version
-        self._scheduler.forget()
+        for part in self._parts:
+            part.forget()
+
+    def rest(self) -> None:
+        """Give the device's memory back, weights and all, until `load`. Nobody may be in work."""
+        assert not self._live, "requests are in work"
+        for part in self._parts:
+            part.forget()
+        self._runner.rest()
 
     def step(self) -> list[Event]:
         """Run what is to be run next (a piece of prefill, some decode steps) and tell what came of it."""
-        plan = self._scheduler.plan()
+        for part in self._parts:
+            part.admit()
+        shape = self._prefill_shape()
+        chunks = [part.chunks(shape) for part in self._parts]
+        decode = [s for part, some in zip(self._parts, chunks) for s in part.decoding(some)]
         self._copy()
-        if plan.chunks:
-            routes = self._runner.prefill(plan.shape, plan.chunks)
-            for chunk, found in zip(plan.chunks, routes):
-                chunk.sequence.routes.append(found)
-            for chunk in plan.chunks:
-                self._scheduler.advanced(chunk.sequence, chunk.count)
-                self._scheduler.counts.prefilled += chunk.count
-            self._copy()
-        if plan.decode:
-            allowances = [s.allowance(self._runner.capacity.steps) for s in plan.decode]
-            self._take(plan.decode, self._runner.decode(plan.decode, allowances))
+        self._prefill(shape, [chunk for some in chunks for chunk in some])
+        self._decode(decode)
         events, self._events = self._events, []
         return events
 
@@ -181,10 +164,42 @@ class Engine:
         self._live[ticket] = {}
         return ticket
 
-    def _add(self, sequence: Sequence) -> None:
+    def _add(self, sequence: Sequence, part: Scheduler) -> None:
         self._arrivals += 1
         self._live[sequence.ticket][sequence.sample] = sequence
-        self._scheduler.submit(sequence)
+        self._home[sequence] = part
+        part.submit(sequence)
+
+    def _prefill_shape(self) -> tuple[int, int]:
+        """The prefill program that does the most for its cost, of those for which decoders need not wait too long."""
+        shapes, stall = self._runner.capacity.prefill, self._runner.capacity.stall
+        if any(not s.pending for part in self._parts for s in part.running):
+            shapes = [(rows, tokens) for rows, tokens in shapes if rows * tokens <= stall]
+
+        def rate(shape: tuple[int, int]) -> float:
+            tokens = sum(chunk.count for part in self._parts for chunk in part.chunks(shape))
+            return tokens / (FIXED + shape[0] * shape[1])
+
+        return max(shapes, key=rate)
+
+    def _prefill(self, shape: tuple[int, int], chunks: list[Chunk]) -> None:
+        if not chunks:
+            return
+        for chunk, routes in zip(chunks, self._runner.prefill(shape, chunks)):
+            chunk.sequence.routes.append(routes)
+        for chunk in chunks:
+            self._home[chunk.sequence].advanced(chunk.sequence, chunk.count)
+            self._home[chunk.sequence].counts.prefilled += chunk.count
+        self._copy()
+
+    def _decode(self, sequences: list[Sequence]) -> None:
+        if not sequences:
+            return
+        allowances = [s.allowance(self._runner.capacity.steps) for s in sequences]
+        # Rows that fall idle are worth a look only where somebody waits for them.
+        waiting = any(part.waiting for part in self._parts)
+        patience = max(1, len(allowances) // 8) if waiting else len(allowances)
+        self._take(sequences, self._runner.decode(sequences, allowances, patience))
 
     def _take(self, sequences: list[Sequence], out: Decoded[np.ndarray]) -> None:
         """What the runner decoded becomes part of its sequences."""
@@ -193,7 +208,7 @@ class Engine:
             count, finish = int(out.counts[i]), REASONS[out.reasons[i]]
             if out.routes is not None:
                 sequence.routes.append(out.routes[i, :count])
-            self._scheduler.advanced(sequence, count)
+            self._home[sequence].advanced(sequence, count)
             sequence.certain = int(out.certain[i])
             if finish == "fault":  # its last token was drawn from what are no numbers
                 count -= 1
@@ -207,7 +222,7 @@ class Engine:
                 self._end(sequence, finish)
 
     def _copy(self) -> None:
-        if copies := self._scheduler.copies():
+        if copies := [copy for part in self._parts for copy in part.copies()]:
             self._runner.copy(copies)
 
     def _extend(
@@ -219,10 +234,11 @@ class Engine:
 
     def _end(self, sequence: Sequence, finish: Finish) -> None:
         self._events.append(Finished(sequence.ticket, sequence.sample, sequence.completion(finish)))
+        home = self._home.pop(sequence)
         if finish in ("cancelled", "fault"):
-            self._scheduler.cancel(sequence)
+            home.cancel(sequence)
         else:
-            self._scheduler.finish(sequence)
+            home.finish(sequence)
         live = self._live[sequence.ticket]
         del live[sequence.sample]
         if not live:

@@ -1,107 +1,21 @@
-"""Generation for a batch of prompts in one jitted program: one prefill, then decode steps until every row has ended."""
+"""Continuations of a batch of prompts: an engine of the right size, for one call."""
 
 import dataclasses
-import functools
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Key
 
 from m1jax.chat import Tokenizer
 from m1jax.errors import UserError, require_seed
-from m1jax.inference.sampling import sample
-from m1jax.model import Cache, MiniMaxM1
-from m1jax.sharding import ambient_mesh
-from pallas_kernels import target_platform
-
-
-class Samples(NamedTuple):
-    """What `decode` wrote for each row; positions from `lengths` on hold zeros."""
-
-    tokens: Int[Array, "rows new"]
-    """the end token included, where it came"""
-    log_probs: Float[Array, "rows new"]
-    """of the sampled tokens under the tempered policy (see `sampling.sample`)"""
-    lengths: Int[Array, " rows"]
-    finished: Bool[Array, " rows"]
-    """ended by an end token, not by the limit"""
-
-
-@functools.partial(jax.jit, static_argnames=("graph", "samples_per_prompt", "max_new_tokens", "nucleus"))
-def decode(
-    graph: Any,
-    params: Any,
-    prompts: Int[Array, "prompts time"],
-    lengths: Int[Array, " prompts"],
-    keys: Key[Array, " rows"],
-    end_ids: Int[Array, " ends"],
-    temperature: Float[Array, ""] | float,
-    top_p: Float[Array, ""] | float = 1.0,
-    *,
-    samples_per_prompt: int = 1,
-    max_new_tokens: int,
-    nucleus: bool = False,
-) -> Samples:
-    """Continue each prompt `samples_per_prompt` times, all rows in step.
-
-    Args:
-        graph, params: `nnx.split(model)`.
-        prompts: [P, T] int32, padded on the right.
-        lengths: [P] real tokens per prompt, at least 1.
-        keys: [P * G] one key per row; token t of a row is drawn with fold_in(key, t). Row p * G + g belongs to prompt
-            p.
-        end_ids: token ids that end a row.
-        temperature, top_p: as in `sampling.sample`; top_p is looked at only if nucleus.
-        samples_per_prompt: G; the samples of a prompt share its prefill.
-        max_new_tokens: limit per row.
-        nucleus: whether to cut the distribution at top_p.
-
-    Returns:
-        `Samples` of P * G rows. The loop ends as soon as every row has.
-    """
-    model: MiniMaxM1 = nnx.merge(graph, params)
-    if target_platform() == "cpu" and ambient_mesh() is None:
-        model = model.unstacked()
-    cache = model.init_cache(prompts.shape[0], prompts.shape[1] + max_new_tokens)
-    logits, cache = model(prompts, cache, lengths=lengths, last_only=True)
-    logits = jnp.repeat(logits, samples_per_prompt, axis=0)
-    cache = cache.repeat(samples_per_prompt)
-    rows = logits.shape[0]
-    start = Samples(
-        jnp.zeros((rows, max_new_tokens), jnp.int32),
-        jnp.zeros((rows, max_new_tokens), jnp.float32),
-        jnp.zeros(rows, jnp.int32),
-        jnp.zeros(rows, bool),
-    )
-
-    def draw(step: jax.Array, logits: jax.Array, out: Samples) -> tuple[jax.Array, Samples]:
-        step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, step)
-        options = jnp.full(rows, temperature, jnp.float32), jnp.full(rows, top_p if nucleus else 1.0, jnp.float32)
-        token, log_prob, _ = sample(logits, step_keys, temperature=options[0], top_p=options[1])
-        alive = ~out.finished
-        return token, Samples(
-            out.tokens.at[:, step].set(jnp.where(alive, token, 0)),
-            out.log_probs.at[:, step].set(jnp.where(alive, log_prob, 0.0)),
-            out.lengths + alive,
-            out.finished | jnp.isin(token, end_ids),
-        )
-
-    def unfinished(carry: tuple[jax.Array, jax.Array, Cache, Samples]) -> jax.Array:
-        step, _, _, out = carry
-        return (step < max_new_tokens) & ~jnp.all(out.finished)
-
-    def advance(carry: tuple[jax.Array, jax.Array, Cache, Samples]) -> tuple[jax.Array, jax.Array, Cache, Samples]:
-        step, token, cache, out = carry
-        logits, cache = model(token[:, None], cache, last_only=True)
-        token, out = draw(step, logits, out)
-        return step + 1, token, cache, out
-
-    token, out = draw(jnp.int32(0), logits, start)
-    return jax.lax.while_loop(unfinished, advance, (jnp.int32(1), token, cache, out))[-1]
+from m1jax.inference.engine import Engine
+from m1jax.inference.memory import batch_capacity
+from m1jax.inference.runner import ModelRunner
+from m1jax.inference.stopping import END_IDS
+from m1jax.inference.types import Request, Sampling
+from m1jax.model import MiniMaxM1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,50 +90,41 @@ def generate(
     if end_ids is None:
         eos = config.eos_token_id if tokenizer is None else tokenizer.eos_id
         end_ids = [] if eos is None else [eos]
-    # Powers of two: a handful of compiled shapes serve prompts of any length.
-    time = min(1 << (longest - 1).bit_length(), config.max_position_embeddings - max_new_tokens)
-    keys = _request_keys(seed, len(ids), samples_per_prompt)
-    graph, params = nnx.split(model)
-    samples = jax.device_get(
-        decode(
-            graph,
-            params,
-            *pad_prompts(ids, time),
-            keys,
-            jnp.asarray(end_ids, jnp.int32),
-            jnp.float32(temperature),
-            jnp.float32(top_p),
-            samples_per_prompt=samples_per_prompt,
-            max_new_tokens=max_new_tokens,
-            nucleus=top_p < 1,
+    if len(end_ids) > END_IDS:
+        raise UserError(f"generate: {len(end_ids)} end_ids, at most {END_IDS} are possible")
+    sampling = Sampling(
+        temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, end_ids=tuple(int(i) for i in end_ids)
+    )
+    requests = [
+        Request(np.array(prompt, np.int32), key, sampling, samples_per_prompt, keep=False)
+        for prompt, key in zip(ids, _request_keys(seed, len(ids)))
+    ]
+    capacity = batch_capacity(
+        config,
+        model.dtype,
+        prompts=len(ids),
+        samples=samples_per_prompt,
+        prompt_tokens=longest,
+        new_tokens=max_new_tokens,
+    )
+    engine = Engine(ModelRunner(*nnx.split(model), capacity))
+    results: list[Generation | None] = [None] * (len(ids) * samples_per_prompt)
+    for number, completion in engine.run(requests):
+        tokens, stopped = completion.tokens.tolist(), completion.finish == "stop"
+        text = None if tokenizer is None else tokenizer.decode(tokens[:-1] if stopped else tokens)
+        results[number * samples_per_prompt + completion.sample] = Generation(
+            tokens, completion.logp.tolist(), "stop" if stopped else "length", text
         )
-    )
-    results = []
-    for tokens, log_probs, length, finished in zip(*samples):
-        tokens = tokens[:length].tolist()
-        text = None if tokenizer is None else tokenizer.decode(tokens[:-1] if finished else tokens)
-        results.append(Generation(tokens, log_probs[:length].tolist(), "stop" if finished else "length", text))
-    return results
+    return [result for result in results if result is not None]
 
 
-def pad_prompts(prompts: Sequence[Sequence[int]], time: int) -> tuple[np.ndarray, np.ndarray]:
-    """Right-padded ids [P, time] int32 and lengths [P] int32."""
-    padded = np.zeros((len(prompts), time), np.int32)
-    for row, prompt in zip(padded, prompts):
-        row[: len(prompt)] = prompt
-    return padded, np.array([len(prompt) for prompt in prompts], np.int32)
-
-
-def _request_keys(seed: int | Sequence[int], prompts: int, samples: int) -> jax.Array:
+def _request_keys(seed: int | Sequence[int], prompts: int) -> list[jax.Array]:
     if isinstance(seed, int):
-        per_prompt = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(prompts))
-    elif len(seed) == prompts:
-        per_prompt = jax.vmap(jax.random.key)(jnp.asarray(seed, jnp.uint32))
-    else:
+        base = jax.random.key(seed)
+        return [jax.random.fold_in(base, prompt) for prompt in range(prompts)]
+    if len(seed) != prompts:
         raise UserError(f"generate: {len(seed)} seeds for {prompts} prompts; give one, or one per prompt")
-    return jax.vmap(lambda key: jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(samples)))(per_prompt).reshape(
-        -1
-    )
+    return [jax.random.key(number) for number in seed]
 
 
 def _prompt_ids(index: int, prompt: str | Sequence[int], tokenizer: Tokenizer | None, vocab_size: int) -> list[int]:

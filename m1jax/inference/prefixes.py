@@ -68,6 +68,10 @@ class Prefixes:
             path.append(child)
         return path, known
 
+    def kept(self, tokens: Int32[np.ndarray, " n"]) -> int:
+        """The length of the longest kept prefix of these tokens."""
+        return max(node.depth for node in self.find(tokens)[0] if node is self.root or node.snapshot is not None)
+
     def promise(self, tokens: Int32[np.ndarray, " n"]) -> Node | None:
         """The node of exactly these tokens, made if there is none, promised from now on until `keep` or `withdraw`.
 

@@ -1,12 +1,17 @@
 """The model on its device: a handful of programs, all compiled before the first request.
 
-Rows of the programs are rows of the scheduler, and row b has state b of the pool; behind the rows' states lie those of
-kept prefixes. The pool is donated to every program and comes back renewed.
+Rows of the programs are rows of the scheduler. The states of a part's rows come first in its part of the pool, behind
+them lie those of kept prefixes. The pool is donated to every program and comes back renewed.
+
+On a mesh, rows are spread over the devices that training cuts weights over by fsdp: each has weights whole (but for
+tensor and expert), gathered once when they are loaded and not again for every token.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import math
 from collections.abc import Sequence as Several
 from typing import Generic, NamedTuple, TypeVar
 
@@ -14,17 +19,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Int, UInt8
 
 from m1jax import parameters
+from m1jax.config import ModelConfig
 from m1jax.inference.capacity import Capacity
-from m1jax.inference.engine import Decoded
+from m1jax.inference.device import Decoded
 from m1jax.inference.sampling import sample
 from m1jax.inference.scheduler import Chunk, Copy
 from m1jax.inference.sequence import Sequence
 from m1jax.inference.stopping import END_IDS, NEVER, Stops, ended
 from m1jax.model import Cache, MiniMaxM1, head
-from m1jax.sharding import ambient_mesh
+from m1jax.sharding import ROWS, ambient_mesh, parameter_shardings
 from pallas_kernels import target_platform
 
 COPIES = 16
@@ -65,7 +73,7 @@ class Rows(NamedTuple, Generic[A]):
 
     @classmethod
     def at_rest(cls, capacity: Capacity, key_words: int) -> Rows[np.ndarray]:
-        rows, pages = capacity.rows, capacity.pages_for(capacity.max_length)
+        rows, pages = capacity.parts * capacity.rows, capacity.pages_for(capacity.max_length)
         tokens, lengths, allowances, numbers, samples, patience, run = np.zeros((7, rows), np.int32)
         temperature, top_p, certain = np.ones((3, rows), np.float32)
         keys = np.zeros((rows, key_words), np.uint32)
@@ -120,57 +128,75 @@ def advance(rows: Rows[np.ndarray], sequence: Sequence, allowance: int) -> None:
 
 
 class ModelRunner:
-    """`engine.Runner` of a MiniMax-M1.
+    """`device.Runner` of a MiniMax-M1.
 
     Args:
-        model: its weights are the first; they are prepared for decoding, which leaves the model itself alone.
-        capacity: sizes of memory and programs.
+        graph, params: `nnx.split(model)`; the weights are prepared for decoding, which leaves the parameters alone.
+        capacity: sizes of memory and programs; as many parts as the ambient mesh has (`parts`).
         record_routes: whether requests may ask for routes.
     """
 
-    def __init__(self, model: MiniMaxM1, capacity: Capacity, *, record_routes: bool = False) -> None:
+    def __init__(
+        self, graph: nnx.GraphDef[MiniMaxM1], params: nnx.State, capacity: Capacity, *, record_routes: bool = False
+    ) -> None:
+        assert capacity.parts == parts()
         self.capacity, self.records_routes = capacity, record_routes
-        self.vocab_size = model.config.vocab_size
-        self._graph, params = nnx.split(model)
-        self._cache = Cache.pool(
-            model.config,
-            slots=capacity.slots,
-            pages=capacity.pages,
-            page_size=capacity.page_size,
-            dtype=model.dtype,
-        )
+        self._graph, self._mesh = graph, decoding_mesh()
+        self.vocab_size = nnx.merge(graph, params).config.vocab_size
+        self._model: MiniMaxM1 | None = None
+        self._cache: Cache | None = None
         self._rows = Rows.at_rest(capacity, jax.random.key_data(jax.random.key(0)).shape[-1])
-        self._settled: list[tuple[list[int], int] | None] = [None] * capacity.rows
+        self._settled: list[tuple[list[int], int] | None] = [None] * len(self._rows.tokens)
+        self._decode_rows = capacity.decode if capacity.parts == 1 else (len(self._rows.tokens),)
         self.load(params)
         self._compile()
 
     def load(self, params: nnx.State) -> None:
         """Take other weights, as `nnx.split(model)` gives them."""
-        self._model = prepared(nnx.merge(self._graph, params))
+        if self._mesh is not None:
+            params = jax.device_put(params, parameter_shardings(params, self._mesh))
+        with self._on_mesh():
+            self._model = prepared(nnx.merge(self._graph, params))
+            if self._cache is None:
+                self._cache = _empty(self._model.config, self.capacity, self._model.dtype)
+
+    def rest(self) -> None:
+        self._model = self._cache = None
+
+    def _on_mesh(self) -> contextlib.AbstractContextManager[object]:
+        return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
 
     def copy(self, copies: Several[Copy]) -> None:
         for start in range(0, len(copies), COPIES):
             some = copies[start : start + COPIES]
             numbers = np.full((COPIES, 4), -1, np.int32)
             numbers[: len(some)] = [(c.slot_from, c.slot_to, c.page_from, c.page_to) for c in some]
-            self._cache = _copy(self._cache, numbers, np.int32(len(some)))
+            with self._on_mesh():
+                self._cache = _copy(self._cache, numbers, np.int32(len(some)))
 
     def prefill(self, shape: tuple[int, int], chunks: Several[Chunk]) -> list[UInt8[np.ndarray, "n layers k"]]:
-        rows, time = shape
+        each, time = shape
+        rows = each * self.capacity.parts
         tokens, pages = np.zeros((rows, time), np.int32), np.full((rows, self._rows.pages.shape[1]), -1, np.int32)
         counts, lengths, slots = np.zeros(rows, np.int32), np.zeros(rows, np.int32), np.full(rows, -1, np.int32)
-        for i, chunk in enumerate(chunks):
+        places = []
+        for chunk in chunks:
             sequence, start = chunk.sequence, chunk.sequence.computed
+            part = sequence.row // self.capacity.rows
+            i = part * each + sum(place // each == part for place in places)
+            places.append(i)
             tokens[i, : chunk.count] = sequence.tokens[start : start + chunk.count]
-            counts[i], lengths[i], slots[i] = chunk.count, start, sequence.row
+            counts[i], lengths[i], slots[i] = chunk.count, start, sequence.slot
             pages[i, : len(sequence.pages)] = sequence.pages
         work = Prompts(tokens, counts, lengths, slots, pages)
-        self._cache, routes = _prefill(self._model, self._cache, work, self.records_routes)
+        with self._on_mesh():
+            self._cache, routes = _prefill(self._model, self._cache, work, self.records_routes)
         if routes is None:
             return []
-        return [found[: chunk.count] for found, chunk in zip(jax.device_get(routes), chunks)]
+        routes = jax.device_get(routes)
+        return [routes[i, : chunk.count] for i, chunk in zip(places, chunks)]
 
-    def decode(self, sequences: Several[Sequence], allowances: Several[int]) -> Decoded[np.ndarray]:
+    def decode(self, sequences: Several[Sequence], allowances: Several[int], patience: int) -> Decoded[np.ndarray]:
         self._rows.allowances[:] = 0
         for sequence, allowance in zip(sequences, allowances):
             row = sequence.row
@@ -180,12 +206,15 @@ class ModelRunner:
                 self._settled[row] = (sequence.pages, len(sequence.pages))
             advance(self._rows, sequence, allowance)
         at = np.array([sequence.row for sequence in sequences])
-        out = self._decode(next(rows for rows in self.capacity.decode if rows > at.max()))
+        out = self._decode(next(rows for rows in self._decode_rows if rows > at.max()), patience)
         return jax.tree.map(lambda x: x[at], jax.device_get(out))
 
-    def _decode(self, rows: int) -> Decoded[jax.Array]:
+    def _decode(self, rows: int, patience: int) -> Decoded[jax.Array]:
         some = jax.tree.map(lambda x: x[:rows], self._rows)
-        self._cache, out = _decode(self._model, self._cache, some, self.capacity.steps, self.records_routes)
+        with self._on_mesh():
+            self._cache, out = _decode(
+                self._model, self._cache, some, np.int32(patience), self.capacity, self.records_routes
+            )
         return out
 
     def _compile(self) -> None:
@@ -193,8 +222,23 @@ class ModelRunner:
         self.copy([Copy(-1, -1)])
         for shape in self.capacity.prefill:
             self.prefill(shape, [])
-        for rows in self.capacity.decode:
-            self._decode(rows)
+        for rows in self._decode_rows:
+            self._decode(rows, 1)
+
+
+def parts() -> int:
+    """How many parts an engine has on the ambient mesh: what rows are spread over."""
+    mesh = ambient_mesh()
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in ROWS)
+
+
+def decoding_mesh() -> Mesh | None:
+    """The ambient mesh with its fsdp axis as more of data."""
+    if ambient_mesh() is None:
+        return None
+    mesh = jax.sharding.get_mesh()
+    data, fsdp, *others = mesh.devices.shape
+    return Mesh(mesh.devices.reshape(data * fsdp, 1, *others), mesh.axis_names, axis_types=mesh.axis_types)
 
 
 def prepared(model: MiniMaxM1) -> MiniMaxM1:
@@ -219,8 +263,25 @@ def _is_cast(path: tuple[object, ...]) -> bool:
 
 
 def _pool(cache: Cache) -> Cache:
-    """The memory without rows, the same tree whatever it was used for."""
-    return cache._replace(lengths=jnp.zeros(0, jnp.int32), slots=None, pages=None)
+    """The memory without rows: the same tree, where it was, whatever it was used for."""
+    cache = cache._replace(lengths=jnp.zeros(0, jnp.int32), slots=None, pages=None)
+    if ambient_mesh() is None:
+        return cache
+    return cache._replace(runs=jax.lax.with_sharding_constraint(cache.runs, cache.specs().runs))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _empty(config: ModelConfig, capacity: Capacity, dtype: jnp.dtype) -> Cache:
+    slots, pages = capacity.parts * capacity.slots, capacity.parts * capacity.pages
+    return _pool(Cache.pool(config, slots=slots, pages=pages, page_size=capacity.page_size, dtype=dtype))
+
+
+T = TypeVar("T")
+
+
+def _everywhere(out: T) -> T:
+    """For every process to read."""
+    return out if ambient_mesh() is None else jax.lax.with_sharding_constraint(out, P())
 
 
 @functools.partial(jax.jit, donate_argnames="cache")
@@ -229,7 +290,7 @@ def _copy(cache: Cache, copies: Int[Array, "COPIES 4"], count: Int[Array, ""]) -
         slot_from, slot_to, page_from, page_to = copies[i][:, None]
         cache = cache.copy_state(slot_from, jnp.where(slot_from < 0, -1, slot_to))
         cache = cache.clear_state(jnp.where(slot_from < 0, slot_to, -1))
-        return cache.copy_pages(page_from, page_to)
+        return _pool(cache.copy_pages(page_from, page_to))
 
     return jax.lax.fori_loop(0, count, one, cache)
 
@@ -244,18 +305,24 @@ def _prefill(
     view = cache.with_rows(prompts.lengths, prompts.slots, prompts.pages)
     out = model.forward(prompts.tokens, view, lengths=prompts.counts, record_routes=record_routes)
     assert out.cache is not None
-    return _pool(out.cache), out.routes
+    return _pool(out.cache), _everywhere(out.routes)
 
 
-@functools.partial(jax.jit, static_argnames=("steps", "record_routes"), donate_argnames="cache")
+@functools.partial(jax.jit, static_argnames=("capacity", "record_routes"), donate_argnames="cache")
 def _decode(
-    model: MiniMaxM1, cache: Cache, rows: Rows[jax.Array], steps: int, record_routes: bool
+    model: MiniMaxM1,
+    cache: Cache,
+    rows: Rows[jax.Array],
+    patience: Int[Array, ""],
+    capacity: Capacity,
+    record_routes: bool,
 ) -> tuple[Cache, Decoded[jax.Array]]:
-    """Up to `steps` tokens for each row, until nobody may write any more."""
+    """Up to `steps` tokens for each row, until nobody may write any more, or `patience` rows may not."""
     fold_in = jax.vmap(jax.random.fold_in)
     keys = fold_in(jax.random.wrap_key_data(rows.keys), rows.samples)
     stops = Stops(rows.end_ids, rows.certain, rows.patience, rows.run)
-    slots, shape = jnp.arange(len(rows.tokens), dtype=jnp.int32), (len(rows.tokens), steps)
+    number, steps = jnp.arange(len(rows.tokens), dtype=jnp.int32), capacity.steps
+    slots, shape = number + number // capacity.rows * capacity.snapshots, (len(number), steps)
     routes = (*shape, model.config.num_layers, model.config.experts_per_token)
     out = Decoded(
         counts=jnp.zeros_like(slots),
@@ -298,7 +365,9 @@ def _decode(
 
     def unfinished(carry: tuple[jax.Array, Cache, jax.Array, Decoded[jax.Array]]) -> jax.Array:
         step, _, _, out = carry
-        return (step < steps) & jnp.any(alive(out))
+        writing = alive(out)
+        ended = jnp.sum(~writing & (rows.allowances > 0))
+        return (step < steps) & jnp.any(writing) & (ended < patience)
 
     _, cache, _, out = jax.lax.while_loop(unfinished, advance, (jnp.int32(0), cache, rows.tokens, out))
-    return cache, out
+    return cache, _everywhere(out)

@@ -19,8 +19,6 @@ from m1jax.inference.sequence import Sequence
 
 WORTH = 16
 """Tokens that a prefix found by chance must spare its followers."""
-FIXED = 64
-"""What a prefill costs besides its tokens (reading the weights, starting), in tokens."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,19 +41,9 @@ class Chunk:
     count: int
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What is to be run now: chunks first, then decode steps of those whose prompts are through."""
-
-    shape: tuple[int, int]
-    """which prefill program"""
-    chunks: list[Chunk]
-    decode: list[Sequence]
-
-
 @dataclasses.dataclass
 class Counts:
-    """What the scheduler did so far."""
+    """What was done so far."""
 
     prefilled: int = 0
     """tokens"""
@@ -64,20 +52,29 @@ class Counts:
     admitted: int = 0
     preempted: int = 0
 
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other))))
+
 
 class Scheduler:
     """Keeps the books of rows, pages and prefixes.
 
-    `plan` says what to run; `advanced` and `finish` are told what has been run; after each of them `copies` says what
-    must be copied before anything else runs. A sequence in `running` has a row, whose number is also the slot of its
+    `chunks` and `decoding` say what to run; `advanced` and `finish` are told what has been run; after each of them
+    `copies` says what must be copied before anything else runs. A sequence in `running` has a row, with a slot for its
     states, and pages for what it will compute next.
+
+    Args:
+        capacity: of every part.
+        part: whose books these are; its places are numbered behind those of the parts before it.
     """
 
-    def __init__(self, capacity: Capacity) -> None:
+    def __init__(self, capacity: Capacity, part: int = 0) -> None:
         self.capacity = capacity
-        self.rows = Pool(range(capacity.rows))
-        self.pages = Pool(range(capacity.pages))
-        self.prefixes = Prefixes(self.pages, range(capacity.rows, capacity.slots))
+        self.rows = _of_part(part, capacity.rows)
+        self.pages = _of_part(part, capacity.pages)
+        self._first_slot = part * capacity.slots
+        slots = range(self._first_slot + capacity.rows, self._first_slot + capacity.slots)
+        self.prefixes = Prefixes(self.pages, slots)
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.counts = Counts()
@@ -92,14 +89,29 @@ class Scheduler:
         else:
             self._release(sequence)
 
-    def plan(self) -> Plan:
+    @property
+    def load(self) -> int:
+        """Sequences that are here."""
+        return len(self.waiting) + len(self.running)
+
+    def admit(self) -> None:
+        """Make room for what the running will write, and let those who wait in where there is room for them."""
         self._grow()
         self._admit()
-        shape, chunks = self._chunks()
+
+    def chunks(self, shape: tuple[int, int]) -> list[Chunk]:
+        """What a prefill program would have to do."""
+        rows, most = shape
+        pending = [s for s in self.running if s.pending][:rows]
+        return [Chunk(s, min(most, min([*s.junctions, s.computed + s.pending]) - s.computed)) for s in pending]
+
+    def decoding(self, chunks: list[Chunk]) -> list[Sequence]:
+        """Who can decode once these chunks are read."""
         read = {chunk.sequence: chunk.count for chunk in chunks}
         decode = [s for s in self.running if s.pending == read.get(s, 0)]
-        self._compact(decode)
-        return Plan(shape, chunks, decode)
+        if self.capacity.parts == 1:
+            self._compact(decode)
+        return decode
 
     def copies(self) -> list[Copy]:
         """Those that have become due; they are told once."""
@@ -160,13 +172,14 @@ class Scheduler:
         return True
 
     def _admit(self) -> None:
+        held = 0  # who waits for a prefix has its row already: a group stays together
         for sequence in self.waiting.copy():
-            if not self.rows.free:
+            if self.rows.free <= held:
                 break
-            if sequence.waits_for is not None and sequence.waits_for.promised:
-                continue
-            if not self._place(sequence):
+            waits = sequence.waits_for is not None and sequence.waits_for.promised
+            if not waits and not self._place(sequence):
                 break  # nobody overtakes: pages will be free for it some day
+            held += sequence.row < 0
 
     def _place(self, sequence: Sequence) -> bool:
         """Give a waiting sequence its row, or let it wait for a prefix in the making. False: there are no pages."""
@@ -194,16 +207,17 @@ class Scheduler:
         self.waiting.remove(sequence)
         bisect.insort(self.running, sequence, key=lambda s: s.order)
         (sequence.row,) = self.rows.take(1)
+        sequence.slot = self._slot(sequence.row)
         own = self.pages.take(need)
         sequence.pages = [*shared, *own]
         sequence.computed = hit.depth
         sequence.waits_for, sequence.stale = None, False
         if snapshot is None:
-            self._copies.append(Copy(-1, sequence.row))
+            self._copies.append(Copy(-1, sequence.slot))
         else:
             # Its last page is partly full, and others may go on from it too.
             page = (snapshot.pages[whole], own[0]) if part else (-1, -1)
-            self._copies.append(Copy(snapshot.slot, sequence.row, *page))
+            self._copies.append(Copy(snapshot.slot, sequence.slot, *page))
             sequence.routes = list(snapshot.routes)
             self.prefixes.touch(hit)
         self.counts.admitted += 1
@@ -224,24 +238,9 @@ class Scheduler:
                 return node
         return None
 
-    def _chunks(self) -> tuple[tuple[int, int], list[Chunk]]:
-        """The prefill program that does the most for its cost, and its work."""
-        pending = [s for s in self.running if s.pending]
-        shapes = self.capacity.prefill
-        if len(pending) < len(self.running):
-            shapes = [(rows, tokens) for rows, tokens in shapes if rows * tokens <= self.capacity.stall]
-
-        def work(shape: tuple[int, int]) -> list[Chunk]:
-            rows, most = shape
-            return [
-                Chunk(s, min(most, min([*s.junctions, s.computed + s.pending]) - s.computed)) for s in pending[:rows]
-            ]
-
-        def rate(shape: tuple[int, int]) -> float:
-            return sum(chunk.count for chunk in work(shape)) / (FIXED + shape[0] * shape[1])
-
-        best = max(shapes, key=rate)
-        return best, work(best)
+    def _slot(self, row: int) -> int:
+        """Of the states of a row: rows' slots come first."""
+        return self._first_slot + row - self.rows.numbers.start
 
     def _compact(self, decode: list[Sequence]) -> None:
         """Move those who decode to the first rows, so that a smaller program can serve them."""
@@ -250,15 +249,15 @@ class Scheduler:
             if sequence.row >= batch and self.rows.free:
                 (row,) = self.rows.take(1)
                 if row < batch:
-                    self._copies.append(Copy(sequence.row, row))
-                    row, sequence.row = sequence.row, row
+                    self._copies.append(Copy(sequence.slot, self._slot(row)))
+                    row, sequence.row, sequence.slot = sequence.row, row, self._slot(row)
                 self.rows.release([row])
 
     def _keep(self, sequence: Sequence, node: Node) -> None:
         pages = sequence.pages[: self.capacity.pages_for(sequence.computed)]
         slot = self.prefixes.keep(node, pages, sequence.routes)
         if slot is not None:
-            self._copies.append(Copy(sequence.row, slot))
+            self._copies.append(Copy(sequence.slot, slot))
 
     def _preempt(self, sequence: Sequence) -> None:
         """Take everything away from a running sequence; it will be computed again."""
@@ -271,9 +270,13 @@ class Scheduler:
         self.running.remove(sequence)
         self.rows.release([sequence.row])
         self.pages.release(sequence.pages)
-        sequence.row, sequence.pages, sequence.computed, sequence.routes = -1, [], 0, []
+        sequence.row, sequence.slot, sequence.pages, sequence.computed, sequence.routes = -1, -1, [], 0, []
 
     def _withdraw(self, sequence: Sequence) -> None:
         for node in sequence.junctions.values():
             self.prefixes.withdraw(node)
         sequence.junctions = {}
+
+
+def _of_part(part: int, count: int) -> Pool:
+    return Pool(range(part * count, (part + 1) * count))

@@ -52,7 +52,9 @@ class Sequence:
         self.computed = 0
         """tokens that states and keys have seen"""
         self.row = -1
-        """its row of the batch, and the slot of its states; -1 while it waits"""
+        """its row of the batch; -1 while it waits"""
+        self.slot = -1
+        """of its states"""
         self.pages: list[int] = []
         self.junctions: dict[int, Node] = {}
         """lengths at which it has promised to leave a snapshot, and the nodes for them"""

@@ -1,20 +1,17 @@
 """The one place where the trainer meets inference: requests go in, completions come out.
 
-`Generator` is what the trainer needs; `BatchGenerator` fulfils it with the jitted loop of `m1jax.inference.decode`.
+`Generator` is what the trainer needs; `EngineGenerator` fulfils it.
 """
 
 from collections.abc import Sequence
 from typing import Protocol
 
-import jax
-import numpy as np
 from flax import nnx
-from jaxtyping import Array, Key
 
-from m1jax.inference import decode, pad_prompts
-from m1jax.inference.types import Completion, Finish, Request
+from m1jax.inference import Completion, Engine, Request
+from m1jax.inference.memory import batch_capacity
+from m1jax.inference.runner import ModelRunner
 from m1jax.model import MiniMaxM1
-from m1jax.processes import on_host
 from m1jax.train.step import Params
 
 
@@ -29,62 +26,51 @@ class Generator(Protocol):
         """`samples` completions of each request, in order."""
         ...
 
+    def rest(self) -> None:
+        """Give memory back until parameters are loaded again."""
+        ...
 
-class BatchGenerator:
-    """All requests of a call in step, in one program; sizes are rounded up, so that few programs are compiled.
+
+class EngineGenerator:
+    """The engine, in a size for a generation batch. A row that has ended takes the next sequence at once.
+
+    Nothing is kept from one `load` to the next, so that what is generated depends on parameters and requests alone.
 
     Args:
         graph: of `nnx.split(model)`.
-        prompt_tokens: contexts up to this length share one program.
+        prompts, samples: requests that come together, and completions of each.
+        prompt_tokens, new_tokens: the longest context at first, and what may be written after it in all turns.
     """
 
-    def __init__(self, graph: nnx.GraphDef[MiniMaxM1], prompt_tokens: int):
-        self._graph, self._prompt_tokens = graph, prompt_tokens
-        self._params: Params | None = None
-        self._version = 0
+    def __init__(
+        self, graph: nnx.GraphDef[MiniMaxM1], *, prompts: int, samples: int, prompt_tokens: int, new_tokens: int
+    ):
+        self._graph, self._prompts, self._samples = graph, prompts, samples
+        self._prompt_tokens, self._new_tokens = prompt_tokens, new_tokens
+        self._engine: Engine | None = None
 
     def load(self, params: Params, version: int) -> None:
-        self._params, self._version = params, version
+        if self._engine is not None:
+            self._engine.load(params, version)
+            return
+        model = nnx.merge(self._graph, params)
+        capacity = batch_capacity(
+            model.config,
+            model.dtype,
+            prompts=self._prompts,
+            samples=self._samples,
+            prompt_tokens=self._prompt_tokens,
+            new_tokens=self._new_tokens,
+        )
+        self._engine = Engine(ModelRunner(self._graph, params, capacity), version)
 
     def run(self, requests: Sequence[Request]) -> list[list[Completion]]:
-        alike = {(r.samples, r.sampling.temperature, r.sampling.top_p, r.sampling.end_ids) for r in requests}
-        assert len(alike) == 1, "one call, one kind of request"
-        ((samples, temperature, top_p, end_ids),) = alike
-        assert top_p == 1, "whose log-probabilities are those of the policy itself"
-        longest = max(len(request.tokens) for request in requests)
-        time = self._prompt_tokens if longest <= self._prompt_tokens else 1 << (longest - 1).bit_length()
-        out = on_host(
-            decode(
-                self._graph,
-                self._params,
-                *pad_prompts([request.tokens for request in requests], time),  # pyright: ignore[reportArgumentType]
-                _keys_of_samples(jax.numpy.stack([request.key for request in requests]), samples),
-                np.array(end_ids, np.int32),
-                np.float32(temperature),
-                samples_per_prompt=samples,
-                max_new_tokens=max(request.sampling.max_new_tokens for request in requests),
-            )
-        )
-        completions = []
-        for row, (tokens, logp, length, finished) in enumerate(zip(*out)):
-            limit = requests[row // samples].sampling.max_new_tokens
-            finish: Finish = "stop" if finished and length <= limit else "length"
-            n = min(int(length), limit)
-            completions.append(
-                Completion(
-                    tokens=tokens[:n],
-                    logp=logp[:n],
-                    nucleus_logp=logp[:n],
-                    written=np.ones(n, bool),
-                    version=np.full(n, self._version, np.int32),
-                    routes=None,
-                    finish=finish,
-                    sample=row % samples,
-                )
-            )
-        return [completions[i : i + samples] for i in range(0, len(completions), samples)]
+        assert self._engine is not None, "nothing is loaded"
+        completions: list[list[Completion]] = [[] for _ in requests]
+        for number, completion in self._engine.run(requests):
+            completions[number].append(completion)
+        return [sorted(found, key=lambda completion: completion.sample) for found in completions]
 
-
-@jax.jit(static_argnums=1)
-def _keys_of_samples(requests: Key[Array, " requests"], samples: int) -> Key[Array, " rows"]:
-    return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(requests, np.arange(samples)).reshape(-1)
+    def rest(self) -> None:
+        if self._engine is not None:
+            self._engine.rest()

@@ -145,7 +145,13 @@ class Rollout:
             return
         sampling = self._sampling(self._recipe.max_new_tokens)
         requests = [
-            Request(tokens=group[0].context(), key=group[0].key, sampling=sampling, samples=len(group))
+            Request(
+                tokens=group[0].context(),
+                key=group[0].key,
+                sampling=sampling,
+                samples=len(group),
+                keep=self._environment is not SingleTurn,
+            )
             for group in groups
         ]
         for group, completions in zip(groups, self._generator.run(requests)):

@@ -14,7 +14,7 @@ from m1jax.flops import forward_flops
 from m1jax.model import MiniMaxM1, Remat
 from m1jax.rl.environment import MakeEnvironment, SingleTurn
 from m1jax.rl.evaluation import summary, write_samples
-from m1jax.rl.generator import BatchGenerator
+from m1jax.rl.generator import EngineGenerator
 from m1jax.rl.losses import Objective, policy_loss
 from m1jax.rl.prepare import prepare, useful
 from m1jax.rl.recipe import RLRecipe
@@ -120,7 +120,13 @@ class Trainer:
     ):
         self._run, self._recipe, self._seed, self._config = run, recipe, seed, model.config
         self._graph, params = nnx.split(model)
-        self._generator = BatchGenerator(self._graph, recipe.generation.max_prompt_tokens)
+        self._generator = EngineGenerator(
+            self._graph,
+            prompts=recipe.generation.prompts,
+            samples=recipe.generation.samples,
+            prompt_tokens=recipe.generation.max_prompt_tokens,
+            new_tokens=recipe.generation.max_new_tokens,
+        )
         self._rollout = Rollout(task, tokenizer, self._generator, recipe.generation, environment)
         self._judge = judge or RuleJudge(task, recipe.reward.format_reward)
         optimizer = recipe.optimizer.build(recipe.planned_updates)
@@ -192,6 +198,7 @@ class Trainer:
     def _generate(self, split: Split, first: int) -> list[Group]:
         self._generator.load(self.state.params, self._position.iteration)
         groups = self._rollout(split, self._seed, first)
+        self._generator.rest()
         if split == "train":
             self._session.worked(*_work(self._config, groups))
         return groups

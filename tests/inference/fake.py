@@ -4,13 +4,14 @@ The hash of a sequence lies in its slot, as a lightning state would, and its tok
 mix-up of rows, slots or pages, anything written over or never copied, gives other tokens than `expected`.
 """
 
+import collections
 import dataclasses
 
 import jax
 import numpy as np
 
 from m1jax.inference.capacity import Capacity
-from m1jax.inference.engine import Decoded
+from m1jax.inference.device import Decoded
 from m1jax.inference.stopping import NEVER
 
 VOCAB = 50
@@ -42,13 +43,19 @@ class FakeRunner:
 
     def __init__(self, capacity: Capacity, weights: int = 0) -> None:
         self.capacity, self.weights = capacity, weights
-        self.states = [mix(99, slot) for slot in range(capacity.slots)]  # never zero: zeros must be asked for
-        self.pages = np.full((capacity.pages, capacity.page_size), -1)
+        self.states = [
+            mix(99, slot) for slot in range(capacity.parts * capacity.slots)
+        ]  # never zero: zeros must be asked for
+        self.pages = np.full((capacity.parts * capacity.pages, capacity.page_size), -1)
         self.faulty: set[int] = set()
         """tokens after which the logits are no numbers"""
 
     def load(self, params):
         self.weights = params
+
+    def rest(self):
+        self.weights = None
+        self.states = [mix(98, slot) for slot in range(len(self.states))]
 
     def copy(self, copies):
         for copy in copies:
@@ -59,14 +66,15 @@ class FakeRunner:
     def read(self, sequence, token):
         """One token goes through the model; there is its memory's only writer."""
         at = sequence.computed + self.ahead
-        self.states[sequence.row] = mix(self.states[sequence.row], token, self.weights)
+        self.states[sequence.slot] = mix(self.states[sequence.slot], token, self.weights)
         self.pages[sequence.pages[at // self.capacity.page_size], at % self.capacity.page_size] = token
         self.ahead += 1
         return route(token, at)
 
     def prefill(self, shape, chunks):
         assert shape in self.capacity.prefill
-        assert 0 < len(chunks) <= shape[0]
+        parts = collections.Counter(chunk.sequence.row // self.capacity.rows for chunk in chunks)
+        assert 0 < max(parts.values()) <= shape[0]
         assert len({chunk.sequence.row for chunk in chunks}) == len(chunks)
         routes = []
         for chunk in chunks:
@@ -76,7 +84,8 @@ class FakeRunner:
             routes.append(np.stack([self.read(s, t) for t in s.tokens[s.computed : s.computed + chunk.count]]))
         return routes
 
-    def decode(self, sequences, allowances):
+    def decode(self, sequences, allowances, patience):
+        assert 0 < patience <= len(sequences)
         rows, steps = len(sequences), self.capacity.steps
         assert len({s.row for s in sequences}) == rows
         out = Decoded(
@@ -89,6 +98,9 @@ class FakeRunner:
             np.zeros((rows, steps, LAYERS, K), np.uint8),
         )
         for i, (s, allowance) in enumerate(zip(sequences, allowances)):
+            part = s.row // self.capacity.rows
+            assert s.slot == s.row + part * self.capacity.snapshots
+            assert all(page // self.capacity.pages == part for page in s.pages)
             assert 0 < allowance <= steps
             assert s.computed == len(s.tokens) - 1
             self.ahead, token = 0, s.tokens[-1]
@@ -96,7 +108,7 @@ class FakeRunner:
                 out.routes[i, step] = self.read(s, token)
                 memory = self.pages[s.pages].reshape(-1)[: s.computed + self.ahead]
                 fault = token in self.faulty
-                token, logp = draw(self.states[s.row], memory, self.weights, s.key, s.sample, s.new + step)
+                token, logp = draw(self.states[s.slot], memory, self.weights, s.key, s.sample, s.new + step)
                 logp = np.nan if fault else logp
                 out.tokens[i, step], out.logp[i, step], out.nucleus_logp[i, step] = token, logp, logp / 2
                 out.counts[i] += 1

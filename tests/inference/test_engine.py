@@ -1,5 +1,6 @@
 """The engine without a model: whatever happens around a request, its completion is what the definition says."""
 
+import collections
 import dataclasses
 import functools
 
@@ -42,11 +43,16 @@ def finished(engine):
 
 def audit(engine):
     """The books are right: every place has as many holders as are known to hold it."""
-    scheduler = engine._scheduler
+    for scheduler in engine._parts:
+        audit_part(scheduler)
+
+
+def audit_part(scheduler):
     held = [page for s in scheduler.running for page in s.pages]
     held += [page for snapshot in scheduler.prefixes._kept.values() for page in snapshot.pages]
-    counts = np.bincount(held, minlength=scheduler.capacity.pages)
-    assert counts.tolist() == [scheduler.pages.holders(page) for page in range(scheduler.capacity.pages)]
+    assert collections.Counter(held) == {
+        page: scheduler.pages.holders(page) for page in scheduler.pages.numbers if scheduler.pages.holders(page)
+    }
     rows = [s.row for s in scheduler.running]
     assert len(set(rows)) == len(rows) == scheduler.capacity.rows - scheduler.rows.free
     assert all(s.row == -1 and not s.pages and not s.junctions for s in scheduler.waiting)
@@ -111,7 +117,7 @@ def test_run_left_early_leaves_nothing_behind():
     for _ in engine.run([request([n], max_new_tokens=2 * n) for n in range(1, 9)]):
         break
     assert not engine.busy
-    assert not engine._scheduler.running
+    assert not any(part.running for part in engine._parts)
     audit(engine)
 
 
@@ -224,6 +230,18 @@ def test_a_long_prompt_lets_others_decode():
     for _ in range(20):
         assert any(isinstance(event, Wrote) and event.ticket == short for event in engine.step())
     assert engine.counts.prefilled == 20 * 3
+
+
+def test_parts_of_a_mesh_share_the_work_and_keep_groups_together():
+    engine = Engine(FakeRunner(dataclasses.replace(ROOMY, rows=4, decode=(4,), parts=2)))
+    groups = [request([n, *range(20)], samples=4, max_new_tokens=6, keep=False) for n in range(4)]
+    for group in groups:
+        engine.submit(group)
+    assert [part.load for part in engine._parts] == [8, 8]
+    done = finished(engine)
+    for (ticket, _), completion in done.items():
+        check(groups[ticket.number], completion)
+    assert engine.counts.prefilled == 4 * 20
 
 
 def test_cancel():
@@ -371,7 +389,7 @@ actions = st.one_of(
     st.tuples(st.just("load"), st.integers(0, 30)),
 )
 capacities = st.builds(
-    lambda rows, pages, snapshots, page_size, steps: Capacity(
+    lambda rows, pages, snapshots, page_size, steps, parts: Capacity(
         rows=rows,
         max_length=40,
         page_size=page_size,
@@ -381,12 +399,14 @@ capacities = st.builds(
         decode=tuple(sorted({1, (rows + 1) // 2, rows})),
         prefill=((1, 3), (2, 8)),
         stall=3,
+        parts=parts,
     ),
     st.integers(1, 5),
     st.integers(0, 12),
     st.integers(0, 5),
     st.integers(1, 5),
     st.integers(1, 4),
+    st.sampled_from([1, 1, 2]),
 )
 
 
@@ -427,10 +447,11 @@ def test_random_schedules(capacity, actions):
     assert {ticket for ticket, _ in done} == set(asked)
     for (ticket, _), completion in done.items():
         check_one(asked[ticket], completion, ticket in cancelled, inherited.get(ticket, 0), of_version[ticket])
-    engine._scheduler.prefixes.clear()
-    audit(engine)
-    assert engine._scheduler.pages.free == capacity.pages
-    assert not engine._scheduler.prefixes.root.children
+    for part in engine._parts:
+        part.prefixes.clear()
+        audit(engine)
+        assert part.pages.free == capacity.pages
+        assert not part.prefixes.root.children
 
 
 def check_one(asked, completion, cancelled, inherited, first):

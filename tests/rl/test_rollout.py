@@ -10,7 +10,7 @@ from m1jax.chat import Tokenizer, encode_chat, encode_prompt
 from m1jax.errors import UserError
 from m1jax.inference.types import Completion, Request, Sampling
 from m1jax.rl.environment import SingleTurn
-from m1jax.rl.generator import BatchGenerator
+from m1jax.rl.generator import EngineGenerator
 from m1jax.rl.rollout import GenerationRecipe, Prompts, Rollout
 from m1jax.rl.tasks import Problem
 from tests import tiny
@@ -36,6 +36,9 @@ class Script:
 
     def load(self, params, version):
         self.version = version
+
+    def rest(self):
+        pass
 
     def run(self, requests):
         text = self.texts[len(self.calls)]
@@ -159,7 +162,7 @@ def test_an_environment_that_speaks_by_chance():
 @pytest.fixture(scope="module")
 def generator():
     graph, params = nnx.split(tiny.model())
-    made = BatchGenerator(graph, 16)
+    made = EngineGenerator(graph, prompts=2, samples=2, prompt_tokens=16, new_tokens=8)
     made.load(params, 3)
     return made
 

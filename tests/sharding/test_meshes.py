@@ -1,12 +1,15 @@
 """The model on eight devices gives what it gives on one: loss, every gradient, generated tokens."""
 
+import dataclasses
+
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from m1jax import sharding
-from m1jax.inference.generate import decode
+from m1jax.inference import Engine, Request, Sampling
+from m1jax.inference.memory import batch_capacity
+from m1jax.inference.runner import ModelRunner
 
 MESHES = [
     "data=8",
@@ -56,32 +59,29 @@ def test_gradients_of_several_periods(deep, spec):
     check_gradients(deep, spec)
 
 
-def generated(problem, params, temperature):
-    tokens = problem.batch["tokens"][:, :6]
-    lengths = np.array([6, 3, 5, 1, 6, 2, 4, 6], np.int32)
-    keys = jax.random.split(jax.random.key(1), len(tokens))
-    out = decode(
-        problem.graph,
-        params,
-        jnp.where(np.arange(6) < lengths[:, None], tokens, 0),
-        lengths,
-        keys,
-        jnp.array([-1]),
-        temperature,
-        max_new_tokens=6,
-    )
-    return jax.tree.map(np.asarray, out)
+def generated(problem, params):
+    """Prompts of several lengths, greedy and not; more samples than a part of a mesh has rows."""
+    tokens, lengths = problem.batch["tokens"], [6, 3, 5, 1, 6, 2, 4, 6]
+    sizes = dict(prompts=8, samples=2, prompt_tokens=6, new_tokens=6)
+    capacity = batch_capacity(problem.config, np.float32, **sizes)
+    engine = Engine(ModelRunner(problem.graph, params, dataclasses.replace(capacity, rows=2, decode=(2,))))
+    requests = [
+        Request(row[:n], jax.random.key(i), Sampling(temperature=i % 2, top_p=1.0, max_new_tokens=6), samples=2)
+        for i, (row, n) in enumerate(zip(tokens, lengths))
+    ]
+    return {(number, completion.sample): completion for number, completion in engine.run(requests)}
 
 
 def check_tokens(problem, spec):
     mesh = sharding.make_mesh(spec)
     params = jax.device_put(problem.params, sharding.parameter_shardings(problem.params, mesh))
-    for temperature in (0.0, 1.0):
-        want = generated(problem, problem.params, temperature)
-        with jax.set_mesh(mesh):
-            got = generated(problem, params, temperature)
-        np.testing.assert_array_equal(got.tokens, want.tokens)
-        np.testing.assert_allclose(got.log_probs, want.log_probs, atol=1e-4)
+    want = generated(problem, problem.params)
+    with jax.set_mesh(mesh):
+        got = generated(problem, params)
+    assert got.keys() == want.keys()
+    for key, completion in got.items():
+        np.testing.assert_array_equal(completion.tokens, want[key].tokens)
+        np.testing.assert_allclose(completion.logp, want[key].logp, atol=1e-4)
 
 
 def test_generated_tokens(small):

@@ -1,0 +1,65 @@
+"""What the engine asks of whatever runs the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Several
+from typing import Generic, NamedTuple, Protocol, TypeVar
+
+import jax
+import numpy as np
+from flax import nnx
+from jaxtyping import UInt8
+
+from m1jax.inference.capacity import Capacity
+from m1jax.inference.scheduler import Chunk, Copy
+from m1jax.inference.sequence import Sequence
+
+A = TypeVar("A", np.ndarray, jax.Array)
+
+
+class Decoded(NamedTuple, Generic[A]):
+    """What decode steps wrote, one row for each sequence; beyond its count a row means nothing."""
+
+    counts: A
+    """int32 [n]"""
+    tokens: A
+    """int32 [n, steps]"""
+    logp: A
+    """float32 [n, steps]"""
+    nucleus_logp: A
+    """float32 [n, steps]"""
+    reasons: A
+    """int32 [n], places in `stopping.REASONS`"""
+    certain: A
+    """int32 [n], `Sequence.certain` from now on"""
+    routes: A | None
+    """uint8 [n, steps, layers, k]"""
+
+
+class Runner(Protocol):
+    """The model on its device. Rows and slots, pages and lengths are the sequences' own."""
+
+    capacity: Capacity
+    vocab_size: int
+    records_routes: bool
+
+    def copy(self, copies: Several[Copy]) -> None:
+        """Copy states and pages, one after the other."""
+        ...
+
+    def prefill(self, shape: tuple[int, int], chunks: Several[Chunk]) -> list[UInt8[np.ndarray, "n layers k"]]:
+        """Let the model read the chunks' tokens. Returns their routes, where they are recorded."""
+        ...
+
+    def decode(self, sequences: Several[Sequence], allowances: Several[int], patience: int) -> Decoded[np.ndarray]:
+        """Feed each sequence its last token and draw the next, up to so many times; and no further once `patience` of
+        them have ended or written what they may."""
+        ...
+
+    def load(self, params: nnx.State) -> None:
+        """Take other weights, as `nnx.split(model)` gives them."""
+        ...
+
+    def rest(self) -> None:
+        """Give memory back until weights are loaded again; states and pages are lost."""
+        ...
