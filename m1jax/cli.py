@@ -1,58 +1,160 @@
 """The command line `m1jax`: finds the command that was asked for and imports only what that one needs."""
 
-import errno
+import dataclasses
+import difflib
 import importlib
+import logging
+import os
 import sys
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
 
-import tyro
-
+from m1jax.disk import FULL, NOT_PERMITTED, explained
 from m1jax.errors import UserError
 
-# Words of the command -> (module:function, what it does). The function takes one dataclass: its fields are the options.
-COMMANDS: dict[str, tuple[str, str]] = {
-    "demo": ("m1jax.demo:main", "train a small M1 on this machine in minutes: SFT, then CISPO"),
-    "train pretrain": ("m1jax.train.pretrain:main", "pre-train a model further on documents"),
-    "train sft": ("m1jax.train.sft:main", "fine-tune a model on conversations, or prompts and answers"),
-    "train rl": ("m1jax.rl.trainer:main", "train a model with CISPO on problems whose answers can be verified"),
-    "generate": ("m1jax.commands.generate:main", "let a model answer prompts"),
-    "plan": ("m1jax.commands.plan:main", "does a model fit on hardware you do not have, how fast, at what price"),
-    "launch": ("m1jax.launch:main", "start a command in several processes on this machine and watch them"),
-    "convert": ("m1jax.convert.main:main", "convert between official files, Transformers' files and checkpoints"),
-    "checkpoint ls": ("m1jax.convert.inspect:ls", "list the checkpoints of a run"),
-    "checkpoint show": ("m1jax.convert.inspect:show", "show what a checkpoint holds"),
-    "checkpoint verify": ("m1jax.convert.inspect:verify", "read every byte of a checkpoint and compare checksums"),
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """What stands behind the words of a command."""
+
+    home: str
+    """module:function; the function takes one dataclass, whose fields are the options"""
+    what: str
+    """what it does, in a line"""
+    devices: bool = False
+    """whether it computes on JAX's devices"""
+    wraps: bool = False
+    """whether its options end where another command begins"""
+
+
+COMMANDS: dict[str, Command] = {
+    "demo": Command("m1jax.demo:main", "train a small M1 on this machine in minutes: SFT, then CISPO", True),
+    "init": Command("m1jax.commands.init:main", "make a model with random weights from a preset", True),
+    "train pretrain": Command("m1jax.train.pretrain:main", "pre-train a model further on documents", True),
+    "train sft": Command("m1jax.train.sft:main", "fine-tune a model on conversations, or prompts and answers", True),
+    "train rl": Command(
+        "m1jax.rl.command:main", "train a model with CISPO on problems whose answers can be verified", True
+    ),
+    "generate": Command("m1jax.commands.generate:main", "let a model answer prompts", True),
+    "plan": Command(
+        "m1jax.commands.plan:main", "does a model fit on hardware you do not have, how fast, at what price"
+    ),
+    "launch": Command(
+        "m1jax.launch:main", "start a command in several processes on this machine and watch them", wraps=True
+    ),
+    "convert": Command(
+        "m1jax.commands.convert:main", "convert between official files, Transformers' files and checkpoints", True
+    ),
+    "checkpoint ls": Command("m1jax.commands.checkpoint:ls", "list the checkpoints of a run"),
+    "checkpoint show": Command("m1jax.commands.checkpoint:show", "show what a checkpoint holds"),
+    "checkpoint verify": Command(
+        "m1jax.commands.checkpoint:verify", "read every byte of a checkpoint and compare checksums"
+    ),
 }
+HELP = ("-h", "--help")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one command; exits with status 2 and without a traceback for what the user can put right."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    # The longest name first: a command may also be the first word of another.
-    words = next((n for n in (2, 1) if " ".join(arguments[:n]) in COMMANDS), 0)
-    if not words:
-        asked = not arguments or arguments[0] in ("-h", "--help")
-        print(_overview(arguments), file=sys.stdout if asked else sys.stderr)
-        sys.exit(0 if asked else 2)
-    name = " ".join(arguments[:words])
     try:
-        module, function = COMMANDS[name][0].split(":")
-        run = getattr(importlib.import_module(module), function)
-        (config_type,) = [t for key, t in typing.get_type_hints(run).items() if key != "return"]
-        config = tyro.cli(config_type, prog=f"m1jax {name}", args=arguments[words:])
+        name = find(arguments)
+        if name is None:
+            print(_overview(arguments))
+            return
+        run, config = parse(arguments)
+        if COMMANDS[name].devices:
+            _require_devices()
         run(config)
     except UserError as error:
         _stop(str(error))
     except OSError as error:
-        file = f" for {error.filename}" if error.filename else ""
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            _stop(f"no space left on the disk{file}: free some and run again")
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            _stop(f"not permitted{file} ({error.strerror}): choose another place, or change its permissions")
-        raise
+        if error.errno not in (*FULL, *NOT_PERMITTED):
+            raise
+        _stop(str(explained(error, Path("a file"))))
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def find(arguments: Sequence[str]) -> str | None:
+    """The name of the command that some arguments begin with; None if they ask which there are.
+
+    Raises:
+        UserError: they begin with no command.
+    """
+    # The longest name first: a command may also be the first word of another.
+    for words in (2, 1):
+        if (name := " ".join(arguments[:words])) in COMMANDS:
+            return name
+    group = [name for name in COMMANDS if name.split()[:1] == list(arguments[:1])]
+    if not arguments or arguments[0] in HELP or (group and arguments[1:2] and arguments[1] in HELP):
+        return None
+    if group and len(arguments) == 1:
+        raise UserError(f"{arguments[0]} what? There are {', '.join(map(repr, group))}; try m1jax {group[0]} --help")
+    asked = " ".join(arguments[:2] if group else arguments[:1])
+    # Two words first, for `trian sft`; and of `sft` and `rl` nobody need remember the first word.
+    near = [n for words in (2, 1) for n in difflib.get_close_matches(" ".join(arguments[:words]), COMMANDS, 1)]
+    near += [name for name in COMMANDS if asked == name.split()[-1]]
+    hint = f"; did you mean {near[0]!r}?" if near else "; m1jax --help lists all"
+    raise UserError(f"there is no command {asked!r}{hint}")
+
+
+def parse(arguments: Sequence[str]) -> tuple[Callable[[typing.Any], None], typing.Any]:
+    """The function behind a command, and what its options say; ends the program if they ask for help or are wrong."""
+    import tyro  # half of the time that --help takes
+
+    name = find(arguments)
+    assert name is not None
+    command, options = COMMANDS[name], list(arguments[len(name.split()) :])
+    module, function = command.home.split(":")
+    run = getattr(importlib.import_module(module), function)
+    (config_type,) = [t for key, t in typing.get_type_hints(run).items() if key != "return"]
+    if command.wraps:
+        options = _separated(options, {field.name for field in dataclasses.fields(config_type)})
+    return run, tyro.cli(config_type, prog=f"m1jax {name}", args=options)
+
+
+def _separated(arguments: list[str], names: Collection[str]) -> list[str]:
+    """The same with -- before the command that they wrap, where nobody wrote it; `names` of options with one value."""
+    at = 0
+    while at < len(arguments) and arguments[at].startswith("--"):
+        option, equals, _ = arguments[at].removeprefix("--").partition("=")
+        if option not in names:
+            return arguments  # it is there; or tyro says what is wrong
+        at += 1 if equals else 2
+    return arguments if at >= len(arguments) or arguments[at] in HELP else [*arguments[:at], "--", *arguments[at:]]
+
+
+def _require_devices() -> None:
+    """Raises UserError where JAX has been told to use devices that are not here: before anything is read."""
+    import jax
+
+    # A plugin whose libraries are missing is reported here, with a traceback, and by the next line not at all.
+    reports: list[str] = []
+
+    def keep(record: logging.LogRecord) -> bool:
+        if record.exc_info:
+            reports.append(str(record.exc_info[1]))
+        return not record.exc_info
+
+    logger = logging.getLogger("jax._src.xla_bridge")
+    logger.addFilter(keep)
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the latter where a plugin is installed and its driver is not
+        asked, reason = os.environ.get("JAX_PLATFORMS"), " ".join((reports or [str(error)])[-1].split())
+        reason = reason.partition(" (set JAX_PLATFORMS")[0][:200]
+        if asked:
+            raise UserError(
+                f"JAX_PLATFORMS={asked} asks for devices that JAX cannot use here ({reason}); unset it to compute on "
+                "what there is, or install what is missing (extras gpu and tpu)"
+            ) from error
+        raise UserError(
+            f"JAX cannot use this machine's devices ({reason}); JAX_PLATFORMS=cpu computes on its processor"
+        ) from error
+    finally:
+        logger.removeFilter(keep)
 
 
 def _stop(message: str) -> typing.NoReturn:
@@ -61,13 +163,11 @@ def _stop(message: str) -> typing.NoReturn:
 
 
 def _overview(arguments: Sequence[str]) -> str:
-    known = [name for name in COMMANDS if name.split()[:1] == list(arguments[:1])]
-    lines = []
-    if arguments and arguments[0] not in ("-h", "--help") and not known:
-        lines = [f"m1jax: there is no command {arguments[0]!r}", ""]
-    lines += ["usage: m1jax COMMAND [--help] [OPTIONS]", ""]
+    """All commands, or those of a group."""
+    known = [name for name in COMMANDS if name.split()[:1] == list(arguments[:1])] or list(COMMANDS)
     width = max(map(len, COMMANDS)) + 2
-    lines += [f"  {name:{width}}{COMMANDS[name][1]}" for name in known or COMMANDS]
+    lines = ["usage: m1jax COMMAND [--help] [OPTIONS]", ""]
+    lines += [f"  {name:{width}}{COMMANDS[name].what}" for name in known]
     return "\n".join([*lines, "", "m1jax COMMAND --help lists a command's options and their defaults."])
 
 

@@ -13,7 +13,7 @@ import numbers
 import sys
 import warnings
 from collections.abc import Mapping
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 from m1jax.errors import UserError
 
@@ -22,6 +22,14 @@ SOFTMAX = "softmax"
 M1_ALPHA = 3.5565588200778455  # report: DeepNorm-style residual scale, the same in all three places
 
 Layout = Literal["official", "transformers"]
+
+
+class Run(NamedTuple):
+    """Equal layers that follow one another in a period: ``count`` of a ``kind`` from its layer ``start`` on."""
+
+    kind: str
+    start: int
+    count: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,6 +119,17 @@ class ModelConfig:
     @property
     def num_periods(self) -> int:
         return self.num_layers // self.period
+
+    @functools.cached_property
+    def runs(self) -> tuple[Run, ...]:
+        """The runs of equal layers that make up one period (M1: seven lightning layers, one softmax layer)."""
+        runs: list[Run] = []
+        for place, kind in enumerate(self.layer_types[: self.period]):
+            if runs and runs[-1].kind == kind:
+                runs[-1] = runs[-1]._replace(count=runs[-1].count + 1)
+            else:
+                runs.append(Run(kind, place, 1))
+        return tuple(runs)
 
     @classmethod
     def preset(cls, name: str) -> ModelConfig:
@@ -216,6 +235,16 @@ _M1 = ModelConfig(
 PRESETS: dict[str, ModelConfig] = {
     "m1-456b": _M1,
     "text-01-456b": _M1,  # MiniMax-Text-01, the base model, has the same shape
+    "m1-2b": dataclasses.replace(
+        _M1,
+        vocab_size=32_768,
+        hidden_size=2048,
+        intermediate_size=2048,
+        layer_types=_hybrid(8),
+        num_heads=16,
+        num_kv_heads=4,
+        num_experts=16,
+    ),
     "m1-1b": dataclasses.replace(
         _M1,
         vocab_size=32_768,

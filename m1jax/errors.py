@@ -1,10 +1,13 @@
-"""The one exception for what a user can put right, checks that raise it, and an exit status."""
+"""The one exception for what a user can put right, checks that raise it, its wording, and an exit status."""
 
+from collections.abc import Sequence
 from typing import Any
 
 STOPPED = 143
 """Exit status of a training that was asked to stop, has saved, and goes on when it is started again: 128 + SIGTERM, so
 that nobody takes it for a finished one."""
+UNTRAINED = 3
+"""Exit status of a training that came to its end without a single update: nothing was learnt."""
 
 
 class UserError(Exception):
@@ -28,3 +31,9 @@ def require_positive(options: Any, *names: str, zero: bool = False) -> None:
         value = getattr(options, name)
         if not (value > 0 or (zero and value == 0)):  # so that NaN is refused
             raise UserError(f"{name} = {value} must be {'zero or more' if zero else 'more than zero'}")
+
+
+def shortened(problems: Sequence[str], most: int = 3) -> str:
+    """The first of what is wrong, and how many more there are."""
+    more = len(problems) - most
+    return "; ".join(problems[:most]) + (f"; and {more} more" if more > 0 else "")

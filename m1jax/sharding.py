@@ -8,7 +8,7 @@ A mesh has five axes; one line says how large each is ("fsdp=4,tensor=2"), those
     tensor    heads, the width of experts, the vocabulary
     sequence  time
 
-``PARAMETERS`` is the one table of where parameters lie; what has their names (gradients, optimizer moments) follows
+``DIMENSIONS`` is the one table of where parameters lie; what has their names (gradients, optimizer moments) follows
 them. Activations are held in place by ``constrain``, which does nothing without an ambient mesh (``jax.set_mesh``).
 """
 
@@ -22,6 +22,7 @@ import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from m1jax import parameters
 from m1jax.config import ModelConfig
 from m1jax.errors import UserError
 
@@ -30,30 +31,17 @@ AXES = ("data", "fsdp", "expert", "tensor", "sequence")
 ROWS = ("data", "fsdp", "expert")  # what the rows of a batch are spread over
 CUT = ("fsdp", "expert")  # what a matrix that belongs to no expert is cut over, beside tensor
 
-# Name (the end of the path in the parameter tree) -> one entry per dimension. Layers have the periods in front.
-PARAMETERS: dict[str, PartitionSpec] = {
-    "embed_tokens": P("tensor", CUT),  # [V, D]
-    "lm_head": P("tensor", CUT),  # [V, D]
-    "norm": P(None),  # [D]
-    "input_layernorm": P(None, None),  # [P, D]
-    "post_attention_layernorm": P(None, None),  # [P, D]
-    "attention.qkv_proj": P(None, "tensor", CUT),  # [P, 3HK, D], head by head, so a cut falls between heads
-    "attention.output_gate": P(None, "tensor", CUT),  # [P, HK, D]
-    "attention.norm": P(None, "tensor"),  # [P, HK]
-    "attention.out_proj": P(None, CUT, "tensor"),  # [P, D, HK]
-    "attention.q_proj": P(None, "tensor", CUT),  # [P, HK, D]
-    "attention.k_proj": P(None, "tensor", CUT),  # [P, GK, D]
-    "attention.v_proj": P(None, "tensor", CUT),  # [P, GK, D]
-    "attention.o_proj": P(None, CUT, "tensor"),  # [P, D, HK]
-    "moe.gate": P(None, None, None),  # [P, E, D]
-    "moe.w1": P(None, "expert", "tensor", "fsdp"),  # [P, E, F, D]
-    "moe.w3": P(None, "expert", "tensor", "fsdp"),  # [P, E, F, D]
-    "moe.w2": P(None, "expert", "fsdp", "tensor"),  # [P, E, D, F]
-    "moe.coefficient": P(None, None, None),  # [P, 1, D]
-    "shared_mlp.gate_proj": P(None, "tensor", CUT),  # [P, F, D]
-    "shared_mlp.up_proj": P(None, "tensor", CUT),  # [P, F, D]
-    "shared_mlp.down_proj": P(None, CUT, "tensor"),  # [P, D, F]
+# What the dimensions of parameters (``m1jax.parameters``) are cut over. An axis cuts an array once: experts, which are
+# cut over expert already, have their hidden dimension over fsdp alone.
+DIMENSIONS: dict[str | None, tuple[str, ...]] = {
+    "vocab": ("tensor",),
+    "heads": ("tensor",),
+    "inner": ("tensor",),
+    "experts": ("expert",),
+    "hidden": CUT,
+    None: (),
 }
+
 
 # What `constrain` calls the dimensions of activations. Where a size cannot be cut over all axes, it is over the first.
 ACTIVATIONS: dict[str | None, tuple[str, ...]] = {
@@ -182,9 +170,9 @@ def parameter_specs(tree: Any) -> Any:
     Scalars (step counters, random keys) are repeated everywhere.
 
     Raises:
-        KeyError: a leaf that is no scalar has a name that ``PARAMETERS`` does not know.
+        KeyError: a leaf that is no scalar has a name that ``m1jax.parameters`` does not know.
     """
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: _spec(_name(path), len(leaf.shape)), tree)
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: _spec(path, len(leaf.shape)), tree)
 
 
 def parameter_shardings(tree: Any, mesh: Mesh) -> Any:
@@ -258,8 +246,7 @@ def gather_weights(block: Any, dtype: jax.typing.DTypeLike) -> Any:
         return block
 
     def gather(path: Any, weight: jax.Array) -> jax.Array:
-        name = _name(path)
-        cut = P(*_spec(name, weight.ndim + 1)[1:])
+        cut = P(*_spec(path, weight.ndim + 1)[1:])
         whole = P(*(None if axes == CUT else axes for axes in cut))
         return weight if whole == cut else _gathered(weight, jax.numpy.dtype(dtype), cut, whole)
 
@@ -280,20 +267,22 @@ def _gathered(weight: jax.Array, dtype: jax.numpy.dtype, cut: PartitionSpec, who
 _hold = jax.lax.with_sharding_constraint
 
 
-def _spec(name: str, ndim: int) -> PartitionSpec:
+def _spec(path: Any, ndim: int) -> PartitionSpec:
+    """Of a leaf with ``ndim`` dimensions; those of layers have the layers of a run in front."""
     if ndim == 0:
         return P()
-    parts = name.split(".")
-    for start in range(max(0, len(parts) - 2), len(parts)):  # "attention.norm" before "norm"
-        spec = PARAMETERS.get(".".join(parts[start:]))
-        if spec is not None and len(spec) == ndim:
-            return spec
-    raise KeyError(f"no PartitionSpec for {name} with {ndim} dimensions; add it to m1jax.sharding.PARAMETERS")
-
-
-def _name(path: Any) -> str:
-    keys = (str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", "")))) for key in path)
-    return ".".join(key for key in keys if key not in ("value", "raw_value"))
+    parameter, in_layer = parameters.find(path)
+    used: set[str] = set()
+    entries: list[Any] = [None] * in_layer
+    for dimension in parameter.dimensions:
+        axes = tuple(axis for axis in DIMENSIONS[dimension] if axis not in used)
+        used.update(axes)
+        entries.append(axes if len(axes) > 1 else axes[0] if axes else None)
+    if len(entries) != ndim:
+        raise KeyError(
+            f"{'.'.join(parameters.path_names(path))} has {ndim} dimensions; {parameter.name} has {len(entries)}"
+        )
+    return P(*entries)
 
 
 def _is_spec(x: Any) -> bool:

@@ -5,7 +5,7 @@ Imports JAX alone and knows nothing of M1: it takes mathematics (log decays, sta
 
 from pallas_kernels.experts import expert_mlp
 from pallas_kernels.lightning import PADDING, lightning_attention, lightning_attention_decode
-from pallas_kernels.softmax import softmax_attention
+from pallas_kernels.softmax import softmax_attention, softmax_attention_decode
 from pallas_kernels.target import target_platform
 from pallas_kernels.vocabulary import vocabulary_statistics
 
@@ -15,6 +15,7 @@ __all__ = [
     "lightning_attention",
     "lightning_attention_decode",
     "softmax_attention",
+    "softmax_attention_decode",
     "target_platform",
     "vocabulary_statistics",
 ]

@@ -4,6 +4,7 @@ import atexit
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 # Eight devices, so that a wrong PartitionSpec fails here and not on a pod. Programs for one device are not affected.
 # LLVM's optimisations are more than half of the time to compile, and compiling is most of the time of a test. XLA's own
@@ -26,6 +27,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import hypothesis
 import jaxtyping
+import pytest
 
 # Checks the shapes and dtypes in the signatures of what works on arrays while tests run. Not those of what users call:
 # that says itself what is wrong with an argument, and is tested for it.
@@ -39,3 +41,22 @@ jaxtyping.install_import_hook(CHECKED, "beartype.beartype")
 # derandomize: a red run must be red again when somebody looks.
 hypothesis.settings.register_profile("m1jax", deadline=None, derandomize=True, max_examples=20, database=None)
 hypothesis.settings.load_profile("m1jax")
+
+GOLDEN = Path(__file__).parent / "golden" / "m1-tiny"
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """A small checkpoint in the authors' layout, with numbers that their code computed from it."""
+    return GOLDEN
+
+
+@pytest.fixture
+def copy(tmp_path) -> Path:
+    """A copy of the golden checkpoint that a test may damage."""
+    target = tmp_path / "copy"
+    target.mkdir()
+    for file in GOLDEN.iterdir():
+        if file.suffix != ".npz":
+            shutil.copyfile(file, target / file.name)
+    return target

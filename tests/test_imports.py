@@ -1,4 +1,4 @@
-"""Which part may import which, and that importing costs nothing that is not needed."""
+"""Which part may import which, that nothing goes in a circle, and that importing costs nothing that is not needed."""
 
 import ast
 import subprocess
@@ -9,25 +9,34 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# One way only: a part may import what stands on its own line or above it.
-LAYERS = [
-    {"errors", "_compat", "collectives"},
-    {"config", "flops"},
-    {"sharding", "flops"},
+# One way only: a part may import those above its own line. A part is a package, or a file beside the packages.
+RANKS = [
+    {"errors"},
+    {"disk", "processes", "peers", "collectives", "chat", "sandbox"},
+    {"config"},
+    {"parameters", "flops"},
+    {"sharding"},
     {"model"},
-    {"inference", "checkpoint", "convert"},
-    {"train", "agent"},
-    {"rl", "serve"},
-    {"plan", "demo", "launch"},
-    {"cli", "commands"},
+    {"weights", "inference"},
+    {"checkpoint", "agent"},
+    {"train", "serve", "convert"},
+    {"rl"},
+    {"plan"},
+    {"commands"},
+    {"cli", "demo"},
+    {"launch"},
 ]
-# Tokens and prompts stand apart: everybody may use them, they use nobody.
-CHAT = "chat"
-OPTIONAL = {"torch", "transformers", "fla", "reasoning_gym"}
+RANK = {part: number for number, parts in enumerate(RANKS) for part in parts}
+# Tokens and prompts stand apart.
+ERRORS_ONLY = {"chat", "sandbox"}
+OPTIONAL = {"torch", "transformers", "fla", "reasoning_gym", "pyarrow"}
 
 
-def imports(path):
-    """(line, module, whether at the top of the file) for every import in a file; relative ones are made absolute."""
+def imports(path, *, complete=False):
+    """(line, module, whether at the top of the file) for every import in a file; relative ones are made absolute.
+
+    `complete`: with every name that is imported from a module behind it, which may be a module too.
+    """
     package = path.relative_to(ROOT).parent.parts
     tree = ast.parse(path.read_text())
     top = {id(node) for node in tree.body}
@@ -39,42 +48,114 @@ def imports(path):
             base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
             module = ".".join(filter(None, [base, node.module]))
             # `from m1jax import convert` imports a part; `from m1jax.convert import f` does as well.
-            for alias in node.names if module == "m1jax" else [None]:
+            for alias in node.names if complete or module == "m1jax" else [None]:
                 yield node.lineno, module + (f".{alias.name}" if alias else ""), id(node) in top
 
 
-def files(package):
-    return sorted((ROOT / package).rglob("*.py"))
+def files(*packages):
+    return sorted(path for package in packages for path in (ROOT / package).rglob("*.py"))
 
 
 def part(path):
     return path.relative_to(ROOT / "m1jax").with_suffix("").parts[0]
 
 
-def wrong_direction(source, target):
-    """Whether a file of part `source` must not import part `target` of m1jax."""
-    if target == source or target == "errors":
-        return False
-    if source == CHAT:
-        return True
-    if target == CHAT:
-        return False
-    rank = {name: number for number, layer in enumerate(LAYERS) for name in layer}
-    return rank[target] > rank[source]
-
-
 @pytest.mark.parametrize("path", files("m1jax"), ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_point_one_way(path):
-    known = {CHAT}.union(*LAYERS)
     if path.parent.name == "m1jax" and path.name in ("__init__.py", "__main__.py"):
         return  # the public names: may show every part
-    assert part(path) in known, f"m1jax/{part(path)} is new: give it its place in LAYERS"
+    mine = part(path)
+    assert mine in RANK, f"m1jax/{mine} is new: give it its place in RANKS"
     for line, module, top in imports(path):
         names = module.split(".")
         assert names[0] not in OPTIONAL or not top, f"{path}:{line}: {module} is optional: import it where it is used"
         assert names[0] not in ("tests", "experiments"), f"{path}:{line}: {module}"
-        if names[0] == "m1jax" and len(names) > 1 and names[1] in known:
-            assert not wrong_direction(part(path), names[1]), f"{path}:{line}: {part(path)} must not import {module}"
+        if names[0] == "m1jax" and len(names) > 1 and names[1] in RANK and names[1] != mine:
+            assert RANK[names[1]] < RANK[mine], f"{path}:{line}: {mine} must not import {module}"
+            assert mine not in ERRORS_ONLY or names[1] == "errors", f"{path}:{line}: {mine} must not import {module}"
+
+
+def imported_files(path):
+    """The files of the two packages that a file imports, anywhere in it: modules, or a package's __init__.py."""
+    for _, module, _ in imports(path, complete=True):
+        at = ROOT.joinpath(*module.split("."))
+        # `from package import name`: a module of that name, else what the package itself says.
+        for found in (
+            at.with_suffix(".py"),
+            at / "__init__.py",
+            at.parent.with_suffix(".py"),
+            at.parent / "__init__.py",
+        ):
+            if found.is_file():
+                if found != path:
+                    yield found
+                break
+
+
+def circles(graph):
+    """The groups of files that import each other, by Tarjan's strongly connected components."""
+    number, low, stack, found = {}, {}, [], []
+
+    def visit(node):
+        number[node] = low[node] = len(number)
+        stack.append(node)
+        for other in graph[node]:
+            if other not in number:
+                visit(other)
+                low[node] = min(low[node], low[other])
+            elif other in stack:
+                low[node] = min(low[node], number[other])
+        if low[node] == number[node]:
+            group = [stack.pop()]
+            while group[-1] != node:
+                group.append(stack.pop())
+            if len(group) > 1:
+                found.append(sorted(group))
+
+    for node in graph:
+        if node not in number:
+            visit(node)
+    return found
+
+
+def test_no_circle_between_files():
+    """Imports within functions and those for types alone count: they hide a circle, they do not open it."""
+    graph = {path: sorted(set(imported_files(path))) for path in files("m1jax", "pallas_kernels")}
+    assert sum(map(len, graph.values())) > 100
+    assert not circles(graph)
+
+
+def test_circles_are_seen():
+    assert circles({"a": ["b"], "b": ["c"], "c": ["b"], "d": ["a"]}) == [["b", "c"]]
+    assert circles({"a": ["b", "c"], "b": ["c"], "c": []}) == []
+
+
+GIVE_WAY = {"m1jax/inference: generate"}  # where a module still has to
+
+
+def test_no_function_shadows_a_module():
+    """What a package shows under a module's name, and is not that module, hides it from `import`."""
+    found = set()
+    for path in files("m1jax", "pallas_kernels"):
+        if path.name != "__init__.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            for alias in node.names if isinstance(node, ast.ImportFrom) else []:
+                here = path.parent / (alias.asname or alias.name)
+                module = here.with_suffix(".py").exists() or (here / "__init__.py").exists()
+                if module and ROOT.joinpath(*str(node.module).split("."), alias.name) != here:
+                    found.add(f"{path.parent.relative_to(ROOT)}: {here.name}")
+    assert found <= GIVE_WAY
+
+
+@pytest.mark.parametrize("path", files("m1jax", "pallas_kernels"), ids=lambda path: str(path.relative_to(ROOT)))
+def test_versions_of_jax_differ_in_one_place(path):
+    assert path.name == "_compat.py" or "__version" not in path.read_text()
+
+
+def test_processes_talk_in_one_place():
+    talk = [path.name for path in files("m1jax", "pallas_kernels") if "multihost_utils" in path.read_text()]
+    assert talk == ["processes.py"]
 
 
 @pytest.mark.parametrize("path", files("pallas_kernels"), ids=lambda path: str(path.relative_to(ROOT)))
@@ -87,11 +168,13 @@ def test_kernels_stand_on_jax_alone(path):
 def test_importing_is_light():
     """No device is touched, nothing optional comes along, and nothing is computed."""
     script = (
-        "import sys, m1jax, pallas_kernels, m1jax.chat, m1jax.commands.plan\n"
+        "import sys, jax\n"
+        "theirs = set(sys.modules)  # jax brings libtpu along where it is installed\n"
+        "import m1jax, pallas_kernels, m1jax.chat, m1jax.commands.plan\n"
         "from jax._src import xla_bridge\n"
         "assert not xla_bridge._backends, 'importing initialised a device'\n"
         f"loaded = {sorted(OPTIONAL | {'matplotlib', 'tensorboardX', 'grain', 'math_verify', 'libtpu'})!r}\n"
-        "print([name for name in loaded if name in sys.modules])\n"
+        "print([name for name in loaded if name in sys.modules and name not in theirs])\n"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

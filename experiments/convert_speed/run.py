@@ -20,8 +20,8 @@ import ml_dtypes
 import numpy as np
 
 from m1jax import ModelConfig
-from m1jax.convert.files import Plan, Writer
-from m1jax.convert.names import tensors
+from m1jax.weights.names import tensors
+from m1jax.weights.safetensors import Plan, Writer
 
 HERE = Path(__file__).parent
 CONFIG = ModelConfig(

@@ -175,7 +175,7 @@ class Pair:
 
         def loss(parameters: Any, tokens: jax.Array) -> jax.Array:
             model = nnx.merge(self.graph, parameters)
-            hidden = model.hidden_states(tokens[:, :-1]).hidden
+            hidden = model.forward(tokens[:, :-1]).hidden
             return -jnp.mean(model.log_probs(hidden, tokens[:, 1:])[0])
 
         call = jax.jit(jax.value_and_grad(loss))

@@ -1,6 +1,25 @@
-"""MiniMax-M1's tokens and prompt format. Imports nothing else of this project but its exception."""
+"""MiniMax-M1's tokens, prompt format, thoughts and tool calls. Imports the project's exception, and no other part."""
 
+from m1jax.chat.parser import CallError, Content, Event, Message, Reasoning, StreamParser, ToolCall, parse_message
 from m1jax.chat.template import render, template_source
-from m1jax.chat.tokenizer import Tokenizer, encode_chat
+from m1jax.chat.tokenizer import TextStream, Tokenizer, encode_chat, encode_prompt
+from m1jax.chat.tools import Tool, as_tools
 
-__all__ = ["Tokenizer", "encode_chat", "render", "template_source"]
+__all__ = [
+    "CallError",
+    "Content",
+    "Event",
+    "Message",
+    "Reasoning",
+    "StreamParser",
+    "TextStream",
+    "Tokenizer",
+    "Tool",
+    "ToolCall",
+    "as_tools",
+    "encode_chat",
+    "encode_prompt",
+    "parse_message",
+    "render",
+    "template_source",
+]

@@ -1,9 +1,4 @@
-"""MiniMax-M1's prompt format: messages to text.
-
-A message is `{"role": "system" | "user" | "assistant" | "tool", "content": ...}`; the content is a string or a list of
-parts `{"type": "text", "text": ...}`, in a tool's message with a `"name"` (of the tool) in the part or in the message.
-An assistant's content holds its `<think>` and `<tool_calls>` as text, just as the model writes them.
-"""
+"""MiniMax-M1's prompt format: messages (see `messages`) to text."""
 
 import functools
 import json
@@ -15,9 +10,8 @@ import jinja2
 import jinja2.ext
 import jinja2.nodes
 
+from m1jax.chat.messages import plain
 from m1jax.errors import UserError
-
-ROLES = ("system", "user", "assistant", "tool")
 
 
 def render(
@@ -28,21 +22,24 @@ def render(
     """The prompt as text, byte for byte what the published template makes of it (where that accepts the messages).
 
     Args:
-        messages: the conversation, oldest first (see the module). All system messages together open the prompt.
+        messages: the conversation, oldest first (see `m1jax.chat.messages`). All system messages together open the
+            prompt.
         tools: JSON schemas of the tools that the model may call.
         add_generation_prompt: end with the opening of an assistant's turn, for the model to write it.
 
     Raises:
         UserError: a message that the format cannot express, naming its index.
     """
-    return "".join(text for text, _ in pieces(messages, tools, add_generation_prompt))
+    return "".join(text for text, _ in pieces(plain(messages), check_tools(tools), add_generation_prompt))
 
 
 def pieces(
-    messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None, add_generation_prompt: bool
+    messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], add_generation_prompt: bool
 ) -> Iterator[tuple[str, bool]]:
-    """The text of `render` in pieces, each with whether the assistant writes it."""
-    _check(messages, tools)
+    """The text of `render` in pieces, each with whether the assistant writes it.
+
+    Takes what `plain` and `check_tools` gave.
+    """
     chunks = _template().generate(messages=messages, tools=tools, add_generation_prompt=add_generation_prompt)
     return ((chunk, isinstance(chunk, _Written)) for chunk in chunks)
 
@@ -78,32 +75,15 @@ def _template() -> jinja2.Template:
     return environment.from_string(template_source())
 
 
-def _check(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None) -> None:
-    for name, value in (("messages", messages), ("tools", tools or [])):
-        if value is not None and (isinstance(value, str) or not isinstance(value, Sequence)):
-            raise UserError(f"{name}: expected a list of objects, got {value!r:.100}")
+def check_tools(tools: Sequence[Mapping[str, Any]] | None) -> list[Mapping[str, Any]]:
+    """The tools as a list; raises UserError for what is no list of JSON objects."""
+    if tools is not None and (isinstance(tools, str) or not isinstance(tools, Sequence)):
+        raise UserError(f"tools: expected a list of objects, got {tools!r:.100}")
     for index, tool in enumerate(tools or []):
         if not isinstance(tool, Mapping):
             raise UserError(f"tools[{index}]: expected an object, a tool's JSON schema, got {tool!r:.100}")
-    if not messages:
-        raise UserError("The conversation is empty: give at least one message.")
-    for index, message in enumerate(messages):
-        where = f"messages[{index}]"
-        if not isinstance(message, Mapping) or message.get("role") not in ROLES:
-            raise UserError(
-                f"{where}: expected an object whose role is one of {', '.join(ROLES)}, got {message!r:.100}"
-            )
-        if message.get("tool_calls"):
-            raise UserError(f'{where}: write the calls into the content, as "<tool_calls>\\n{{...}}\\n</tool_calls>".')
-        content = message.get("content")
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        if not isinstance(parts, Sequence) or not all(_is_text(part) for part in parts):
-            raise UserError(
-                f'{where}: content must be a string or a list of {{"type": "text", "text": ...}}, got {content!r:.100}'
-            )
-        if message["role"] == "tool" and not all(part.get("name") or message.get("name") for part in parts):
-            raise UserError(f"{where}: a tool's result needs the tool's name, in the message or in each part.")
-
-
-def _is_text(part: Any) -> bool:
-    return isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)
+        try:
+            json.dumps(tool)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise UserError(f"tools[{index}] is no JSON: {error}") from error
+    return list(tools or [])

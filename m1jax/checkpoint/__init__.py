@@ -12,7 +12,7 @@
 
 What goes where:
 - ``params``: the model's parameters (``nnx.split(model)[1]``). On disk one tensor per layer under its official name
-  (``m1jax.convert.names``), the experts of a layer together.
+  (``m1jax.weights.names``), the experts of a layer together.
 - ``state``: any pytree of arrays (optimizer state, random keys old and new style, counters). Comes back in the
   structure, dtypes and shardings of the target given to ``restore``; arrays or ``jax.ShapeDtypeStruct``s, on any mesh.
 - ``arrays``: nested dicts of numpy arrays, any shapes, restored without a target (a rollout buffer). With several
@@ -32,9 +32,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from m1jax.checkpoint.restore import Restored, restore
-from m1jax.checkpoint.save import Saver
-from m1jax.checkpoint.verify import (
+import jax
+
+from m1jax.checkpoint.manifest import (
     ARRAYS,
     MANIFEST,
     PARTIAL,
@@ -42,13 +42,16 @@ from m1jax.checkpoint.verify import (
     Info,
     checksums,
     crc32,
+    directories_within,
     find_problems,
     list_steps,
     listed,
-    newest_whole,
+    newest_within,
     read_info,
     write_manifest,
 )
+from m1jax.checkpoint.restoring import Restored, restore
+from m1jax.checkpoint.saving import Saver
 from m1jax.config import ModelConfig
 from m1jax.errors import UserError
 
@@ -62,9 +65,10 @@ __all__ = [
     "Restored",
     "checksums",
     "crc32",
+    "directories_within",
     "find_problems",
     "list_steps",
-    "newest_whole",
+    "newest_within",
     "read_info",
     "write_manifest",
 ]
@@ -144,7 +148,8 @@ class Checkpoints:
             contents: read every file and compare its CRC-32; otherwise only that files are there with their sizes.
                 Several processes read a share each.
         """
-        return find_problems(self.directory / str(step), contents=contents)
+        share = (jax.process_index(), jax.process_count())
+        return find_problems(self.directory / str(step), contents=contents, share=share)
 
     def save(
         self,

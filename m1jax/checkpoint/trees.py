@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from m1jax.checkpoint.verify import Info, shortened
+from m1jax.checkpoint.manifest import Info
 from m1jax.config import ModelConfig
-from m1jax.convert.names import Tensor, tensors
-from m1jax.errors import UserError
+from m1jax.errors import UserError, shortened
+from m1jax.weights.names import Tensor, by_path, tree_path
 
 
 def leaves(tree: Any) -> Iterator[tuple[str, Any]]:
@@ -90,35 +90,17 @@ def unnamed(state: Any, read: dict[str, Any], info: Info) -> Any:
     return jax.tree.unflatten(structure, out)
 
 
-def _paths(params: Any) -> Iterator[tuple[tuple[str | int, ...], Any]]:
-    """Paths as in the table of names: ("layers", 0, "moe", "w1"). Flax's own "value" at the end is left out."""
-    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
-        parts = []
-        for part in path:
-            if isinstance(part, jax.tree_util.DictKey):
-                parts.append(part.key)
-            elif isinstance(part, jax.tree_util.SequenceKey):
-                parts.append(part.idx)
-        yield tuple(parts), leaf
-
-
-@functools.lru_cache(maxsize=8)
-def _by_path(config: ModelConfig) -> dict[tuple[str | int, ...], list[Tensor]]:
-    places: dict[tuple[str | int, ...], list[Tensor]] = {}
-    for tensor in tensors(config, merged_experts=True):
-        places.setdefault(tensor.path, []).append(tensor)
-    return places
-
-
-def _checked_paths(params: Any, config: ModelConfig) -> list[tuple[list[Tensor], Any]]:
-    places, given = _by_path(config), list(_paths(params))
+def _checked_paths(params: Any, config: ModelConfig) -> list[tuple[Sequence[Tensor], Any]]:
+    """(the tensors on disk, in order, that fill it; leaf) of every leaf."""
+    places = by_path(config, merged_experts=True)
+    given = [(tree_path(path), leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]]
     if differ := set(places) ^ {path for path, _ in given}:
         names = sorted("/".join(map(str, path)) for path in differ)
         raise UserError(f"these are not the parameters of the config: {shortened(names)}")
     out = []
     for path, leaf in given:
         here = places[path]
-        shape = (config.num_periods,) * len(here[0].index) + here[0].shape
+        shape = ((len(here),) if here[0].index else ()) + here[0].shape  # layers stand along the first axis
         if tuple(leaf.shape) != shape:
             raise UserError(
                 f"parameter {'/'.join(map(str, path))} is {list(leaf.shape)}, the config says {list(shape)}"
@@ -140,7 +122,7 @@ def unstacked(params: Any, config: ModelConfig) -> dict[str, Any]:
 
 
 def _layer_sharding(leaf: Any) -> Any:
-    """The sharding of one layer's slice of a leaf stacked over periods; None where the leaf has none of its own."""
+    """The sharding of one layer's slice of a leaf stacked over layers; None where the leaf has none of its own."""
     sharding = _sharding(leaf)
     if isinstance(sharding, NamedSharding):
         return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))

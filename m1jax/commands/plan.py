@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,8 @@ class Config:
     m1jax plan --hardware h200 --task generate --context 1m --search
 
     Computed, not run: parameters, optimizer and caches are exact, the rest is what XLA keeps on TPUs (within 10 % of
-    the compiler, see docs/planner.md), times are lower bounds at the hardware's peak.
+    the compiler, see docs/planner.md), times are lower bounds at the hardware's peak. Exits with status 1 if it does
+    not fit.
     """
 
     hardware: str
@@ -69,6 +71,7 @@ def main(config: Config) -> None:
     """Prints the plan.
 
     Raises:
+        SystemExit: it does not fit, with status 1.
         UserError: unknown hardware or preset, a mesh that is not for these devices or cannot shard the model, or
             --compile without libtpu or for a GPU.
     """
@@ -94,6 +97,8 @@ def main(config: Config) -> None:
         print(json.dumps(plan, indent=1))
     else:
         _print(plan)
+    if not plan["fits"]:
+        sys.exit(1)
 
 
 def _setup(config: Config, chip: hardware.Chip, devices: int) -> Setup:

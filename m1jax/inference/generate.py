@@ -15,6 +15,8 @@ from m1jax.chat import Tokenizer
 from m1jax.errors import UserError, require_seed
 from m1jax.inference.sampling import sample
 from m1jax.model import Cache, MiniMaxM1
+from m1jax.sharding import ambient_mesh
+from pallas_kernels import target_platform
 
 
 class Samples(NamedTuple):
@@ -62,13 +64,12 @@ def decode(
         `Samples` of P * G rows. The loop ends as soon as every row has.
     """
     model: MiniMaxM1 = nnx.merge(graph, params)
+    if target_platform() == "cpu" and ambient_mesh() is None:
+        model = model.unstacked()
     cache = model.init_cache(prompts.shape[0], prompts.shape[1] + max_new_tokens)
     logits, cache = model(prompts, cache, lengths=lengths, last_only=True)
     logits = jnp.repeat(logits, samples_per_prompt, axis=0)
-    cache = Cache(
-        jnp.repeat(cache.lengths, samples_per_prompt, axis=0),
-        jax.tree.map(lambda x: jnp.repeat(x, samples_per_prompt, axis=1), cache.layers),
-    )
+    cache = cache.repeat(samples_per_prompt)
     rows = logits.shape[0]
     start = Samples(
         jnp.zeros((rows, max_new_tokens), jnp.int32),
@@ -79,7 +80,8 @@ def decode(
 
     def draw(step: jax.Array, logits: jax.Array, out: Samples) -> tuple[jax.Array, Samples]:
         step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, step)
-        token, log_prob = sample(logits, step_keys, temperature=temperature, top_p=top_p if nucleus else None)
+        options = jnp.full(rows, temperature, jnp.float32), jnp.full(rows, top_p if nucleus else 1.0, jnp.float32)
+        token, log_prob, _ = sample(logits, step_keys, temperature=options[0], top_p=options[1])
         alive = ~out.finished
         return token, Samples(
             out.tokens.at[:, step].set(jnp.where(alive, token, 0)),

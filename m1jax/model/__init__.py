@@ -1,6 +1,6 @@
-"""MiniMax-M1 in Flax NNX. Read ``transformer.py`` first: block -> period of layers -> model."""
+"""MiniMax-M1 in Flax NNX. Read ``transformer.py`` first: block -> run -> period -> model."""
 
 from m1jax.model.cache import Cache
-from m1jax.model.transformer import HiddenStates, MiniMaxM1
+from m1jax.model.transformer import MiniMaxM1, Output
 
-__all__ = ["Cache", "HiddenStates", "MiniMaxM1"]
+__all__ = ["Cache", "MiniMaxM1", "Output"]

@@ -1,39 +1,129 @@
-"""What a model remembers between calls: one state per lightning layer, keys and values per softmax layer."""
+"""What a model remembers between calls. Nobody else knows how it lies in memory.
+
+The memory of all layers of a run lies in one pool: lightning layers keep one state per *slot*, softmax layers keep keys
+and values in *pages* of equally many tokens. A row of a batch names its slot and its pages, so that many more sequences
+can be remembered than are worked on, and several may share pages. Where nobody shares out slots and pages, row b has
+slot b and one page of the whole length.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from m1jax.config import LIGHTNING, ModelConfig
 from m1jax.errors import UserError
+from m1jax.model import parallel
+from m1jax.sharding import ROWS
+from pallas_kernels import PADDING
+
+Layer = int | Int[Array, ""]
 
 
 class LightningCache(NamedTuple):
-    """``state[i, b]`` is S of layer ``i * period + j``: [periods, batch, heads, key, value], always float32."""
+    """The states S of a run's layers, always float32."""
 
-    state: Float[Array, "periods batch heads key value"]
+    state: Float[Array, "layers slots heads key value"]
+
+    def attend(
+        self,
+        layer: Layer,
+        q: Float[Array, "batch time heads key"],
+        k: Float[Array, "batch time heads key"],
+        v: Float[Array, "batch time heads value"],
+        log_decay: Float[Array, " heads"],
+        slots: Int[Array, " batch"] | None,
+        segment_ids: Int[Array, "batch time"] | None,
+    ) -> tuple[Float[Array, "batch time heads value"], LightningCache]:
+        """Lightning attention that goes on from the rows' states; PADDING leaves a state as it is.
+
+        One token a row advances the states in place; a row with a negative slot, or whose token is PADDING, is idle.
+        """
+        batch, time, _, _ = q.shape
+        if time == 1:
+            if segment_ids is not None:
+                slots = jnp.where(segment_ids[:, 0] == PADDING, -1, jnp.arange(batch) if slots is None else slots)
+            out, state = parallel.lightning_attention_decode(
+                q[:, 0], k[:, 0], v[:, 0], log_decay, self.state, slots, layer
+            )
+            return out[:, None], LightningCache(state)
+        before = self.state[layer] if slots is None else self.state.at[layer, slots].get(mode="fill", fill_value=0.0)
+        out, after = parallel.lightning_attention(q, k, v, log_decay, initial_state=before, segment_ids=segment_ids)
+        if slots is None:
+            return out, LightningCache(self.state.at[layer].set(after))
+        where = jnp.where(slots < 0, self.state.shape[1], slots)  # past the end: dropped, where -1 would be the last
+        return out, LightningCache(self.state.at[layer, where].set(after, mode="drop"))
 
 
 class SoftmaxCache(NamedTuple):
-    """Rotated keys and values: [periods, batch, max_length, kv_heads, head_dim] in the compute dtype."""
+    """Rotated keys, and values, of a run's layers in the compute dtype."""
 
-    keys: Float[Array, "periods batch max_length kv_heads channels"]
-    values: Float[Array, "periods batch max_length kv_heads channels"]
+    keys: Float[Array, "layers pages page_size kv_heads channels"]
+    values: Float[Array, "layers pages page_size kv_heads channels"]
+
+    def append(
+        self,
+        layer: Layer,
+        k: Float[Array, "batch time kv_heads channels"],
+        v: Float[Array, "batch time kv_heads channels"],
+        positions: Int[Array, "batch time"],
+        pages: Int[Array, "batch pages_of_row"] | None,
+        segment_ids: Int[Array, "batch time"] | None,
+    ) -> SoftmaxCache:
+        """Writes new keys and values at their positions; what has no page there is dropped.
+
+        Without pages, PADDING writes behind its row's tokens, where no query looks until real tokens overwrite it.
+        """
+        if pages is None:
+            at = (layer, jnp.arange(len(k))[:, None], positions)
+        else:
+            size = self.keys.shape[2]
+            page = jnp.take_along_axis(pages, positions // size, axis=1, mode="fill", fill_value=-1)
+            there = page >= 0 if segment_ids is None else (page >= 0) & (segment_ids != PADDING)
+            at = (layer, jnp.where(there, page, self.keys.shape[1]), positions % size)
+        return SoftmaxCache(
+            self.keys.at[at].set(k.astype(self.keys.dtype), mode="drop"),
+            self.values.at[at].set(v.astype(self.values.dtype), mode="drop"),
+        )
+
+    def attend(
+        self,
+        layer: Layer,
+        q: Float[Array, "batch time heads channels"],
+        positions: Int[Array, "batch time"],
+        pages: Int[Array, "batch pages_of_row"] | None,
+        segment_ids: Int[Array, "batch time"] | None,
+    ) -> Float[Array, "batch time heads channels"]:
+        """Softmax attention of each query to the keys of its row at and before its position."""
+        if q.shape[1] == 1:
+            idle = False if segment_ids is None else segment_ids[:, 0] == PADDING
+            seen = jnp.where(idle, 0, positions[:, 0] + 1)
+            return parallel.softmax_attention_decode(q[:, 0], self.keys, self.values, pages, seen, layer)[:, None]
+        keys, values = self.keys[layer], self.values[layer]
+        if pages is not None:
+            row = jnp.maximum(pages, 0)
+            keys, values = (x[row].reshape(len(pages), -1, *x.shape[2:]) for x in (keys, values))
+        return parallel.softmax_attention(q, keys, values, q_start=positions[:, 0])
 
 
 class Cache(NamedTuple):
     """The memory of a batch of sequences. A pytree: it goes into a call and a new one comes out.
 
-    ``lengths[b]`` counts the tokens of row b seen so far; ``layers[j]`` belongs to the layers at position j of
-    each period. Only softmax layers grow with ``max_length``.
+    Attributes:
+        lengths: tokens of each row seen so far.
+        runs: the memory of each run of equal layers of a period, over all periods (``ModelConfig.runs``).
+        slots: which state each row has, negative for none; None: row b has state b.
+        pages: which pages each row has, in order, negative for none; None: row b has page b alone.
     """
 
     lengths: Int[Array, " batch"]
-    layers: tuple[LightningCache | SoftmaxCache, ...]
+    runs: tuple[LightningCache | SoftmaxCache, ...]
+    slots: Int[Array, " batch"] | None = None
+    pages: Int[Array, "batch pages_of_row"] | None = None
 
     @classmethod
     def empty(cls, config: ModelConfig, batch: int, max_length: int, dtype: jax.typing.DTypeLike) -> Cache:
@@ -47,17 +137,93 @@ class Cache(NamedTuple):
                 f"max_length = {max_length} must be between 1 and the model's "
                 f"max_position_embeddings = {config.max_position_embeddings}"
             )
-        state = (config.num_periods, batch, config.num_heads, config.head_dim, config.head_dim)
-        kv = (config.num_periods, batch, max_length, config.num_kv_heads, config.head_dim)
-        layers = tuple(
-            LightningCache(jnp.zeros(state, jnp.float32))
-            if kind == LIGHTNING
-            else SoftmaxCache(jnp.zeros(kv, dtype), jnp.zeros(kv, dtype))
-            for kind in config.layer_types[: config.period]
-        )
-        return cls(jnp.zeros(batch, jnp.int32), layers)
+        return cls(jnp.zeros(batch, jnp.int32), _pools(config, batch, batch, max_length, dtype))
+
+    @classmethod
+    def pool(cls, config: ModelConfig, *, slots: int, pages: int, page_size: int, dtype: jax.typing.DTypeLike) -> Cache:
+        """Memory without rows, to be shared out with ``with_rows``: ``slots`` states per lightning layer and ``pages``
+        of ``page_size`` tokens per softmax layer."""
+        return cls(jnp.zeros(0, jnp.int32), _pools(config, slots, pages, page_size, dtype))
+
+    def with_rows(
+        self, lengths: Int[Array, " batch"], slots: Int[Array, " batch"], pages: Int[Array, "batch pages_of_row"]
+    ) -> Cache:
+        """The same memory, for other rows."""
+        return self._replace(lengths=lengths, slots=slots, pages=pages)
 
     @property
     def max_length(self) -> int | None:
-        """Tokens that fit, or None where no layer keeps any (a model of lightning layers only)."""
-        return next((layer.keys.shape[2] for layer in self.layers if isinstance(layer, SoftmaxCache)), None)
+        """Tokens a row has room for, or None where no layer keeps any (a model of lightning layers only)."""
+        pages = 1 if self.pages is None else self.pages.shape[1]
+        return next((pages * run.keys.shape[2] for run in self.runs if isinstance(run, SoftmaxCache)), None)
+
+    def repeat(self, times: int) -> Cache:
+        """Each row ``times`` times, side by side, with memory of its own. For caches without slots and pages."""
+        assert self.slots is None
+        assert self.pages is None
+        runs = jax.tree.map(lambda x: jnp.repeat(x, times, axis=1), self.runs)
+        return Cache(jnp.repeat(self.lengths, times), runs)
+
+    def copy_state(self, source: Int[Array, " n"], target: Int[Array, " n"]) -> Cache:
+        """States of slots ``source`` written to slots ``target`` in every lightning layer; a negative target: none."""
+
+        def copied(state: jax.Array) -> jax.Array:
+            where = jnp.where(target < 0, state.shape[1], target)
+            return state.at[:, where].set(state[:, jnp.maximum(source, 0)], mode="drop")
+
+        runs = (LightningCache(copied(r.state)) if isinstance(r, LightningCache) else r for r in self.runs)
+        return self._replace(runs=tuple(runs))
+
+    def clear_state(self, slots: Int[Array, " n"]) -> Cache:
+        """Zero states, of sequences that have seen nothing; negative slots are left out."""
+
+        def cleared(state: jax.Array) -> jax.Array:
+            return state.at[:, jnp.where(slots < 0, state.shape[1], slots)].set(0.0, mode="drop")
+
+        runs = (LightningCache(cleared(r.state)) if isinstance(r, LightningCache) else r for r in self.runs)
+        return self._replace(runs=tuple(runs))
+
+    def copy_pages(self, source: Int[Array, " n"], target: Int[Array, " n"]) -> Cache:
+        """Pages ``source`` written to pages ``target`` in every softmax layer; a negative target: none."""
+
+        def copied(x: jax.Array) -> jax.Array:
+            where = jnp.where(target < 0, x.shape[1], target)
+            return x.at[:, where].set(x[:, jnp.maximum(source, 0)], mode="drop")
+
+        runs = (SoftmaxCache(copied(r.keys), copied(r.values)) if isinstance(r, SoftmaxCache) else r for r in self.runs)
+        return self._replace(runs=tuple(runs))
+
+    def specs(self, rows: tuple[str, ...] | None = ROWS) -> Cache:
+        """A PartitionSpec for every array: rows, slots and pages over the mesh axes ``rows``, heads over tensor."""
+        row: Any = P(rows)  # specs stand where the arrays stand
+        state: Any = P(None, rows, "tensor")
+        kv: Any = P(None, rows, None, "tensor")
+        runs = tuple(
+            LightningCache(state) if isinstance(r, LightningCache) else SoftmaxCache(kv, kv) for r in self.runs
+        )
+        return Cache(row, runs, None if self.slots is None else row, None if self.pages is None else row)
+
+
+def _pools(
+    config: ModelConfig, slots: int, pages: int, page_size: int, dtype: jax.typing.DTypeLike
+) -> tuple[LightningCache | SoftmaxCache, ...]:
+    def pool(kind: str, layers: int) -> LightningCache | SoftmaxCache:
+        if kind == LIGHTNING:
+            return LightningCache(
+                jnp.zeros((layers, slots, config.num_heads, config.head_dim, config.head_dim), jnp.float32)
+            )
+        kv = (layers, pages, page_size, config.num_kv_heads, config.head_dim)
+        return SoftmaxCache(jnp.zeros(kv, dtype), jnp.zeros(kv, dtype))
+
+    return tuple(pool(run.kind, config.num_periods * run.count) for run in config.runs)
+
+
+def state_bytes(config: ModelConfig) -> int:
+    """Of one sequence's lightning states, all layers."""
+    return 4 * config.layer_types.count(LIGHTNING) * config.num_heads * config.head_dim**2
+
+
+def key_value_bytes(config: ModelConfig, dtype: jax.typing.DTypeLike) -> int:
+    """Of one token's keys and values, all softmax layers."""
+    softmax = config.num_layers - config.layer_types.count(LIGHTNING)
+    return 2 * softmax * config.num_kv_heads * config.head_dim * jnp.dtype(dtype).itemsize

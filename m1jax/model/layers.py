@@ -1,25 +1,45 @@
-"""The small parts every layer shares: parameters, linear maps, RMSNorm, rotary positions."""
+"""The small parts every layer shares: what a call tells its layers, linear maps, RMSNorm, rotary positions."""
 
 from __future__ import annotations
 
 import functools
-from typing import cast
+from collections.abc import Mapping
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from m1jax.sharding import ambient_mesh
 from pallas_kernels import target_platform
+from pallas_kernels.kept import KEPT
 
 FEW_TOKENS = 128  # from here on both orders are as fast
 
 
-def init_normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, dtype: jax.typing.DTypeLike) -> nnx.Param:
-    """A parameter of that shape drawn from N(0, std^2), the authors' initialisation of every matrix."""
-    return nnx.Param(std * jax.random.normal(rngs.params(), shape, dtype))
+Weights = Mapping[tuple[str, ...], jax.Array]  # a block's parameters by their paths (``m1jax.parameters``)
+
+
+class Call(NamedTuple):
+    """What every layer of one forward pass shares.
+
+    ``positions`` are those of the tokens in their sequences; ``segment_ids`` tells packed sequences apart and marks
+    PADDING; ``slots`` and ``pages`` are the rows' of a ``Cache``.
+    """
+
+    positions: Int[Array, "batch time"]
+    segment_ids: Int[Array, "batch time"] | None = None
+    slots: Int[Array, " batch"] | None = None
+    pages: Int[Array, "batch pages_of_row"] | None = None
+
+
+class Place(NamedTuple):
+    """What differs between the layers of a run: the layer's number in it, and its decays."""
+
+    layer: int | Int[Array, ""]
+    log_decay: Float[Array, " heads"]
 
 
 def linear(
@@ -35,7 +55,12 @@ def linear(
         product = jax.lax.optimization_barrier(jnp.einsum("oi,ti->ot", weight, tokens, precision=precision)).T
     else:
         product = jnp.einsum("...i,oi->...o", tokens, weight, precision=precision)
-    return product.reshape(*x.shape[:-1], len(weight))
+    return kept(product.reshape(*x.shape[:-1], len(weight)))
+
+
+def kept(x: jax.Array) -> jax.Array:
+    """x itself, marked as something not to be computed again."""
+    return checkpoint_name(x, KEPT)
 
 
 def by_token(x: Float[Array, "... channels"]) -> Float[Array, "... channels"]:

@@ -6,14 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from m1jax.config import ModelConfig
 from m1jax.model.cache import LightningCache
-from m1jax.model.layers import init_normal, linear, rms_norm
-from m1jax.model.parallel import lightning_attention, lightning_attention_decode
+from m1jax.model.layers import Call, Place, Weights, kept, linear, rms_norm
+from m1jax.model.parallel import lightning_attention
 from m1jax.sharding import constrain
-from pallas_kernels import PADDING
 
 NORM_EPS = 1e-6  # the authors' code gives this one norm its own epsilon, whatever config.rms_norm_eps says
 
@@ -39,38 +38,29 @@ def log_decays(config: ModelConfig) -> np.ndarray:
 
 
 class LightningAttention(nnx.Module):
-    """Parameters of one lightning layer per period, [periods, out, in], and its forward pass on one period's slice."""
+    """Parameters of a run of lightning layers, [layers, out, in], and the forward pass of one of them."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jax.typing.DTypeLike) -> None:
+    def __init__(self, config: ModelConfig, weights: Weights) -> None:
         self.num_heads = config.num_heads
-        periods, hidden, inner = config.num_periods, config.hidden_size, config.num_heads * config.head_dim
-        std = config.initializer_range
-        self.qkv_proj = init_normal(rngs, (periods, 3 * inner, hidden), std, dtype)
-        self.output_gate = init_normal(rngs, (periods, inner, hidden), std, dtype)
-        self.norm = nnx.Param(jnp.ones((periods, inner), dtype))
-        self.out_proj = init_normal(rngs, (periods, hidden, inner), std, dtype)
+        self.qkv_proj = nnx.Param(weights["attention", "qkv_proj"])
+        self.output_gate = nnx.Param(weights["attention", "output_gate"])
+        self.norm = nnx.Param(weights["attention", "norm"])
+        self.out_proj = nnx.Param(weights["attention", "out_proj"])
 
     def __call__(
-        self,
-        x: Float[Array, "batch time hidden"],
-        log_decay: Float[Array, " heads"],
-        cache: LightningCache | None,
-        segment_ids: Int[Array, "batch time"] | None,
-    ) -> tuple[Float[Array, "batch time hidden"], LightningCache]:
+        self, x: Float[Array, "batch time hidden"], call: Call, place: Place, memory: LightningCache | None
+    ) -> tuple[Float[Array, "batch time hidden"], LightningCache | None]:
         """S_t = lambda S_{t-1} + k_t^T v_t and o_t = q_t S_t; no positions and no 1/sqrt(d)."""
         batch, time, _ = x.shape
         x = constrain(x, "batch", "time", None)
         qkv = jax.nn.silu(linear(x, self.qkv_proj[...]))
         q, k, v = jnp.split(qkv.reshape(batch, time, self.num_heads, -1), 3, axis=-1)
-        if cache is not None and time == 1:
-            slots = None  # row b has state b, unless it is padding
-            if segment_ids is not None:
-                slots = jnp.where(segment_ids[:, 0] == PADDING, -1, jnp.arange(batch))
-            out, state = lightning_attention_decode(q[:, 0], k[:, 0], v[:, 0], log_decay, cache.state, slots)
+        if memory is None:
+            out, _ = lightning_attention(q, k, v, place.log_decay, segment_ids=call.segment_ids)
+            out = kept(out)
         else:
-            initial = None if cache is None else cache.state
-            out, state = lightning_attention(q, k, v, log_decay, initial_state=initial, segment_ids=segment_ids)
+            out, memory = memory.attend(place.layer, q, k, v, place.log_decay, call.slots, call.segment_ids)
         out = rms_norm(out.reshape(batch, time, -1), self.norm[...], NORM_EPS)
         gate = jax.nn.sigmoid(linear(x, self.output_gate[...]))
         out = linear(out * gate, self.out_proj[...])
-        return constrain(out, "batch", "residual", None), LightningCache(state)
+        return constrain(out, "batch", "residual", None), memory

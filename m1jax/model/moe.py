@@ -7,10 +7,10 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Integer
 
 from m1jax.config import ModelConfig
-from m1jax.model.layers import init_normal, linear
+from m1jax.model.layers import Weights, kept, linear
 from m1jax.model.parallel import experts
 from pallas_kernels import PADDING
 
@@ -26,52 +26,71 @@ class Routing(NamedTuple):
 class SharedMLP(nnx.Module):
     """The expert that every token passes (absent in M1: ``shared_intermediate_size`` is 0)."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jax.typing.DTypeLike) -> None:
-        inner, outer = (config.num_periods, config.shared_intermediate_size), config.hidden_size
-        std = config.initializer_range
-        self.gate_proj = init_normal(rngs, (*inner, outer), std, dtype)
-        self.up_proj = init_normal(rngs, (*inner, outer), std, dtype)
-        self.down_proj = init_normal(rngs, (inner[0], outer, inner[1]), std, dtype)
+    def __init__(self, weights: Weights) -> None:
+        self.gate_proj = nnx.Param(weights["moe", "shared_mlp", "gate_proj"])
+        self.up_proj = nnx.Param(weights["moe", "shared_mlp", "up_proj"])
+        self.down_proj = nnx.Param(weights["moe", "shared_mlp", "down_proj"])
 
     def __call__(self, x: Float[Array, "batch time hidden"]) -> Float[Array, "batch time hidden"]:
         return linear(jax.nn.silu(linear(x, self.gate_proj[...])) * linear(x, self.up_proj[...]), self.down_proj[...])
 
 
 class MoE(nnx.Module):
-    """Parameters of one expert layer per period and its forward pass on one period's slice.
+    """Parameters of the expert layers of a run, [layers, ...], and the forward pass of one of them.
 
     The router ``gate`` is float32 whatever the other parameters are, as in the released checkpoint.
     """
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jax.typing.DTypeLike) -> None:
+    def __init__(self, config: ModelConfig, weights: Weights) -> None:
         self.num_experts, self.k = config.num_experts, config.experts_per_token
-        periods, hidden, std = config.num_periods, config.hidden_size, config.initializer_range
-        experts, inner = config.num_experts, config.intermediate_size
-        self.gate = init_normal(rngs, (periods, experts, hidden), std, jnp.float32)
-        self.w1 = init_normal(rngs, (periods, experts, inner, hidden), std, dtype)
-        self.w3 = init_normal(rngs, (periods, experts, inner, hidden), std, dtype)
-        self.w2 = init_normal(rngs, (periods, experts, hidden, inner), std, dtype)
+        self.gate = nnx.Param(weights["moe", "gate"])
+        self.w1 = nnx.Param(weights["moe", "w1"])
+        self.w3 = nnx.Param(weights["moe", "w3"])
+        self.w2 = nnx.Param(weights["moe", "w2"])
         if config.shared_intermediate_size:
-            self.shared_mlp = SharedMLP(config, rngs=rngs, dtype=dtype)
-            self.coefficient = init_normal(rngs, (periods, 1, hidden), std, dtype)
+            self.shared_mlp = SharedMLP(weights)
+            self.coefficient = nnx.Param(weights["moe", "coefficient"])
         else:
             self.shared_mlp = self.coefficient = None
 
-    def route(self, x: Float[Array, "batch time hidden"]) -> Routing:
-        """Float32 softmax over all experts, the k largest, renormalised to sum to one."""
+    def route(
+        self, x: Float[Array, "batch time hidden"], replayed: Integer[Array, "batch time k"] | None = None
+    ) -> Routing:
+        """Float32 softmax over all experts, the k largest, renormalised to sum to one.
+
+        Where the choice is ``replayed``, the weights are still today's probabilities of those experts, so that the
+        router's gradient flows as it does for a choice of its own. An expert that does not exist has weight zero.
+        """
         logits = jnp.einsum("bti,ei->bte", x.astype(jnp.float32), self.gate[...], precision="highest")
-        probabilities = jax.nn.softmax(logits, axis=-1)
-        weights, experts = jax.lax.top_k(probabilities, self.k)
-        return Routing(probabilities, experts, weights / jnp.sum(weights, axis=-1, keepdims=True))
+        probabilities = jax.nn.softmax(kept(logits), axis=-1)
+        if replayed is None:
+            weights, experts = jax.lax.top_k(probabilities, self.k)
+        else:
+            experts = replayed.astype(jnp.int32)
+            weights = jnp.take_along_axis(probabilities, experts, axis=-1, mode="fill", fill_value=0.0)
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        return Routing(probabilities, experts, weights / jnp.where(total == 0, 1.0, total))
 
     def __call__(
-        self, x: Float[Array, "batch time hidden"], segment_ids: Int[Array, "batch time"] | None
+        self,
+        x: Float[Array, "batch time hidden"],
+        segment_ids: Int[Array, "batch time"] | None = None,
+        replayed: Integer[Array, "batch time k"] | None = None,
+        layer: int | Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "batch time hidden"], Routing]:
-        routing = self.route(x)
-        routes = routing.experts
-        if segment_ids is not None:  # an id no expert has: padding costs nothing
-            routes = jnp.where(segment_ids[..., None] == PADDING, self.num_experts, routes)
-        out = experts(x, self.w1[...], self.w3[...], self.w2[...], routes, routing.weights)
+        """The experts' output and the routing, in which PADDING is assigned to an expert that does not exist.
+
+        Args:
+            x: the normed residual stream.
+            segment_ids: marks PADDING, which costs nothing.
+            replayed: experts chosen before, instead of the router's choice.
+            layer: the number of this layer, where ``w1``, ``w3`` and ``w2`` are still those of the whole run.
+        """
+        routing = self.route(x, replayed)
+        if segment_ids is not None:
+            padding = segment_ids[..., None] == PADDING
+            routing = routing._replace(experts=jnp.where(padding, self.num_experts, routing.experts))
+        out = experts(x, self.w1[...], self.w3[...], self.w2[...], routing.experts, routing.weights, layer)
         if self.shared_mlp is not None and self.coefficient is not None:
             share = jax.nn.sigmoid(linear(x.astype(jnp.float32), self.coefficient[...]))
             mixed = out.astype(jnp.float32) * (1 - share) + self.shared_mlp(x).astype(jnp.float32) * share

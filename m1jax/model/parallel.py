@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int
 
 import pallas_kernels
 from m1jax.sharding import CUT, activation_axes, ambient_mesh
+from pallas_kernels import target_platform
 from pallas_kernels.lightning import lightning_attention_sequence_parallel
 
 MOE_TOKENS = 16_384  # tokens a device has gathered at once in `experts`: bounds memory at any length
@@ -90,27 +91,45 @@ def lightning_attention_decode(
     k: Float[Array, "batch heads key"],
     v: Float[Array, "batch heads value"],
     log_decay: Float[Array, " heads"],
-    pool: Float[Array, "rows heads key value"],
+    pool: Float[Array, "layers slots heads key value"],
     slots: Int[Array, " batch"] | None,
-) -> tuple[Float[Array, "batch heads value"], Float[Array, "rows heads key value"]]:
-    """``pallas_kernels.lightning_attention_decode``, batch and pool over rows, heads over tensor.
+    layer: int | Int[Array, ""],
+) -> tuple[Float[Array, "batch heads value"], Float[Array, "layers slots heads key value"]]:
+    """``pallas_kernels.lightning_attention_decode`` on one layer of a pool of states, batch and slots over rows, heads
+    over tensor. The pool is updated in place.
 
-    A row's slot must lie in the part of the pool that its device holds, as it does where row b has slot b.
+    A row's slot must lie in the part of the pool that its device holds, as it does where row b has slot b (None).
     """
-    if ambient_mesh() is None:
-        return pallas_kernels.lightning_attention_decode(q, k, v, log_decay, pool, slots)
     rows = activation_axes("batch", q.shape[0])
 
-    def local(q: Any, k: Any, v: Any, log_decay: Any, pool: Any, slots: Any) -> Any:
-        first = (jax.lax.axis_index(rows) if rows else 0) * pool.shape[0]
-        slots = None if slots is None else jnp.where(slots < 0, slots, slots - first)
-        return pallas_kernels.lightning_attention_decode(q, k, v, log_decay, pool, slots)
+    def local(q: Any, k: Any, v: Any, log_decay: Any, pool: Any, slots: Any, layer: Any) -> Any:
+        count = pool.shape[1]
+        if (
+            slots is None and target_platform() == "cpu"
+        ):  # neither gather nor scatter, which would take most of the time
+            out, state = pallas_kernels.lightning_attention_decode(q, k, v, log_decay, pool[layer])
+            return out, pool.at[layer].set(state)
+        if slots is None:
+            slots = jnp.arange(len(q), dtype=jnp.int32)
+        else:
+            first = (jax.lax.axis_index(rows) if rows else 0) * count
+            slots = jnp.where(slots < 0, slots, slots - first)
+        # All layers' states as one pool: the kernel takes the whole stack, and no layer is copied out of it.
+        slots = jnp.where(slots < 0, slots, slots + layer * count).astype(jnp.int32)
+        states = pool.reshape(-1, *pool.shape[2:])
+        out, states = pallas_kernels.lightning_attention_decode(q, k, v, log_decay, states, slots)
+        return out, states.reshape(pool.shape)
 
-    token = P(rows, "tensor")
+    if ambient_mesh() is None:
+        return local(q, k, v, log_decay, pool, slots, layer)
+    token, states = P(rows, "tensor"), P(None, rows, "tensor")
     # check_vma: JAX 0.12 takes no array into a GPU kernel to be updated that is marked as differing between devices.
     return jax.shard_map(
-        local, in_specs=(token, token, token, P("tensor"), token, P(rows)), out_specs=(token, token), check_vma=False
-    )(q, k, v, log_decay, pool, slots)
+        local,
+        in_specs=(token, token, token, P("tensor"), states, P(rows), P()),
+        out_specs=(token, states),
+        check_vma=False,
+    )(q, k, v, log_decay, pool, slots, jnp.asarray(layer))
 
 
 def softmax_attention(
@@ -155,37 +174,76 @@ def softmax_attention(
     )(q, k, v, segment_ids, q_start)  # fmt: skip
 
 
+def softmax_attention_decode(
+    q: Float[Array, "batch heads channels"],
+    keys: Float[Array, "layers pages page_size kv_heads channels"],
+    values: Float[Array, "layers pages page_size kv_heads channels"],
+    pages: Int[Array, "batch pages_of_row"] | None,
+    lengths: Int[Array, " batch"],
+    layer: int | Int[Array, ""],
+) -> Float[Array, "batch heads channels"]:
+    """``pallas_kernels.softmax_attention_decode`` on one layer of a pool of pages, batch and pages over rows, heads
+    over tensor. A row's pages must lie in the part of the pool that its device holds; None: row b has page b."""
+    rows = activation_axes("batch", q.shape[0])
+
+    def local(q: Any, keys: Any, values: Any, pages: Any, lengths: Any, layer: Any) -> Any:
+        count = keys.shape[1]
+        if pages is None:
+            pages = jnp.arange(len(q), dtype=jnp.int32)[:, None]
+        elif rows:
+            pages = pages - jax.lax.axis_index(rows) * count
+        # All layers' pages as one pool: the kernel takes the whole stack, and no layer is copied out of it.
+        pages = (jnp.maximum(pages, 0) + layer * count).astype(jnp.int32)
+        keys, values = (x.reshape(-1, *x.shape[2:]) for x in (keys, values))
+        return pallas_kernels.softmax_attention_decode(q, keys, values, pages, lengths)
+
+    if ambient_mesh() is None:
+        return local(q, keys, values, pages, lengths, layer)
+    token, pool = P(rows, "tensor"), P(None, rows, None, "tensor")
+    return jax.shard_map(
+        local, in_specs=(token, pool, pool, P(rows), P(rows), P()), out_specs=token, check_vma=False
+    )(q, keys, values, pages, lengths, jnp.asarray(layer))  # fmt: skip
+
+
 def experts(
     x: Float[Array, "batch time hidden"],
-    w1: Float[Array, "experts inner hidden"],
-    w3: Float[Array, "experts inner hidden"],
-    w2: Float[Array, "experts hidden inner"],
+    w1: Float[Array, "*layers experts inner hidden"],
+    w3: Float[Array, "*layers experts inner hidden"],
+    w2: Float[Array, "*layers experts hidden inner"],
     routes: Int[Array, "batch time k"],
     weights: Float[Array, "batch time k"],
+    layer: int | Int[Array, ""] | None = None,
 ) -> Float[Array, "batch time hidden"]:
     """``pallas_kernels.expert_mlp`` on all tokens; weights are cast to x's dtype. Dropless on any mesh.
 
     Every device sees the tokens of all devices that share its experts, computes those routed to its own experts (the
     others cost nothing) on its part of their width, and gets the sum for its own tokens back.
+
+    Given ``layer``, the weights are those of all layers of a run, from which the kernel picks without a copy.
     """
     weights = weights.astype(x.dtype)
     if ambient_mesh() is None:
-        flat = (a.reshape(-1, a.shape[-1]) for a in (x, routes, weights))
-        return _expert_mlp(*flat, *(w.astype(x.dtype) for w in (w1, w3, w2))).reshape(x.shape)
+        tokens, routes, weights = (a.reshape(-1, a.shape[-1]) for a in (x, routes, weights))
+        w1, w3, w2 = (w.astype(x.dtype) for w in (w1, w3, w2))
+        return _expert_mlp(tokens, routes, weights, w1, w3, w2, layer).reshape(x.shape)
     rows, _, residual = _token_axes(x)
     shared = tuple(axis for axis in ("expert", "tensor") if axis in rows + residual)
     repeated = tuple(axis for axis in ("expert", "tensor") if axis not in shared)
-    cut, gather_in = _gather(rows, 2, ("fsdp",))
-    _, gather_out = _gather(rows, 1, ("fsdp",))
+    stack = () if layer is None else (None,)
+    cut, gather_in = _gather(rows, len(stack) + 2, ("fsdp",))
+    _, gather_out = _gather(rows, len(stack) + 1, ("fsdp",))
 
-    def local(x: Any, routes: Any, weights: Any, w1: Any, w3: Any, w2: Any) -> Any:
+    def local(x: Any, routes: Any, weights: Any, w1: Any, w3: Any, w2: Any, layer: Any) -> Any:
         shape = x.shape
+        if layer is not None and cut:  # what must be gathered is cut out first
+            w1, w3, w2 = (jax.lax.dynamic_slice_in_dim(w, layer, 1) for w in (w1, w3, w2))
+            layer = jnp.zeros_like(layer)
         w1, w3, w2 = gather_in(w1.astype(x.dtype)), gather_in(w3.astype(x.dtype)), gather_out(w2.astype(x.dtype))
-        first_expert = jax.lax.axis_index("expert") * w1.shape[0]
+        first_expert = jax.lax.axis_index("expert") * w1.shape[-3]
 
         def some(x: Any, routes: Any, weights: Any) -> Any:
             x, routes, weights = (_all_gather(a, shared, 0) for a in (x, routes, weights))
-            out = _expert_mlp(x, routes - first_expert, weights, w1, w3, w2)
+            out = _expert_mlp(x, routes - first_expert, weights, w1, w3, w2, layer)
             return _sum(_sum(out, shared, scatter=0), repeated)
 
         return _in_pieces(some, max(1, MOE_TOKENS // _size(shared)), x, routes, weights).reshape(shape)
@@ -197,12 +255,13 @@ def experts(
             tokens,
             tokens,
             tokens,
-            P("expert", "tensor", cut),
-            P("expert", "tensor", cut),
-            P("expert", cut, "tensor"),
+            P(*stack, "expert", "tensor", cut),
+            P(*stack, "expert", "tensor", cut),
+            P(*stack, "expert", cut, "tensor"),
+            P(),
         ),
         out_specs=tokens,
-    )(x, routes, weights, w1, w3, w2)
+    )(x, routes, weights, w1, w3, w2, layer)
 
 
 def log_probs(
@@ -227,8 +286,8 @@ def log_probs(
     )(hidden, lm_head, targets, jnp.asarray(temperature, jnp.float32))  # fmt: skip
 
 
-def _expert_mlp(x: Any, routes: Any, weights: Any, w1: Any, w3: Any, w2: Any) -> jax.Array:
-    return pallas_kernels.expert_mlp(x, w1, w3, w2, routes, weights)
+def _expert_mlp(x: Any, routes: Any, weights: Any, w1: Any, w3: Any, w2: Any, layer: Any) -> jax.Array:
+    return pallas_kernels.expert_mlp(x, w1, w3, w2, routes, weights, layer=layer)
 
 
 def _in_pieces(function: Any, size: int, *arrays: jax.Array) -> jax.Array:

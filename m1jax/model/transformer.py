@@ -1,97 +1,112 @@
-"""MiniMax-M1 (arXiv 2506.13585): block -> period of seven lightning layers and one softmax layer -> model.
+"""MiniMax-M1 (arXiv 2506.13585): block -> run of equal layers -> period of runs -> model.
 
     x = norm(h);  h = alpha * x + beta * attention(x)     # post-norm: the residual is the normed input
     y = norm(h);  h = alpha * y + beta * experts(y)
 
-The stack is a scan over periods, so compile time does not grow with depth: every parameter of a layer has the periods
-as its leading axis, and layer ``i * period + j`` is slice ``i`` of ``layers[j]``.
+The stack is a scan over periods, and within a period over each run of equal layers, so that neither the program nor its
+compile time grows with depth: every parameter of a run has its layers, over all periods, as the leading axis.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any, Literal, NamedTuple
+import operator
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, overload
 
 import jax
-import jax.core
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Integer, UInt8
 
-from m1jax.config import LIGHTNING, ModelConfig
-from m1jax.errors import UserError
+from m1jax import parameters
+from m1jax.config import LIGHTNING, ModelConfig, Run
 from m1jax.model import head, parallel
 from m1jax.model.cache import Cache, LightningCache, SoftmaxCache
-from m1jax.model.layers import init_normal, rms_norm
+from m1jax.model.checks import check_forward, check_vocabulary
+from m1jax.model.layers import Call, Place, Weights, rms_norm
 from m1jax.model.lightning import LightningAttention, log_decays
-from m1jax.model.moe import MoE, balancing_loss
+from m1jax.model.moe import MoE, Routing, balancing_loss
 from m1jax.model.softmax import SoftmaxAttention
 from m1jax.sharding import constrain, gather_weights
 from pallas_kernels import PADDING
+from pallas_kernels.kept import KEPT
+
+Remat = Literal["none", "cheap", "layers"]
+AuxLossOver = Literal["sequence", "batch"]
 
 
-class HiddenStates(NamedTuple):
+class Output(NamedTuple):
     """What the stack returns before the head.
 
-    ``hidden`` [batch, time, hidden] is normed, in the compute dtype. ``cache`` is the new one, or None where none was
-    given. ``aux_loss`` [batch, time] float32 is the load-balancing loss of each token's sequence, the mean over layers,
-    without its coefficient; None where a cache was given.
+    Attributes:
+        hidden: normed, in the compute dtype.
+        cache: the new one; None where none was given.
+        routes: the experts of every token and layer, where they were to be recorded; ``num_experts`` for PADDING.
+        aux: the load-balancing loss of each token's sequence, float32, the mean over layers, without its coefficient;
+            None where a cache was given.
     """
 
     hidden: Float[Array, "batch time hidden"]
     cache: Cache | None
-    aux_loss: Float[Array, "batch time"] | None
+    routes: UInt8[Array, "batch time layers k"] | None
+    aux: Float[Array, "batch time"] | None
 
 
-class Context(NamedTuple):
-    """What every layer of one call shares."""
+class Seen(NamedTuple):
+    """What a layer tells beside its output; both None where nobody asked."""
 
-    positions: Int[Array, "batch time"]
-    segment_ids: Int[Array, "batch time"] | None
-    aux_over: Literal["sequence", "batch"] | None
+    routes: UInt8[Array, "*layers batch time k"] | None
+    aux: Float[Array, "*layers batch time"] | None
 
 
 class Block(nnx.Module):
-    """One layer: attention of its kind, then experts, each with its norm and its pair (alpha, beta)."""
+    """Attention of a kind, then experts, each with its norm and its pair (alpha, beta): the layers of one run.
 
-    def __init__(self, config: ModelConfig, kind: str, *, rngs: nnx.Rngs, dtype: jax.typing.DTypeLike) -> None:
+    Every parameter is [layers, ...]; ``__call__`` is the forward pass of a block whose parameters are one layer's.
+    """
+
+    def __init__(self, config: ModelConfig, kind: str, weights: Weights) -> None:
         self.eps = config.rms_norm_eps
         self.mlp_scales = (config.mlp_alpha, config.mlp_beta)
-        self.input_layernorm = nnx.Param(jnp.ones((config.num_periods, config.hidden_size), dtype))
-        self.post_attention_layernorm = nnx.Param(jnp.ones((config.num_periods, config.hidden_size), dtype))
+        self.input_layernorm = nnx.Param(weights["input_layernorm",])
+        self.post_attention_layernorm = nnx.Param(weights["post_attention_layernorm",])
         if kind == LIGHTNING:
             self.attention_scales = (config.lightning_alpha, config.lightning_beta)
-            self.attention = LightningAttention(config, rngs=rngs, dtype=dtype)
+            self.attention = LightningAttention(config, weights)
         else:
             self.attention_scales = (config.softmax_alpha, config.softmax_beta)
-            self.attention = SoftmaxAttention(config, rngs=rngs, dtype=dtype)
-        self.moe = MoE(config, rngs=rngs, dtype=dtype)
+            self.attention = SoftmaxAttention(config, weights)
+        self.moe = MoE(config, weights)
 
     def __call__(
         self,
         h: Float[Array, "batch time hidden"],
-        log_decay: Float[Array, " heads"],
-        cache: LightningCache | SoftmaxCache | None,
-        context: Context,
-    ) -> tuple[Float[Array, "batch time hidden"], Any, Float[Array, "batch time"] | None]:
-        """Returns the new residual stream, the layer's new cache, and its balancing loss per token."""
+        memory: LightningCache | SoftmaxCache | None,
+        call: Call,
+        place: Place,
+        replayed: Integer[Array, "batch time k"] | None = None,
+        experts_of_run: bool = False,
+    ) -> tuple[Float[Array, "batch time hidden"], LightningCache | SoftmaxCache | None, Routing]:
+        """The new residual stream, the run's memory with this layer's part renewed, and the routing.
+
+        ``experts_of_run``: the experts' weights are those of the whole run (see ``MoE.__call__``).
+        """
         x = rms_norm(h, self.input_layernorm[...], self.eps)
         if isinstance(self.attention, LightningAttention):
-            assert cache is None or isinstance(cache, LightningCache)
-            out, new_cache = self.attention(x, log_decay, cache, context.segment_ids)
+            assert memory is None or isinstance(memory, LightningCache)
+            out, memory = self.attention(x, call, place, memory)
         else:
-            assert cache is None or isinstance(cache, SoftmaxCache)
-            out, new_cache = self.attention(x, context.positions, cache, context.segment_ids)
+            assert memory is None or isinstance(memory, SoftmaxCache)
+            out, memory = self.attention(x, call, place, memory)
         alpha, beta = self.attention_scales
         h = alpha * x + beta * out
 
         y = rms_norm(h, self.post_attention_layernorm[...], self.eps)
-        out, routing = self.moe(y, context.segment_ids)
+        out, routing = self.moe(y, call.segment_ids, replayed, place.layer if experts_of_run else None)
         alpha, beta = self.mlp_scales
         h = alpha * y + beta * out
-        aux = None if context.aux_over is None else balancing_loss(routing, context.segment_ids, over=context.aux_over)
-        return h, (None if cache is None else new_cache), aux
+        return constrain(h, "batch", "residual", None), memory, routing
 
 
 class MiniMaxM1(nnx.Module):
@@ -118,14 +133,33 @@ class MiniMaxM1(nnx.Module):
     ) -> None:
         self.config = config
         self.dtype = jnp.dtype(default_dtype() if dtype is None else dtype)
-        param_dtype = jnp.dtype(param_dtype)
-        table, std = (config.vocab_size, config.hidden_size), config.initializer_range
-        self.embed_tokens = init_normal(rngs, table, std, param_dtype)
-        self.layers = nnx.List(
-            Block(config, kind, rngs=rngs, dtype=param_dtype) for kind in config.layer_types[: config.period]
-        )
-        self.norm = nnx.Param(jnp.ones(config.hidden_size, param_dtype))
-        self.lm_head = init_normal(rngs, table, std, param_dtype)
+        draw = functools.partial(initial, rngs=rngs, std=config.initializer_range, dtype=jnp.dtype(param_dtype))
+        embed_tokens, norm, lm_head = parameters.of_model(config)
+        self.embed_tokens = nnx.Param(draw(embed_tokens))
+        self.runs = nnx.List(Block(config, run.kind, draw_run(config, run, draw)) for run in config.runs)
+        self.norm = nnx.Param(draw(norm))
+        self.lm_head = nnx.Param(draw(lm_head))
+
+    @overload
+    def __call__(
+        self,
+        tokens: Int[Array, "batch time"],
+        cache: None = None,
+        *,
+        segment_ids: Int[Array, "batch time"] | None = None,
+        lengths: Int[Array, " batch"] | None = None,
+        last_only: bool = False,
+    ) -> Float[Array, "..."]: ...
+
+    @overload
+    def __call__(
+        self,
+        tokens: Int[Array, "batch time"],
+        cache: Cache,
+        *,
+        lengths: Int[Array, " batch"] | None = None,
+        last_only: bool = False,
+    ) -> tuple[Float[Array, "..."], Cache]: ...
 
     def __call__(
         self,
@@ -135,7 +169,7 @@ class MiniMaxM1(nnx.Module):
         segment_ids: Int[Array, "batch time"] | None = None,
         lengths: Int[Array, " batch"] | None = None,
         last_only: bool = False,
-    ) -> Any:
+    ) -> Float[Array, "..."] | tuple[Float[Array, "..."], Cache]:
         """Logits of the next token at every position, [batch, time, vocab] float32; with a cache ``(logits, cache)``.
 
         Args:
@@ -150,33 +184,37 @@ class MiniMaxM1(nnx.Module):
             UserError: shapes that do not fit, a token id outside the vocabulary, or more tokens than the cache has
                 room for (values are checked where they are concrete, that is outside of jit).
         """
-        out = self.hidden_states(tokens, cache, segment_ids=segment_ids, lengths=lengths)
+        out = self.forward(tokens, cache, segment_ids=segment_ids, lengths=lengths)
         hidden = out.hidden
         if last_only:
             last = jnp.full(tokens.shape[0], tokens.shape[1] - 1) if lengths is None else jnp.maximum(lengths - 1, 0)
             hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
         logits = head.logits(hidden, self.lm_head[...])
-        return logits if cache is None else (logits, out.cache)
+        return logits if out.cache is None else (logits, out.cache)
 
-    def hidden_states(
+    def forward(
         self,
         tokens: Int[Array, "batch time"],
         cache: Cache | None = None,
         *,
         segment_ids: Int[Array, "batch time"] | None = None,
         lengths: Int[Array, " batch"] | None = None,
-        remat: bool = False,
-        aux_loss_over: Literal["sequence", "batch"] = "sequence",
-    ) -> HiddenStates:
-        """Everything before the head; arguments as in ``__call__``.
+        routes: Integer[Array, "batch time layers k"] | None = None,
+        record_routes: bool = False,
+        remat: Remat = "none",
+        aux_loss_over: AuxLossOver = "sequence",
+    ) -> Output:
+        """Everything before the head; arguments and errors as in ``__call__``.
 
         Args:
-            remat: recompute each layer in the backward pass instead of keeping its activations.
+            routes: experts chosen before (``Output.routes``), taken instead of the routers' own choice.
+            record_routes: return the choice of experts.
+            remat: what the backward pass computes again instead of keeping it: nothing ("none"), all but the results of
+                products and kernels ("cheap"), or everything inside a layer ("layers").
             aux_loss_over: statistics of the balancing loss per sequence, or over the whole batch as Switch does.
         """
-        self._check(tokens, cache, segment_ids, lengths)
-        graph, parameters = nnx.split(self)
-        return _hidden_states(graph, parameters, tokens, cache, segment_ids, lengths, remat, aux_loss_over)
+        check_forward(self.config, tokens, cache, segment_ids, lengths, routes)
+        return _forward(self, tokens, cache, segment_ids, lengths, routes, record_routes, remat, aux_loss_over)
 
     def log_probs(
         self,
@@ -185,46 +223,49 @@ class MiniMaxM1(nnx.Module):
         *,
         temperature: float | Float[Array, ""] = 1.0,
     ) -> tuple[Float[Array, "batch time"], Float[Array, "batch time"]]:
-        """Log-probability of ``targets`` and entropy, [batch, time] float32, from ``hidden_states(...).hidden``."""
+        """Log-probability of ``targets`` and entropy, [batch, time] float32, from ``forward(...).hidden``.
+
+        Raises:
+            UserError: a target outside the vocabulary (where values are concrete).
+        """
+        check_vocabulary(self.config, targets, "targets")
         return head.log_probs(hidden, self.lm_head[...], targets, temperature)
 
     def init_cache(self, batch: int, max_length: int) -> Cache:
         """An empty cache for ``batch`` rows of up to ``max_length`` tokens."""
         return Cache.empty(self.config, batch, max_length, self.dtype)
 
-    def _check(self, tokens: Any, cache: Cache | None, segment_ids: Any, lengths: Any) -> None:
-        if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
-            raise UserError(f"tokens must be integers [batch, time], not {tokens.dtype}{list(tokens.shape)}")
-        if 0 in tokens.shape:
-            raise UserError(f"tokens is empty: shape {list(tokens.shape)}; a call needs at least one token per row")
-        if segment_ids is not None:
-            if cache is not None or lengths is not None:
-                raise UserError("segment_ids packs whole sequences: give neither a cache nor lengths with it")
-            if segment_ids.shape != tokens.shape:
-                raise UserError(f"segment_ids {list(segment_ids.shape)} must have tokens' shape {list(tokens.shape)}")
-        for name, value in (("cache", None if cache is None else cache.lengths), ("lengths", lengths)):
-            if value is not None and value.shape != tokens.shape[:1]:
-                raise UserError(f"{name} is for {value.shape[0]} rows, tokens has {tokens.shape[0]}")
-        if _concrete(tokens):
-            low, high = np.asarray(tokens).min(), np.asarray(tokens).max()
-            if low < 0 or high >= self.config.vocab_size:
-                raise UserError(
-                    f"token ids {low}..{high} are not all in the vocabulary 0..{self.config.vocab_size - 1}; "
-                    "is this another model's tokenizer?"
-                )
-        if (
-            lengths is not None
-            and _concrete(lengths)
-            and not np.all((np.asarray(lengths) >= 0) & (np.asarray(lengths) <= tokens.shape[1]))
-        ):
-            raise UserError(f"lengths must lie between 0 and tokens' time {tokens.shape[1]}, found {lengths}")
-        if cache is not None and cache.max_length is not None and _concrete(cache.lengths):
-            new = tokens.shape[1] if lengths is None or not _concrete(lengths) else np.asarray(lengths)
-            if (needed := int(np.max(np.asarray(cache.lengths) + new))) > cache.max_length:
-                raise UserError(
-                    f"context overflow: {needed} tokens in a cache with room for {cache.max_length}; "
-                    "make it larger with init_cache(batch, max_length)"
-                )
+    def unstacked(self) -> MiniMaxM1:
+        """The same model with every layer's weights in arrays of their own, a copy.
+
+        For decoding on a CPU, where cutting a layer out of its stack would cost more than using it. The program then
+        grows with depth.
+        """
+        model = jax.tree.map(lambda x: x, self)
+        counts = (self.config.num_periods * run.count for run in self.config.runs)
+        model.runs = nnx.List(
+            nnx.List(jax.tree.map(lambda x, i=i: x[i], block) for i in range(count))
+            for block, count in zip(self.runs, counts)
+        )
+        return model
+
+
+def initial(
+    parameter: parameters.Parameter, *copies: int, rngs: nnx.Rngs, std: float, dtype: jnp.dtype
+) -> Float[Array, "..."]:
+    """``copies`` of a parameter as training begins with it: ones, or drawn from N(0, std^2)."""
+    shape, dtype = (*copies, *parameter.shape), jnp.dtype(jnp.float32) if parameter.router else dtype
+    if parameter.init == "ones":
+        return jnp.ones(shape, dtype)
+    return std * jax.random.normal(rngs.params(), shape, dtype)
+
+
+def draw_run(config: ModelConfig, run: Run, draw: Callable[..., jax.Array]) -> Weights:
+    """The parameters of a run's layers over all periods, [layers, ...]; layer n is the n-th that the model meets."""
+    declared = parameters.of_block(config, run.kind)
+    drawn = [[draw(parameter, config.num_periods) for parameter in declared] for _ in range(run.count)]
+    stacked = (jnp.stack(arrays, axis=1) for arrays in zip(*drawn))
+    return {p.path: x.reshape(-1, *p.shape) for p, x in zip(declared, stacked)}
 
 
 def default_dtype() -> jnp.dtype:
@@ -232,71 +273,146 @@ def default_dtype() -> jnp.dtype:
     return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
 
 
-def _concrete(x: Any) -> bool:
-    return not isinstance(x, jax.core.Tracer) and getattr(x, "is_fully_addressable", True)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 6, 7))
-def _hidden_states(
-    graph: Any,
-    parameters: Any,
+@functools.partial(jax.jit, static_argnames=("record_routes", "remat", "aux_over"))
+def _forward(
+    model: MiniMaxM1,
     tokens: jax.Array,
     cache: Cache | None,
     segment_ids: jax.Array | None,
     lengths: jax.Array | None,
-    remat: bool,
-    aux_over: Literal["sequence", "batch"],
-) -> HiddenStates:
-    model = nnx.merge(graph, parameters)
-    config: ModelConfig = model.config
-    steps = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    if lengths is not None:
-        segment_ids = jnp.where(steps < lengths[:, None], 0, PADDING)
+    routes: jax.Array | None,
+    record_routes: bool,
+    remat: Remat,
+    aux_over: AuxLossOver,
+) -> Output:
+    steps = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    new = jnp.full(tokens.shape[0], tokens.shape[1], jnp.int32) if lengths is None else lengths
+    if cache is not None and cache.slots is not None:
+        new = jnp.where(cache.slots < 0, 0, new)
+    if segment_ids is None and (lengths is not None or (cache is not None and cache.slots is not None)):
+        segment_ids = jnp.where(steps < new[:, None], 0, PADDING)
+
     if cache is not None:
         positions = steps + cache.lengths[:, None]
+        call = Call(positions, segment_ids, cache.slots, cache.pages)
     elif segment_ids is not None:
         starts = jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1]) != 0
-        positions = steps - jax.lax.cummax(jnp.where(starts, steps, 0), axis=1)
+        call = Call(steps - jax.lax.cummax(jnp.where(starts, steps, 0), axis=1), segment_ids)
     else:
-        positions = steps
-    context = Context(positions, segment_ids, None if cache is not None else aux_over)
-
-    block_graph, blocks = nnx.split(model.layers)
-    decays = jnp.asarray(log_decays(config)).reshape(config.num_periods, config.period, config.num_heads)
-
-    def run_block(block: Block, h: jax.Array, log_decay: jax.Array, cache: Any) -> tuple[jax.Array, Any, Any]:
-        graph, parameters = nnx.split(block)
-        block = nnx.merge(graph, gather_weights(parameters, model.dtype))
-        h, cache, loss = block(h, log_decay, cache, context)
-        return constrain(h, "batch", "residual", None), cache, loss
-
-    def run_period(h: jax.Array, period: Any) -> tuple[jax.Array, tuple[Any, Any]]:
-        parameters, decays, caches = period
-        new_caches, losses = [], []
-        for j, block in enumerate(nnx.merge(block_graph, parameters)):
-            run = _rematerialised(run_block) if remat else run_block
-            h, new_cache, loss = run(block, h, decays[j], None if caches is None else caches[j])
-            new_caches.append(new_cache)
-            losses.append(loss)
-        return h, (None if caches is None else tuple(new_caches), None if caches is not None else sum(losses))
+        call = Call(steps)
 
     h = parallel.embed(model.embed_tokens[...], tokens, model.dtype)
-    periods = (blocks, decays, None if cache is None else cache.layers)
-    if config.num_periods == 1:  # nothing to scan: spare the loop's copies of parameters and caches
-        h, outs = run_period(h, jax.tree.map(lambda x: x[0], periods))
-        caches, losses = jax.tree.map(lambda x: x[None], outs)
-    else:
-        h, (caches, losses) = jax.lax.scan(run_period, h, periods)
-    hidden = rms_norm(h, model.norm[...], config.rms_norm_eps)
-    if cache is None:
-        return HiddenStates(hidden, None, jnp.sum(losses, axis=0) / config.num_layers)
-    new = tokens.shape[1] if lengths is None else lengths
-    return HiddenStates(hidden, Cache(cache.lengths + new, caches), None)
+    memories = (None,) * len(model.runs) if cache is None else cache.runs
+    h, memories, seen = _stack(
+        model, h, call, memories, routes, record_routes, None if cache is not None else aux_over, remat
+    )
+    hidden = rms_norm(h, model.norm[...], model.config.rms_norm_eps)
+    return Output(
+        hidden,
+        None if cache is None else cache._replace(lengths=cache.lengths + new, runs=memories),  # type: ignore[arg-type]
+        None if seen.routes is None else jnp.moveaxis(seen.routes, 0, 2),
+        None if seen.aux is None else jnp.mean(seen.aux, axis=0),
+    )
 
 
-def _rematerialised(run: Any) -> Any:
-    def wrapped(block: Block, *arrays: Any) -> Any:
-        graph, parameters = nnx.split(block)
-        return jax.checkpoint(lambda p, *a: run(nnx.merge(graph, p), *a))(parameters, *arrays)
+Memory = LightningCache | SoftmaxCache | None
 
-    return wrapped
+
+def _stack(
+    model: MiniMaxM1,
+    h: jax.Array,
+    call: Call,
+    memories: tuple[Memory, ...],
+    routes: jax.Array | None,
+    record_routes: bool,
+    aux_over: AuxLossOver | None,
+    remat: Remat,
+) -> tuple[jax.Array, tuple[Memory, ...], Seen]:
+    """All layers: the residual stream, the memory of each run, and what was seen, [layers, ...]."""
+    config = model.config
+    places = _by_run(config, Place(jnp.zeros(config.num_layers, jnp.int32), jnp.asarray(log_decays(config))))
+    places = [x._replace(layer=jnp.arange(x.layer.size, dtype=jnp.int32).reshape(x.layer.shape)) for x in places]
+    replayed = _by_run(config, None if routes is None else jnp.moveaxis(routes, 2, 0))
+
+    def layer(block: Block, carry: Any, place: Place, replayed: jax.Array | None, experts_of_run: bool) -> Any:
+        h, memory = carry
+        h, memory, routing = block(h, memory, call, place, replayed, experts_of_run)
+        aux = None if aux_over is None else balancing_loss(routing, call.segment_ids, over=aux_over)
+        return (h, memory), Seen(routing.experts.astype(jnp.uint8) if record_routes else None, aux)
+
+    if isinstance(model.runs[0], nnx.List):
+        return _unrolled(model, layer, h, memories, places, replayed)
+
+    # Decoding is bound by reading weights. A slice of a stack that enters a kernel would be a copy, so experts, which
+    # are most of the weights, stay whole and their kernel is told the layer; all else is cut out by the scan.
+    whole_experts = memories[0] is not None and model.runs[0].moe.w1.dtype == model.dtype
+    parts = [nnx.split(block, _is_expert if whole_experts else False, ...) for block in model.runs]
+
+    def one_layer(run: int, carry: Any, x: Any) -> Any:
+        (graph, experts, _), (weights, place, replayed) = parts[run], x
+        block = nnx.merge(graph, experts, gather_weights(weights, model.dtype))
+        return layer(block, carry, place, replayed, whole_experts)
+
+    if remat != "none":
+        policy = jax.checkpoint_policies.save_only_these_names(KEPT) if remat == "cheap" else None
+        scanned = config.num_layers > len(config.runs)
+        one_layer = jax.checkpoint(one_layer, static_argnums=0, policy=policy, prevent_cse=not scanned)
+
+    def one_period(carry: Any, xs: Any) -> Any:
+        h, memories = carry
+        seen, renewed = [], []
+        for run, (memory, x) in enumerate(zip(memories, xs)):
+            (h, memory), found = _scan(functools.partial(one_layer, run), (h, memory), x)
+            renewed.append(memory)
+            seen.append(found)
+        return (h, tuple(renewed)), jax.tree.map(lambda *x: jnp.concatenate(x), *seen)
+
+    weights = [_by_period(config, part[2]) for part in parts]
+    (h, memories), seen = _scan(one_period, (h, memories), tuple(zip(weights, places, replayed)))
+    return h, memories, jax.tree.map(lambda x: x.reshape(config.num_layers, *x.shape[2:]), seen)
+
+
+def _unrolled(
+    model: MiniMaxM1, layer: Any, h: jax.Array, memories: tuple[Memory, ...], places: Any, replayed: Any
+) -> tuple[jax.Array, tuple[Memory, ...], Seen]:
+    """``_stack`` layer by layer, for ``MiniMaxM1.unstacked``."""
+    blocks: Any = model.runs  # lists of blocks here, not stacks
+    renewed, seen = list(memories), []
+    order = [
+        (run, period * kind.count + j, jax.tree.map(operator.itemgetter((period, j)), (places[run], replayed[run])))
+        for period in range(model.config.num_periods)
+        for run, kind in enumerate(model.config.runs)
+        for j in range(kind.count)
+    ]
+    for run, number, (place, chosen) in order:
+        carry = h, renewed[run]
+        (h, renewed[run]), found = layer(blocks[run][number], carry, place._replace(layer=number), chosen, False)
+        seen.append(found)
+    return h, tuple(renewed), jax.tree.map(lambda *x: jnp.stack(x), *seen)
+
+
+def _by_run(config: ModelConfig, values: Any) -> list[Any]:
+    """Arrays [layers, ...] as arrays [periods, layers of the run, ...], one for each run of a period."""
+
+    def part(x: jax.Array, run: Run) -> jax.Array:
+        x = x.reshape(config.num_periods, config.period, *x.shape[1:])
+        return x[:, run.start : run.start + run.count]
+
+    return [jax.tree.map(lambda x, run=run: part(x, run), values) for run in config.runs]
+
+
+def _by_period(config: ModelConfig, weights: Any) -> Any:
+    """A run's parameters [layers, ...] as [periods, layers of a period, ...]."""
+    return jax.tree.map(lambda x: x.reshape(config.num_periods, -1, *x.shape[1:]), weights)
+
+
+def _scan(body: Any, carry: Any, xs: Any) -> Any:
+    """``jax.lax.scan``; where there is one value only, without a loop and its copies."""
+    if jax.tree.leaves(xs)[0].shape[0] > 1:
+        return jax.lax.scan(body, carry, xs)
+    carry, y = body(carry, jax.tree.map(lambda x: x[0], xs))
+    return carry, jax.tree.map(lambda x: x[None], y)
+
+
+def _is_expert(path: tuple[Any, ...], _: Any) -> bool:
+    return path[-1] in ("w1", "w3", "w2")

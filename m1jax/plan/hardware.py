@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import re
 
 from m1jax.errors import UserError
@@ -67,16 +68,27 @@ def parse_hardware(name: str) -> tuple[str, Chip, int]:
     Raises:
         UserError: no such name, kind or count.
     """
-    match = re.fullmatch(r"([a-z0-9]+)([-x])(\d+)", name.lower())
-    known = f"known: {', '.join(CHIPS)}, with a number of devices as in h200x64, v6e-256 or v5p-1024 (512 chips)"
-    if match is None or match[1] not in CHIPS:
-        raise UserError(f"hardware {name!r} is unknown; {known}")
-    kind, chip = match[1], CHIPS[match[1]]
+    text = name.strip().lower()
+    if text in CHIPS:
+        raise UserError(f"hardware {name!r}: how many? For eight of them write {text}x8, for the fewest add --search")
+    match = re.fullmatch(r"([a-z0-9]+)([-x])(\d+)", text)
+    kind = match[1] if match else re.split(r"[^a-z0-9]|x\d*$", text)[0]
+    if match is None or kind not in CHIPS:
+        near = difflib.get_close_matches(kind, CHIPS, 1)
+        number = re.search(r"\d+$", text.removeprefix(kind))
+        hint = f"; did you mean {near[0]}x{number[0] if number else 8}?" if near else ""
+        raise UserError(
+            f"hardware {name!r} is unknown{hint}; known: {', '.join(CHIPS)}, with a number of devices as in h200x64, "
+            "v6e-256 or v5p-1024 (512 chips)"
+        )
+    chip = CHIPS[kind]
     if match[2] == "-" and not chip.topologies:
         raise UserError(f"hardware {name!r}: write {kind}x{match[3]}, the number of devices")
     count, rest = divmod(int(match[3]), chip.cores if match[2] == "-" else 1)
-    if rest or count < 1:
+    if rest:
         raise UserError(f"hardware {name!r}: {match[3]} is no number of {kind}'s cores, {chip.cores} to a chip")
+    if count < 1:
+        raise UserError(f"hardware {name!r} is none at all; write {kind}x8 for eight of them")
     return kind, chip, count
 
 

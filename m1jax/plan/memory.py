@@ -15,6 +15,7 @@ from flax import nnx
 
 from m1jax.config import LIGHTNING, ModelConfig
 from m1jax.model import MiniMaxM1
+from m1jax.model.cache import key_value_bytes, state_bytes
 from m1jax.model.head import CHUNK_ELEMENTS
 from m1jax.model.parallel import MOE_TOKENS
 from m1jax.plan.setup import Setup
@@ -103,10 +104,10 @@ def _generation(setup: Setup) -> Bytes:
     m = setup.model
     layers, other = elements(setup)
     rows, tensor = setup.rows_per_device, setup.mesh["tensor"]
-    lightning = m.layer_types.count(LIGHTNING)
-    state = 4 * rows * m.num_heads / tensor * m.head_dim**2
-    keys = 2 * rows * setup.context * m.num_kv_heads / tensor * m.head_dim  # one layer's; its values are as large
-    states, kv = lightning * state, (m.num_layers - lightning) * 2 * keys
+    states = rows / tensor * state_bytes(m)
+    kv = rows * setup.context / tensor * key_value_bytes(m, jnp.bfloat16)
+    softmax = m.num_layers - m.layer_types.count(LIGHTNING)
+    keys = kv / (2 * max(softmax, 1))  # one layer's; its values are as large
     routed = m.experts_per_token * min(MOE_TOKENS, gathered_tokens(setup))
     experts = routed * (8 * m.hidden_size + 4 * m.intermediate_size / tensor) + expert_bytes(setup)
     head = head_bytes(setup) / 2 if math.prod(setup.mesh[axis] for axis in CUT) > 1 and setup.piece > 1 else 0.0
@@ -115,7 +116,7 @@ def _generation(setup: Setup) -> Bytes:
         "states": states,
         "KV cache": kv,
         "new cache": states + kv,  # the scan over layers writes another, which then takes the place of the old one
-        "temporaries": max(3 * keys * (lightning < m.num_layers), experts) + head,
+        "temporaries": max(3 * keys, experts) + head,
     }
 
 
@@ -127,5 +128,5 @@ def _leaves(config: ModelConfig) -> tuple[tuple[bool, int, tuple[str, ...]], ...
     found = []
     for (path, leaf), spec in zip(jax.tree_util.tree_leaves_with_path(params), specs):
         axes = [a for entry in spec if entry is not None for a in ((entry,) if isinstance(entry, str) else entry)]
-        found.append(("layers" in jax.tree_util.keystr(path), math.prod(leaf.shape), tuple(axes)))
+        found.append(("runs" in jax.tree_util.keystr(path), math.prod(leaf.shape), tuple(axes)))
     return tuple(found)

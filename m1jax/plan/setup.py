@@ -18,7 +18,8 @@ class Setup:
     """One step of one task.
 
     Raises:
-        UserError: a size below one, or a mesh that cannot shard the model or the batch.
+        UserError: a size below one, more tokens than the model has positions, or a mesh that cannot shard the model or
+            the batch.
     """
 
     model: ModelConfig
@@ -42,6 +43,10 @@ class Setup:
         check_shardable(
             self.model, self.mesh, batch=self.rows if training else None, time=self.context if training else None
         )
+        if self.context > self.model.max_position_embeddings:
+            raise UserError(
+                f"context = {self.context:,} is more than the model's {self.model.max_position_embeddings:,} positions"
+            )
         if self.piece > self.context:
             raise UserError(f"piece = {self.piece} is more than the context = {self.context}")
 

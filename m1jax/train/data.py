@@ -1,11 +1,9 @@
-"""JSON lines as random-access sources of training examples, shuffled and mixed by grain.
+"""Files as random-access sources of training examples, shuffled and mixed by grain.
 
 Everything is read by position (grain's `MapDataset`): what number n of a mixture is depends on the files, the weights
 and the seed alone, so that processes read only their shares, and a number is all there is to resume.
 """
 
-import json
-import mmap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -16,71 +14,55 @@ import numpy as np
 
 from m1jax.chat import Tokenizer, encode_chat
 from m1jax.chat.tokenizer import BEGIN_OF_DOCUMENT, check_unicode
-from m1jax.convert.pretrained import read_config
 from m1jax.errors import UserError
 from m1jax.train import packing
+from m1jax.train.batch import Batch
+from m1jax.train.files import open_records
+from m1jax.weights.directory import read_config
 
 T = TypeVar("T")
 ENDLESS = 2**48  # values of a mixture: grain divides lengths as floats, which sys.maxsize does not survive
 PAIR = '{"prompt": "...", "answer": "..."}'
 
 
-class JsonLines(Generic[T]):
-    """One value per line that is not empty, read when it is asked for.
+class Source(Generic[T]):
+    """One value per record of a file, read when it is asked for.
 
     Args:
-        path: the file, UTF-8.
-        convert: JSON object of a line -> value; raises UserError saying what is wrong with it.
-        expected: how a line should look, for messages.
+        path: the file, in one of the formats of `m1jax.train.files`.
+        convert: record -> value; raises UserError saying what is wrong with it.
+        expected: how a record should look, for messages.
+        columns: the keys that are looked at; None: all.
 
     Raises:
-        UserError: the file is missing or empty, or a line is wrong (naming the line). All lines are looked at in the
+        UserError: the file is missing or empty, or a record is wrong (naming its line or row). All are looked at in the
             beginning, before any work is lost; of several processes, each looks at its share.
     """
 
-    def __init__(self, path: str | Path, convert: Callable[[dict[str, Any]], T], expected: str):
-        self._path, self._convert, self._expected = Path(path), convert, expected
-        self._lines: list[tuple[int, int, int]] = []  # line number, first byte, last byte
-        try:
-            with open(path, "rb") as file:
-                position = 0
-                for number, line in enumerate(file, 1):
-                    if line.strip():
-                        self._lines.append((number, position, position + len(line)))
-                    position += len(line)
-                if not self._lines:
-                    raise UserError(f"{path}: no lines; expected {expected} on every line")
-                self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror}); expected {expected} on every line") from error
+    def __init__(
+        self,
+        path: str | Path,
+        convert: Callable[[dict[str, Any]], T],
+        expected: str,
+        columns: Sequence[str] | None = None,
+    ):
+        self._path, self._convert = Path(path), convert
+        self._records = open_records(path, expected, columns)
         for index in range(jax.process_index(), len(self), jax.process_count()):
             self[index]
 
     def __len__(self) -> int:
-        return len(self._lines)
+        return len(self._records)
 
     def __repr__(self) -> str:
-        return f"JsonLines({self._path})"
+        return f"{type(self).__name__}({self._path})"
 
     def __getitem__(self, index: int) -> T:
-        number, start, stop = self._lines[index]
-        where = f"{self._path}, line {number}"
-        try:
-            record = json.loads(self._bytes[start:stop].decode())
-        except UnicodeDecodeError as error:
-            raise UserError(f"{where}: not UTF-8 ({error.reason}); save the file as UTF-8") from error
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{where}, column {error.colno}: not JSON ({error.msg}); expected {self._expected}"
-            ) from error
-        except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists in lists
-            raise UserError(f"{where}: not to be read as JSON ({error}); expected {self._expected}") from error
-        if not isinstance(record, dict):
-            raise UserError(f"{where}: a {type(record).__name__}, not an object; expected {self._expected}")
+        record = self._records[index]
         try:
             return self._convert(record)
         except UserError as error:
-            raise UserError(f"{where}: {error}") from error
+            raise UserError(f"{self._records.where(index)}: {error}") from error
 
 
 def load_tokenizer(directory: str | Path) -> Tokenizer:
@@ -109,27 +91,27 @@ def prompt_answer(record: dict[str, Any]) -> tuple[str, str]:
     return _text("prompt", prompt), _text("answer", answer)
 
 
-def read_problems(path: str | Path, tokenizer: Tokenizer, longest: int) -> list[tuple[str, str]]:
-    """(prompt, answer) of every line `{"prompt": ..., "answer": ...}` of a file.
+def read_problems(path: str | Path, encode: Callable[[str], Sequence[int]], longest: int) -> list[tuple[str, str]]:
+    """(prompt, answer) of every record `{"prompt": ..., "answer": ...}` of a file.
 
     Raises:
-        UserError: as `JsonLines` raises it, also for a prompt of more than `longest` tokens.
+        UserError: as `Source` raises it, also for a prompt that `encode` makes more than `longest` tokens of.
     """
 
     def convert(record: dict[str, Any]) -> tuple[str, str]:
         prompt, answer = prompt_answer(record)
-        if (tokens := len(tokenizer.encode(prompt))) > longest:
+        if (tokens := len(encode(prompt))) > longest:
             raise UserError(f"a prompt of {tokens} tokens; max_prompt_tokens is {longest}: raise it, or cut the prompt")
         return prompt, answer
 
-    lines = JsonLines(path, convert, PAIR)
-    return [lines[index] for index in range(len(lines))]
+    problems = Source(path, convert, PAIR, ("prompt", "answer"))
+    return [problems[index] for index in range(len(problems))]
 
 
-class Conversations(JsonLines[packing.Example]):
+class Conversations(Source[Batch]):
     """Examples for fine-tuning, weight one on what the assistant writes and zero elsewhere.
 
-    A line is `{"messages": [...], "tools": [...]}` (tools may be missing) in the prompt format of `m1jax.chat`, or
+    A record is `{"messages": [...], "tools": [...]}` (tools may be missing) in the prompt format of `m1jax.chat`, or
     `{"prompt": ..., "answer": ...}`, taken as they are with an end token behind the answer.
 
     Raises:
@@ -137,35 +119,33 @@ class Conversations(JsonLines[packing.Example]):
     """
 
     def __init__(self, path: str | Path, tokenizer: Tokenizer, longest: int):
-        def convert(record: dict[str, Any]) -> packing.Example:
+        def convert(record: dict[str, Any]) -> Batch:
             if "messages" in record:
                 ids, written = encode_chat(tokenizer, record["messages"], record.get("tools"))
                 example = packing.masked(ids, written)
             else:
                 prompt, answer = prompt_answer(record)
-                example = packing.example(
-                    tokenizer.encode(prompt), [*tokenizer.encode(answer), tokenizer.eos_id], weight=1.0
-                )
-            if not example["weight"].any():
+                example = packing.example(tokenizer.encode(prompt), [*tokenizer.encode(answer), tokenizer.eos_id])
+            if not example.mask.any():
                 raise UserError("nothing to learn: the assistant writes nothing in it")
-            if len(example["tokens"]) > longest:
-                raise UserError(f"{len(example['tokens']) + 1} tokens; row_length is {longest}: raise it, or cut it")
+            if example.positions > longest:
+                raise UserError(f"{example.positions + 1} tokens; row_length is {longest}: raise it, or cut it")
             return example
 
-        super().__init__(path, convert, f'{{"messages": [...]}} or {PAIR}')
+        super().__init__(path, convert, f'{{"messages": [...]}} or {PAIR}', ("messages", "tools", "prompt", "answer"))
 
 
-class Documents(JsonLines[packing.Example]):
-    """Examples for pre-training from lines `{"text": "..."}`: a whole document each, of any length, all learned."""
+class Documents(Source[Batch]):
+    """Examples for pre-training from records `{"text": "..."}`: a whole document each, of any length, all learned."""
 
     def __init__(self, path: str | Path, tokenizer: Tokenizer):
         begin = tokenizer.token_id(BEGIN_OF_DOCUMENT)
 
-        def convert(record: dict[str, Any]) -> packing.Example:
+        def convert(record: dict[str, Any]) -> Batch:
             text = _text("text", record.get("text"))
-            return packing.example([begin], [*tokenizer.encode(text), tokenizer.eos_id], weight=1.0)
+            return packing.example([begin], [*tokenizer.encode(text), tokenizer.eos_id])
 
-        super().__init__(path, convert, '{"text": "..."}')
+        super().__init__(path, convert, '{"text": "..."}', ("text",))
 
 
 def weighted(files: Sequence[str]) -> list[tuple[str, float]]:
@@ -188,7 +168,7 @@ def weighted(files: Sequence[str]) -> list[tuple[str, float]]:
     return found
 
 
-def mixture(sources: Sequence[tuple[JsonLines[Any], float]], *, seed: tuple[int, ...]) -> grain.MapDataset:
+def mixture(sources: Sequence[tuple[Source[Any], float]], *, seed: tuple[int, ...]) -> grain.MapDataset:
     """An endless shuffled mixture; each source is gone through again and again, every time in another order.
 
     Args:

@@ -5,8 +5,9 @@ statistics; process 0 alone writes logs, samples and exports.
 """
 
 import contextlib
+import dataclasses
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,26 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from m1jax.convert.pretrained import from_pretrained, read_config
 from m1jax.errors import UserError
 from m1jax.model import MiniMaxM1
+from m1jax.processes import gathered, on_host, writes
 from m1jax.sharding import AXES, ROWS, check_shardable, make_mesh, parameter_shardings, process_rows, rows_of_batch
+from m1jax.train.batch import B
 from m1jax.train.step import TrainState, init_state
+from m1jax.weights.directory import read_config
+from m1jax.weights.pretrained import from_pretrained
+
+__all__ = [
+    "current_mesh",
+    "gathered",
+    "load_model",
+    "on_host",
+    "place_batch",
+    "place_state",
+    "share_of_rows",
+    "use_mesh",
+    "writes",
+]
 
 
 def use_mesh(spec: str) -> contextlib.AbstractContextManager[Any]:
@@ -53,12 +69,17 @@ def load_model(directory: str | os.PathLike[str], shapes: Iterable[tuple[int, in
         shapes: (rows, time) of the micro-batches that will come.
 
     Raises:
-        UserError: before any weight is read, if the mesh cannot shard the model or these batches; or what
-            `from_pretrained` raises.
+        UserError: before any weight is read, if rows are longer than the model's positions, or the mesh cannot shard
+            the model or these batches; or what `from_pretrained` raises.
     """
-    mesh = current_mesh()
+    mesh, config, shapes = current_mesh(), read_config(Path(directory)), list(shapes)
+    longest = max(time for _, time in shapes)
+    if longest > config.max_position_embeddings:
+        raise UserError(
+            f"rows of {longest} tokens are longer than the model's max_position_embeddings = "
+            f"{config.max_position_embeddings}: make them shorter"
+        )
     if mesh is not None:
-        config = read_config(Path(directory))
         for rows, time in shapes:
             check_shardable(config, mesh, batch=rows, time=time)
     return from_pretrained(directory, param_dtype=jnp.float32, mesh=mesh)
@@ -90,33 +111,10 @@ def share_of_rows() -> tuple[int, int]:
     return mine.start // len(mine), everything // len(mine)
 
 
-def place_batch(local: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def place_batch(local: B) -> B:
     """A batch from this process's share of its rows, fields [count, its rows, time]."""
     mesh = current_mesh()
     if mesh is None:
-        return dict(local)
-    rows = next(iter(local.values())).shape[1] * share_of_rows()[1]
-    return rows_of_batch(dict(local), rows, mesh)
-
-
-def on_host(tree: Any) -> Any:
-    """Arrays as numpy, whole, in every process."""
-    if jax.process_count() == 1:
-        return jax.device_get(tree)
-    from jax.experimental import multihost_utils
-
-    return multihost_utils.process_allgather(tree, tiled=True)
-
-
-def gathered(value: np.ndarray) -> np.ndarray:
-    """[processes, ...]: this process's value beside those of all others; shapes are equal everywhere."""
-    if jax.process_count() == 1:
-        return value[None]
-    from jax.experimental import multihost_utils
-
-    return np.asarray(multihost_utils.process_allgather(value))
-
-
-def writes() -> bool:
-    """Whether this process writes what all know: logs, samples, curves."""
-    return jax.process_index() == 0
+        return local
+    rows = local.tokens.shape[1] * share_of_rows()[1]
+    return dataclasses.replace(local, **rows_of_batch(local.fields(), rows, mesh))

@@ -1,9 +1,12 @@
 """The public op: arguments checked, implementation chosen."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels._compat import vary_over, varying_axes
+from pallas_kernels.arguments import is_known
 from pallas_kernels.ladder import Ladder
 
 LADDER = Ladder(
@@ -23,6 +26,7 @@ def expert_mlp(
     routes: jax.Array,
     weights: jax.Array,
     *,
+    layer: jax.Array | int | None = None,
     implementation: str = "auto",
 ) -> jax.Array:
     """Every token through its experts: y = sum_k weights_k * (silu(x w1^T) * (x w3^T)) w2^T, no token dropped.
@@ -35,40 +39,64 @@ def expert_mlp(
         routes: [N, k] integers, the experts of each token. An id outside 0..E-1 costs nothing and adds nothing:
             padding, or an expert that lives on another device.
         weights: [N, k] float, how much of each expert's output the token takes.
+        layer: int32 scalar, may be traced: w1, w3 and w2 are then stacks [L,E,F,D] and [L,E,D,F], of which this layer's
+            weights are taken, 0 <= layer < L; a scan over layers need not slice them ("hopper" reads them where they
+            lie, the others slice). For inference: gradients are refused.
         implementation: "auto" takes "grouped" on CPU, "hopper" where it can run, and "ragged" elsewhere. "reference" is
             the oracle of the tests, "ragged" sorts and uses `jax.lax.ragged_dot`, "grouped" loops over the experts in
             use (any platform; made for CPU), "hopper" are Pallas kernels for H100 and H200: bfloat16, D and F
             multiples of 128.
 
     Returns:
-        y [N, D] in x's dtype. Differentiable in x, w1, w3, w2 and weights. Works under jit, vmap, shard_map and
-        meshes with Auto axes.
+        y [N, D] in x's dtype. Differentiable in x, w1, w3, w2 and weights (without `layer`). Works under jit, vmap,
+        shard_map and meshes with Auto axes.
 
     Raises:
         ValueError: shapes or dtypes that do not fit (the argument is named), or an implementation that is unknown or
-            cannot run here.
+            cannot run here; or a gradient is wanted with `layer`.
     """
-    _check(x, w1, w3, w2, routes, weights)
+    _check(x, w1, w3, w2, routes, weights, layer)
     if x.shape[0] == 0 or routes.shape[1] == 0:
         return jnp.zeros_like(x)
     name = LADDER.choose(implementation, x, w1, w3, w2)
     # Inside shard_map the gradient of an argument that all devices share is a sum over devices: marking it as varying
     # here lets JAX insert that sum.
-    axes = varying_axes(x, w1, w3, w2, routes, weights)
+    layer = None if layer is None else jnp.asarray(layer, jnp.int32)
+    axes = varying_axes(x, w1, w3, w2, routes, weights, layer)
     x, w1, w3, w2, weights = (vary_over(a, axes) for a in (x, w1, w3, w2, weights))
+    if layer is not None:
+        return _of_layer(name, x, w1, w3, w2, routes, weights, layer)
     return LADDER.module(name).forward(x, w1, w3, w2, routes, weights)
 
 
-def _check(x: jax.Array, w1: jax.Array, w3: jax.Array, w2: jax.Array, routes: jax.Array, weights: jax.Array) -> None:
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _of_layer(name, x, w1, w3, w2, routes, weights, layer):
+    module = LADDER.module(name)
+    if name == "hopper":
+        return module.forward_of_layer(x, w1, w3, w2, routes, weights, layer)
+    return module.forward(x, w1[layer], w3[layer], w2[layer], routes, weights)
+
+
+@_of_layer.defjvp
+def _no_gradient(name, primals, tangents):
+    raise ValueError("expert_mlp: with `layer` there are no gradients; give the layer's own weights, w1[layer], ...")
+
+
+def _check(x, w1, w3, w2, routes, weights, layer) -> None:
     if x.ndim != 2:
         raise ValueError(f"expert_mlp: x must be [N, D], got {x.shape}")
-    if w1.ndim != 3 or w1.shape[2] != x.shape[1]:
-        raise ValueError(f"expert_mlp: w1 must be [E, F, D] with D = {x.shape[1]}, got {w1.shape}")
+    stack = "" if layer is None else "L, "
+    if w1.ndim != (3 if layer is None else 4) or w1.shape[-1] != x.shape[1]:
+        raise ValueError(f"expert_mlp: w1 must be [{stack}E, F, D] with D = {x.shape[1]}, got {w1.shape}")
     if w3.shape != w1.shape:
         raise ValueError(f"expert_mlp: w3 must have w1's shape {w1.shape}, got {w3.shape}")
-    E, F, D = w1.shape
-    if w2.shape != (E, D, F):
-        raise ValueError(f"expert_mlp: w2 must be [E, D, F] = {(E, D, F)}, got {w2.shape}")
+    *some, F, D = w1.shape
+    if w2.shape != (*some, D, F):
+        raise ValueError(f"expert_mlp: w2 must be [{stack}E, D, F] = {(*some, D, F)}, got {w2.shape}")
+    if layer is not None and (jnp.ndim(layer) or not jnp.issubdtype(jnp.result_type(layer), jnp.integer)):
+        raise ValueError(f"expert_mlp: layer must be one integer, got {layer}")
+    if layer is not None and is_known(layer) and not 0 <= layer < w1.shape[0]:
+        raise ValueError(f"expert_mlp: layer must be in 0..{w1.shape[0] - 1}, got {layer}")
     if routes.ndim != 2 or routes.shape[0] != x.shape[0]:
         raise ValueError(f"expert_mlp: routes must be [N, k] with N = {x.shape[0]}, got {routes.shape}")
     if weights.shape != routes.shape:

@@ -1,6 +1,6 @@
 """The version for NVIDIA Hopper GPUs: grouped products in Pallas (`hopper_matmul`), everything between them by XLA.
 
-Assignments are sorted by expert and every expert's rows are filled up to whole tiles with rows of zeros, so that no
+Assignments are sorted by expert and every expert's rows are filled up to whole tiles with rows of any token, so that no
 tile has two experts. Forward takes two kernels: silu(x w1^T) * (x w3^T), both products of a tile side by side, and
 that times w2^T. Backward takes five, of the same two kinds; it keeps the two products inside from forward: where a
 layer is rematerialised, its gradient then computes nothing a third time.
@@ -10,11 +10,13 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.custom_batching import sequential_vmap
 
 from pallas_kernels import _hopper
-from pallas_kernels.experts import hopper_matmul
+from pallas_kernels.experts import hopper_few, hopper_matmul
 from pallas_kernels.experts.routing import Plan, plan
+from pallas_kernels.kept import KEPT
 
 
 def unsupported(x: jax.Array, w1: jax.Array, w3: jax.Array, w2: jax.Array) -> str | None:
@@ -28,8 +30,9 @@ def unsupported(x: jax.Array, w1: jax.Array, w3: jax.Array, w2: jax.Array) -> st
         return (
             f"tokens and weights must be bfloat16 (the matrix units would quietly round float32 to TF32): got {found}"
         )
-    if w1.shape[1] % 128 or w1.shape[2] % 128:
-        return f"hidden and inner sizes must be multiples of 128: got {w1.shape[2]} and {w1.shape[1]}"
+    inner, hidden = w1.shape[-2:]
+    if hidden % 128 or inner % 128:
+        return f"hidden and inner sizes must be multiples of 128: got {hidden} and {inner}"
     return None
 
 
@@ -40,6 +43,13 @@ def forward(
     return _mlp(interpret, x, w1, w3, w2, routes, weights)
 
 
+def forward_of_layer(x, w1, w3, w2, routes, weights, layer, interpret=False) -> jax.Array:
+    """The same with stacks of weights, [L,E,F,D] and [L,E,D,F], which are read where they lie."""
+    experts = w1.shape[1]
+    w1, w3, w2 = (w.reshape(-1, *w.shape[2:]) for w in (w1, w3, w2))
+    return _products(interpret, False, x, w1, w3, w2, routes, weights, experts=experts, layer=layer)[0]
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _mlp(interpret, *arrays):
     return _products(interpret, False, *arrays)[0]
@@ -47,28 +57,34 @@ def _mlp(interpret, *arrays):
 
 def _forward(interpret, *arrays):
     y, *inside = _products(interpret, True, *arrays)
-    return y, (*arrays, *inside)
+    return y, (*arrays, *(checkpoint_name(a, KEPT) for a in inside))
 
 
-def _products(interpret, keep, *arrays):
-    """y, and if they are to be kept the products with w1 and w3, [P,F]."""
+def _products(interpret, keep, *arrays, experts=None, layer=0):
+    """y, and if they are to be kept the products with w1 and w3, [P,F]; weights may be a stack of layers' `experts`."""
 
     @sequential_vmap
-    def run(x, w1, w3, w2, routes, weights):
-        rows, by_rows = _sorted(routes, w1.shape[0])
+    def run(x, w1, w3, w2, routes, weights, layer):
+        count = experts or w1.shape[0]
+        if not keep and x.shape[0] <= hopper_few.TOKENS:
+            return (hopper_few.forward(x, w1, w3, w2, routes, weights, layer, count, interpret=interpret),)
+        rows, by_rows = _sorted(routes, count)
+        by_rows["experts"] += layer * count
         multiply = functools.partial(hopper_matmul.rows_product, transpose_rhs=True, interpret=interpret, **by_rows)
 
         def gated(up, gate):
             hidden = up / (1 + jnp.exp(-up)) * gate
             return (hidden, up, gate) if keep else (hidden,)
 
-        hidden, *kept = multiply([rows.rows(x)], [w1, w3], combine=gated, outputs=3 if keep else 1)
+        # What fills up an expert's rows may be any token: nobody asks for its output.
+        x_rows = x.at[rows.token].get(mode="clip")
+        hidden, *kept = multiply([x_rows], [w1, w3], combine=gated, outputs=3 if keep else 1)
         (out,) = multiply([hidden], [w2])
         share = weights.astype(jnp.float32)[..., None]
         y = jnp.sum(share * rows.gather(out).astype(jnp.float32), axis=1).astype(x.dtype)
         return y, *kept
 
-    return run(*arrays)
+    return run(*arrays, jnp.asarray(layer, jnp.int32))
 
 
 def _backward(interpret, saved, dy):
@@ -104,5 +120,6 @@ def _sorted(routes: jax.Array, experts: int) -> tuple[Plan, dict[str, jax.Array]
     rows = plan(routes, experts, hopper_matmul.TILE_ROWS)
     ends = (rows.start + rows.size) // hopper_matmul.TILE_ROWS
     tiles = jnp.arange(rows.token.size // hopper_matmul.TILE_ROWS)
-    expert = jnp.searchsorted(ends, tiles, side="right").astype(jnp.int32)
+    # Not `searchsorted`, which becomes a loop of small programs.
+    expert = jnp.sum(ends <= tiles[:, None], axis=1, dtype=jnp.int32)
     return rows, {"experts": jnp.minimum(expert, experts - 1), "used": ends[-1:]}

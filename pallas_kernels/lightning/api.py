@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import _compat
+from pallas_kernels.arguments import check_array, is_known
 from pallas_kernels.ladder import Ladder
 
 LADDER = Ladder(
@@ -82,10 +83,10 @@ def check(q, k, v, log_decay, initial_state, segment_ids):
     batch, length, heads, key_size = q.shape
     _check_log_decay(log_decay, heads)
     if initial_state is not None:
-        _check("initial_state", initial_state, (batch, heads, key_size, v.shape[-1]), "[B,H,K,V]", ("float32",))
+        check_array("initial_state", initial_state, (batch, heads, key_size, v.shape[-1]), "[B,H,K,V]", "float32")
     if segment_ids is not None:
-        _check("segment_ids", segment_ids, (batch, length), "[B,T]", ("int32",))
-        if _is_known(segment_ids) and (np.asarray(segment_ids)[:, 1:] < np.asarray(segment_ids)[:, :-1]).any():
+        check_array("segment_ids", segment_ids, (batch, length), "[B,T]", "int32")
+        if is_known(segment_ids) and (np.asarray(segment_ids)[:, 1:] < np.asarray(segment_ids)[:, :-1]).any():
             raise ValueError("segment_ids must not go down along T (PADDING, the largest id, stands last)")
 
 
@@ -105,6 +106,8 @@ def lightning_attention_decode(
       q, k: [N,H,K] float32 or bfloat16; v: [N,H,V], same dtype.
       log_decay: [H] float32, <= 0.
       pool: [P,H,K,V] float32. Donated: outside jit the array passed in is dead afterwards; inside jit, donate it there.
+        A stack of layers [L,P,H,K,V] need not be sliced: view it as [L*P,H,K,V], add layer * P to the slots and let the
+        scan over layers carry it. It stays where it is.
       slots: [N] int32, the row of the pool that holds each sequence's state: distinct; negative for an idle sequence,
         whose output is zero and for which nothing is written. None: P = N, and sequence n has row n.
       implementation: "auto" (the best that can run here), "xla", "hopper" or "tpu".
@@ -121,12 +124,14 @@ def lightning_attention_decode(
     sequences, heads, key_size = q.shape
     _check_log_decay(log_decay, heads)
     if slots is None:
-        _check("pool", pool, (sequences, heads, key_size, v.shape[-1]), "[N,H,K,V] (no slots are given)", ("float32",))
+        check_array(
+            "pool", pool, (sequences, heads, key_size, v.shape[-1]), "[N,H,K,V] (no slots are given)", "float32"
+        )
     else:
         rows = pool.shape[0] if pool.ndim else 0
-        _check("pool", pool, (rows, heads, key_size, v.shape[-1]), "[P,H,K,V]", ("float32",))
-        _check("slots", slots, (sequences,), "[N]", ("int32",))
-        if _is_known(slots):
+        check_array("pool", pool, (rows, heads, key_size, v.shape[-1]), "[P,H,K,V]", "float32")
+        check_array("slots", slots, (sequences,), "[N]", "int32")
+        if is_known(slots):
             used = np.asarray(slots)[np.asarray(slots) >= 0]
             if (used >= rows).any() or len(np.unique(used)) != len(used):
                 raise ValueError(f"slots must be distinct rows of the pool, which has {rows}, or negative: got {slots}")
@@ -193,24 +198,13 @@ def _check_tokens(axes: str, q, k, v):
         raise ValueError(f"q must be {key}, no axis empty: got {q.shape}")
     if q.dtype not in (jnp.float32, jnp.bfloat16):
         raise TypeError(f"q must be float32 or bfloat16: got {q.dtype}")
-    _check("k", k, q.shape, f"{key}, like q", (q.dtype.name,))
-    _check(
-        "v", v, (*q.shape[:-1], v.shape[-1] if v.ndim else 0), f"{value} like q but for its last axis", (q.dtype.name,)
+    check_array("k", k, q.shape, f"{key}, like q", q.dtype.name)
+    check_array(
+        "v", v, (*q.shape[:-1], v.shape[-1] if v.ndim else 0), f"{value} like q but for its last axis", q.dtype.name
     )
 
 
 def _check_log_decay(log_decay, heads):
-    _check("log_decay", log_decay, (heads,), "[H]", ("float32",))
-    if _is_known(log_decay) and not ((np.asarray(log_decay) <= 0) & np.isfinite(log_decay)).all():
+    check_array("log_decay", log_decay, (heads,), "[H]", "float32")
+    if is_known(log_decay) and not ((np.asarray(log_decay) <= 0) & np.isfinite(log_decay)).all():
         raise ValueError(f"log_decay must be finite and <= 0 (minus the slope of each head): got {log_decay}")
-
-
-def _check(name, array, shape, meaning, dtypes):
-    if array.shape != shape:
-        raise ValueError(f"{name} must be {meaning} = {list(shape)}: got {list(array.shape)}")
-    if array.dtype.name not in dtypes:
-        raise TypeError(f"{name} must be {' or '.join(dtypes)}: got {array.dtype}")
-
-
-def _is_known(array) -> bool:
-    return not isinstance(array, jax.core.Tracer)

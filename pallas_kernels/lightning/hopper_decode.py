@@ -13,7 +13,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _compat, _hopper
-from pallas_kernels._hopper_ops import operations
 
 _WIDTH = 64  # Value columns of an item.
 _ROWS = 64  # Rows of the state that are in registers at a time.
@@ -26,7 +25,7 @@ def decode(q, k, v, log_decay, pool, slots, *, interpret=False):
     items = sequences * heads * parts
     blocks = min(items, _hopper.MULTIPROCESSORS)
     stages = 6 if size == 128 else 12  # 192 KB.
-    ops = operations(interpret)
+    ops = _hopper.operations(interpret)
 
     def body(q_ref, k_ref, v_ref, decay_ref, slots_ref, pool_ref, o_ref, states, queries, keys, values, full, empty):
         block, group = lax.axis_index("block"), lax.axis_index("group")

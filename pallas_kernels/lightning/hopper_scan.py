@@ -26,7 +26,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _compat, _hopper
-from pallas_kernels._hopper_ops import operations
 from pallas_kernels.lightning.segments import is_real
 
 CHUNK = 64
@@ -92,7 +91,7 @@ def scan(
     # What 227 KB of shared memory have room for.
     stages, state_buffers = (4, 2) if state_groups == 1 else (3, 1)
     output_registers, state_registers = (232, 232) if state_groups == 1 else (208, 136)
-    ops = operations(interpret)
+    ops = _hopper.operations(interpret)
 
     def body(*refs):
         refs = list(refs)

@@ -16,7 +16,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _compat, _hopper
-from pallas_kernels._hopper_ops import operations
 from pallas_kernels.lightning import hopper_scan
 from pallas_kernels.lightning.hopper_scan import CHUNK
 from pallas_kernels.lightning.segments import is_real
@@ -65,7 +64,7 @@ def state_sums(
     steps = jnp.minimum(needed, filled[:, None]).astype(jnp.int32)
     begin = (steps - 1 if reverse else filled[:, None] - steps).astype(jnp.int32)
     inputs = (k, v, log_decay, begin, steps, *(() if metadata is None else (metadata,)))
-    ops = operations(interpret)
+    ops = _hopper.operations(interpret)
 
     def body(k_ref, v_ref, decay_ref, begin_ref, steps_ref, *refs):
         meta_ref = None if metadata is None else refs[0]

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import _compat
+from pallas_kernels.arguments import check_array, is_known
 from pallas_kernels.ladder import Ladder
 
 LADDER = Ladder(
@@ -81,28 +82,17 @@ def check(q, k, v, segment_ids, q_start):
         raise ValueError(f"k must be [B,S,Hkv,D], no axis empty: got {list(k.shape)}")
     keys, kv_heads = (length if q_start is None else k.shape[1]), k.shape[2]
     meaning = "[B,T,Hkv,D] (without q_start there are as many keys as queries)" if q_start is None else "[B,S,Hkv,D]"
-    _check("k", k, (batch, keys, kv_heads, size), meaning, q.dtype.name)
+    check_array("k", k, (batch, keys, kv_heads, size), meaning, q.dtype.name)
     if heads % kv_heads:
         raise ValueError(f"k must have a number of heads that divides q's {heads}: got {kv_heads}")
-    _check("v", v, k.shape, "[B,S,Hkv,D], like k", q.dtype.name)
+    check_array("v", v, k.shape, "[B,S,Hkv,D], like k", q.dtype.name)
     if segment_ids is not None:
         if q_start is not None:
             raise ValueError("segment_ids and q_start cannot be given together: a cache row holds one sequence")
-        _check("segment_ids", segment_ids, (batch, length), "[B,T]", "int32")
-        if _is_known(segment_ids) and (np.asarray(segment_ids)[:, 1:] < np.asarray(segment_ids)[:, :-1]).any():
+        check_array("segment_ids", segment_ids, (batch, length), "[B,T]", "int32")
+        if is_known(segment_ids) and (np.asarray(segment_ids)[:, 1:] < np.asarray(segment_ids)[:, :-1]).any():
             raise ValueError("segment_ids must not go down along T (PADDING, the largest id, stands last)")
     if q_start is not None:
-        _check("q_start", q_start, (batch,), "[B]", "int32")
-        if _is_known(q_start) and not ((np.asarray(q_start) >= 0) & (np.asarray(q_start) < keys)).all():
+        check_array("q_start", q_start, (batch,), "[B]", "int32")
+        if is_known(q_start) and not ((np.asarray(q_start) >= 0) & (np.asarray(q_start) < keys)).all():
             raise ValueError(f"q_start must be positions in the cache, 0 to {keys - 1}: got {q_start}")
-
-
-def _check(name, array, shape, meaning, dtype):
-    if array.shape != shape:
-        raise ValueError(f"{name} must be {meaning} = {list(shape)}: got {list(array.shape)}")
-    if array.dtype.name != dtype:
-        raise TypeError(f"{name} must be {dtype}: got {array.dtype}")
-
-
-def _is_known(array) -> bool:
-    return not isinstance(array, jax.core.Tracer)

@@ -9,8 +9,10 @@ mask. Three kernels: `hopper_forward` for o; in `hopper_backward` one for dq, on
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels import _hopper
+from pallas_kernels.kept import KEPT
 from pallas_kernels.softmax import hopper_backward, hopper_forward
 from pallas_kernels.softmax.hopper_tiles import FAR, TILE, Bounds
 from pallas_kernels.softmax.reference import PADDING
@@ -38,7 +40,7 @@ def attention(q, k, v, segment_ids, q_start, *, interpret=False):
         return forward(q, k, v, bounds)[0]
 
     def forward(q, k, v, bounds):
-        o, lse = hopper_forward.forward(q, k, v, bounds, interpret=interpret)
+        o, lse = (checkpoint_name(x, KEPT) for x in hopper_forward.forward(q, k, v, bounds, interpret=interpret))
         return o, (q, k, v, bounds, o, lse)
 
     def backward(saved, do):

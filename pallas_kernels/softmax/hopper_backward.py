@@ -19,7 +19,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _compat, _hopper
-from pallas_kernels._hopper_ops import operations
 from pallas_kernels.softmax.hopper_tiles import HALF, LOG2_E, TILE, Bounds, key_walk, query_walk
 
 BLOCK = 64  # keys (or queries) of a step
@@ -35,7 +34,7 @@ def queries(q, k, v, do, statistics, bounds: Bounds, *, interpret=False):
     group_size = heads // k.shape[2]
     tiles = bounds.first.shape[1] // TILE
     scale = LOG2_E / math.sqrt(size)
-    ops = operations(interpret)
+    ops = _hopper.operations(interpret)
 
     def body(q_ref, k_ref, v_ref, do_ref, statistics_ref, first_ref, last_ref, offset_ref, dq_ref, *scratch):
         q_smem, do_smem, k_smem, v_smem, q_full, full, free = scratch
@@ -127,7 +126,7 @@ def keys(q, k, v, do, statistics, bounds: Bounds, *, interpret=False):
     kv_heads = k.shape[2]
     group_size = heads // kv_heads
     scale = LOG2_E / math.sqrt(size)
-    ops = operations(interpret)
+    ops = _hopper.operations(interpret)
 
     def body(q_ref, k_ref, v_ref, do_ref, statistics_ref, first_ref, last_ref, offset_ref, dk_ref, dv_ref, *scratch):
         k_smem, v_smem, q_smem, do_smem, statistics_smem, k_full, full, free = scratch

@@ -14,7 +14,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _compat, _hopper
-from pallas_kernels._hopper_ops import operations
 from pallas_kernels.softmax.hopper_tiles import FLOOR, HALF, LOG2_E, TILE, Bounds, key_walk
 
 BLOCK = 128  # keys of a step
@@ -30,7 +29,7 @@ def forward(q, k, v, bounds: Bounds, *, interpret=False):
     group_size = heads // k.shape[2]
     tiles = bounds.first.shape[1] // TILE
     scale = LOG2_E / math.sqrt(size)
-    ops = operations(interpret)
+    ops = _hopper.operations(interpret)
 
     def body(q_ref, k_ref, v_ref, first_ref, last_ref, offset_ref, o_ref, lse_ref, *scratch):
         q_smem, k_smem, v_smem, q_full, k_full, v_full, k_free, v_free, turn = scratch

@@ -15,7 +15,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _compat, _hopper
-from pallas_kernels._hopper_ops import operations
 from pallas_kernels.vocabulary.split import SCALE, split
 from pallas_kernels.vocabulary.statistics import Statistics
 
@@ -53,7 +52,7 @@ def statistics(hidden, weight, targets, scale, *, interpret=False) -> Statistics
     per_part = pl.cdiv(word_tiles, parts)
     parts = pl.cdiv(word_tiles, per_part)
     steps = depth // DEPTH
-    ops = operations(interpret)
+    ops = _hopper.operations(interpret)
 
     def body(hidden_ref, high_ref, low_ref, targets_ref, scale_ref, out_ref, *scratch):
         hidden_smem, high_smem, low_smem, full, free = scratch

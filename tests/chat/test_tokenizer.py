@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from m1jax.chat import Tokenizer, render
+from m1jax.chat import TextStream, Tokenizer, render
 from m1jax.chat.tokenizer import SPECIAL_TOKENS
 from m1jax.errors import UserError
 
@@ -27,6 +27,29 @@ def test_special_tokens():
     assert (tokenizer.bos_id, tokenizer.eos_id) == (257, 258)
     assert tokenizer.decode([97, tokenizer.eos_id], skip_special_tokens=True) == "a"
     assert tokenizer.decode("é".encode()[:1]) == "\ufffd"
+
+
+@given(st.lists(st.integers(0, 262) | st.sampled_from(list("é你😀\ufffd".encode())), max_size=60))
+def test_text_comes_as_the_tokens_do(ids):
+    """Letters of several bytes, cut ones and rubbish among them."""
+    tokenizer = Tokenizer.tiny()
+    stream = TextStream(tokenizer)
+    pieces = [stream.feed([i]) for i in ids]
+    assert "".join([*pieces, stream.close()]) == tokenizer.decode(ids)
+    together = TextStream(tokenizer)
+    assert together.feed(ids) + together.close() == tokenizer.decode(ids)
+
+
+def test_nothing_is_kept_back_without_need():
+    stream = TextStream(Tokenizer.tiny())
+    assert [stream.feed([i]) for i in "a😀b".encode()] == ["a", "", "", "", "😀", "b"]
+    assert stream.feed("é".encode()[:1]) == ""
+    assert stream.close() == "\ufffd"
+    assert stream.close() == ""
+    # A model that writes nothing but rubbish: the work per token stays the same.
+    rubbish = [0x80] * 100
+    assert "".join(stream.feed([i]) for i in rubbish) == "\ufffd" * 99
+    assert len(stream._ids) <= 9
 
 
 def test_saved_and_read_again(tmp_path):

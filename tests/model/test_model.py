@@ -1,6 +1,5 @@
 """The model's parts against direct formulas, and its training path: head, rematerialisation, one scan over periods."""
 
-import dataclasses
 from pathlib import Path
 
 import jax
@@ -14,6 +13,7 @@ from m1jax.model import head
 from m1jax.model.layers import rotary
 from m1jax.model.lightning import alibi_slopes, log_decays
 from m1jax.model.moe import MoE, Routing, balancing_loss
+from m1jax.weights.names import tensors
 from pallas_kernels import PADDING
 from tests.model.conftest import random_tokens, small_config, small_model
 
@@ -55,7 +55,7 @@ def test_log_probs_equal_those_of_the_full_logits(model, monkeypatch):
         entropy = -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
         return jnp.sum(weight * (log_prob + 0.1 * entropy)), (log_prob, entropy)
 
-    hidden = model.hidden_states(tokens).hidden
+    hidden = model.forward(tokens).hidden
     monkeypatch.setattr("m1jax.model.head.CHUNK_ELEMENTS", 4 * 2 * 64)  # chunks of 4 in 13 steps
     ours = jax.value_and_grad(chunked, argnums=(0, 1), has_aux=True)(model.lm_head[...], hidden)
     theirs = jax.value_and_grad(full, argnums=(0, 1), has_aux=True)(model.lm_head[...], hidden)
@@ -78,11 +78,11 @@ def test_rematerialisation_changes_nothing(model):
     tokens = random_tokens(0, 2, 16)
 
     def loss(parameters, remat):
-        out = nnx.merge(graph, parameters).hidden_states(tokens, remat=remat)
-        return jnp.sum(out.hidden**2) + jnp.sum(out.aux_loss)
+        out = nnx.merge(graph, parameters).forward(tokens, remat=remat)
+        return jnp.sum(out.hidden**2) + jnp.sum(out.aux)
 
     gradients = jax.jit(jax.value_and_grad(loss), static_argnums=1)
-    plain, recomputed = (gradients(parameters, remat) for remat in (False, True))
+    plain, recomputed = (gradients(parameters, remat) for remat in ("none", "layers"))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), plain, recomputed)
 
 
@@ -93,7 +93,7 @@ def test_the_program_does_not_grow_with_depth():
         graph, parameters = nnx.split(model)
 
         def loss(parameters, tokens):
-            return jnp.sum(nnx.merge(graph, parameters).hidden_states(tokens).hidden)
+            return jnp.sum(nnx.merge(graph, parameters).forward(tokens).hidden)
 
         lowered = jax.jit(jax.grad(loss)).lower(parameters, jax.ShapeDtypeStruct((1, 8), jnp.int32))
         return len(lowered.as_text().splitlines())
@@ -101,25 +101,80 @@ def test_the_program_does_not_grow_with_depth():
     assert size("LS" * 40) <= 1.01 * size("LS" * 2)
 
 
-def test_a_scanned_stack_equals_its_layers_unrolled():
-    """Two periods in the scan, against the same layers as one period of twice the length."""
-    scanned, unrolled = small_model("LSLS"), small_model("LSLS")
-    unrolled_config = dataclasses.replace(scanned.config)
-    object.__setattr__(unrolled_config, "period", 4)
-    unrolled = MiniMaxM1(unrolled_config, rngs=nnx.Rngs(1))
-    for name in ("embed_tokens", "norm", "lm_head"):
-        getattr(unrolled, name)[...] = getattr(scanned, name)[...]
-    for number, block in enumerate(unrolled.layers):
-        _, source = nnx.split(scanned.layers[number % 2])
-        nnx.update(block, jax.tree.map(lambda x, i=number // 2: x[i : i + 1], source))
-    tokens = random_tokens(0, 2, 20)
-    np.testing.assert_allclose(unrolled(tokens), scanned(tokens), atol=1e-5)
+@pytest.mark.parametrize("pattern", ["LLSLLS", "SLL"])
+def test_a_scanned_stack_equals_its_layers_one_by_one(pattern):
+    """Whatever the runs and periods: scans against a plain loop over the layers, outputs and gradients."""
+    model, tokens = small_model(pattern), random_tokens(0, 2, 20)
+
+    def loss(model):
+        out = model.forward(tokens, record_routes=True)
+        return jnp.sum(out.hidden**2) + jnp.sum(out.aux), out
+
+    both = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    (_, scanned), gradients = both(model)
+    (_, plain), expected = both(model.unstacked())
+    np.testing.assert_allclose(scanned.hidden, plain.hidden, atol=1e-5)
+    np.testing.assert_allclose(scanned.aux, plain.aux, rtol=1e-5)
+    np.testing.assert_array_equal(scanned.routes, plain.routes)
+    for run, layers in zip(gradients.runs, expected.runs):
+        stacked = jax.tree.map(lambda *x: jnp.stack(x), *(nnx.state(layer) for layer in layers))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4), nnx.state(run), stacked)
+
+
+def test_layers_lie_in_their_runs_in_the_order_of_the_model():
+    """Layer l of the official files is the layer that decays as number l, whatever run it belongs to."""
+    config = small_config("LLSLLS")
+    assert [tuple(run) for run in config.runs] == [("lightning", 0, 2), ("softmax", 2, 1)]
+    places = {t.name: (t.path[1], t.index) for t in tensors(config) if t.index}
+    assert [places[f"model.layers.{n}.input_layernorm.weight"] for n in range(6)] == [
+        (0, (0,)), (0, (1,)), (1, (0,)), (0, (2,)), (0, (3,)), (1, (1,)),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("remat", ["none", "layers"])
+def test_replayed_routes_give_the_same_output_and_gradients(remat):
+    model, tokens = small_model("LSLS"), random_tokens(0, 2, 16)
+    ids = jnp.array([[0] * 9 + [1] * 7, [0] * 12 + [PADDING] * 4])
+    recorded = model.forward(tokens, segment_ids=ids, record_routes=True)
+    assert recorded.routes.dtype == jnp.uint8
+    assert recorded.routes.shape == (2, 16, 4, 2)
+    assert np.all(recorded.routes[1, 12:] == model.config.num_experts)  # padding is nobody's expert
+
+    def loss(model, routes):
+        out = model.forward(tokens, segment_ids=ids, routes=routes, remat=remat)
+        return jnp.sum(jnp.where(ids[..., None] == PADDING, 0.0, out.hidden) ** 2) + jnp.sum(out.aux)
+
+    own, replayed = (jax.jit(jax.value_and_grad(loss))(model, routes) for routes in (None, recorded.routes))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), nnx.state(own[1]), nnx.state(replayed[1])
+    )
+    np.testing.assert_allclose(own[0], replayed[0], rtol=1e-6)
+
+
+def test_other_routes_take_other_experts_with_their_own_weights():
+    """Experts chosen elsewhere are used, weighted by today's probabilities; the router's gradient flows."""
+    config = small_config()
+    layer = moe_layer(config)
+    x = jax.random.normal(jax.random.key(1), (1, 7, config.hidden_size))
+    probabilities = layer.route(x).probabilities
+    least = jnp.argsort(probabilities, axis=-1)[..., :2].astype(jnp.uint8)
+    routing = layer.route(x, least)
+    np.testing.assert_array_equal(routing.experts, least)
+    chosen = jnp.take_along_axis(probabilities, least.astype(jnp.int32), axis=-1)
+    np.testing.assert_allclose(routing.weights, chosen / chosen.sum(-1, keepdims=True), rtol=1e-6)
+    gradient = jax.grad(lambda x: jnp.sum(layer(x, replayed=least)[0] ** 2))(x)
+    assert jnp.all(jnp.isfinite(gradient))
+    gate = jax.grad(lambda m: jnp.sum(m(x, replayed=least)[0] ** 2))(layer).gate[...]
+    assert jnp.any(gate != 0)
+
+
+def moe_layer(config: ModelConfig) -> MoE:
+    return jax.tree.map(lambda x: x[0], MiniMaxM1(config, rngs=nnx.Rngs(0)).runs[0].moe)
 
 
 def test_shared_expert_is_mixed_by_its_coefficient():
     config = small_config(shared_intermediate_size=16)
-    graph, state = nnx.split(MoE(config, rngs=nnx.Rngs(0), dtype=jnp.dtype(jnp.float32)))
-    layer = nnx.merge(graph, jax.tree.map(lambda x: x[0], state))
+    layer = moe_layer(config)
     x = jax.random.normal(jax.random.key(1), (2, 5, config.hidden_size))
     assert layer.shared_mlp is not None
     assert layer.coefficient is not None
@@ -132,8 +187,7 @@ def test_shared_expert_is_mixed_by_its_coefficient():
 
 def test_experts_against_the_sum_over_all_of_them():
     config = small_config(experts_per_token=3)
-    graph, state = nnx.split(MoE(config, rngs=nnx.Rngs(0), dtype=jnp.dtype(jnp.float32)))
-    layer = nnx.merge(graph, jax.tree.map(lambda x: x[0], state))
+    layer = moe_layer(config)
     x = jax.random.normal(jax.random.key(1), (1, 7, config.hidden_size))
     out, routing = layer(x, None)
     np.testing.assert_allclose(jnp.sum(routing.weights, axis=-1), 1.0, rtol=1e-6)
@@ -165,14 +219,14 @@ def test_balancing_loss_is_switchs():
 def test_bfloat16_compute_keeps_float32_where_m1_needs_it():
     model = small_model("LS")
     half = MiniMaxM1(model.config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
-    assert half.layers[0].moe.gate.dtype == jnp.float32
-    assert half.layers[0].moe.w1.dtype == jnp.bfloat16
+    assert half.runs[0].moe.gate.dtype == jnp.float32
+    assert half.runs[0].moe.w1.dtype == jnp.bfloat16
     nnx.update(half, jax.tree.map(lambda ours, other: other.astype(ours.dtype), nnx.state(half), nnx.state(model)))
     tokens = random_tokens(0, 1, 12)
     logits, cache = half(tokens, half.init_cache(1, 12))
     assert logits.dtype == jnp.float32
-    assert cache.layers[0].state.dtype == jnp.float32
-    assert cache.layers[1].keys.dtype == jnp.bfloat16
+    assert cache.runs[0].state.dtype == jnp.float32
+    assert cache.runs[1].keys.dtype == jnp.bfloat16
     expected = model(tokens)
     assert jnp.linalg.norm(logits - expected) < 0.05 * jnp.linalg.norm(expected)
 
@@ -185,8 +239,8 @@ def test_gradients_reach_every_parameter(changes):
 
     def loss(parameters):
         model = nnx.merge(graph, parameters)
-        out = model.hidden_states(tokens)
-        return -jnp.mean(model.log_probs(out.hidden, tokens)[0]) + jnp.mean(out.aux_loss)
+        out = model.forward(tokens)
+        return -jnp.mean(model.log_probs(out.hidden, tokens)[0]) + jnp.mean(out.aux)
 
     for path, gradient in jax.tree.leaves_with_path(jax.jit(jax.grad(loss))(parameters)):
         assert jnp.all(jnp.isfinite(gradient)), jax.tree_util.keystr(path)

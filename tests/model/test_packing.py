@@ -31,11 +31,11 @@ def test_logits_and_balancing_loss(name, lengths, seed):
     model = MODELS[name]
     sequences, tokens, ids = packed(lengths, seed, 40)
     logits, start = model(tokens, segment_ids=ids), 0
-    aux = model.hidden_states(tokens, segment_ids=ids).aux_loss
+    aux = model.forward(tokens, segment_ids=ids).aux
     for sequence in sequences:
         part = slice(start, start + sequence.shape[1])
         np.testing.assert_allclose(logits[:, part], model(sequence), atol=1e-4)
-        np.testing.assert_allclose(aux[:, part], model.hidden_states(sequence).aux_loss, rtol=1e-5)
+        np.testing.assert_allclose(aux[:, part], model.forward(sequence).aux, rtol=1e-5)
         start = part.stop
     assert not np.any(aux[:, start:])
 
@@ -43,7 +43,7 @@ def test_logits_and_balancing_loss(name, lengths, seed):
 def loss(parameters, graph, tokens, ids):
     """Summed negative log-likelihood within segments, plus the balancing loss of every token."""
     model = nnx.merge(graph, parameters)
-    out = model.hidden_states(tokens[:, :-1], segment_ids=ids[:, :-1])
+    out = model.forward(tokens[:, :-1], segment_ids=ids[:, :-1])
     log_prob, _ = model.log_probs(out.hidden, tokens[:, 1:])
     within = (ids[:, :-1] == ids[:, 1:]) & (ids[:, 1:] != PADDING)
     return -jnp.sum(jnp.where(within, log_prob, 0.0))

@@ -30,10 +30,30 @@ def test_names_of_hardware(name, kind, devices):
     assert hardware.parse_hardware(name)[::2] == (kind, devices)
 
 
-@pytest.mark.parametrize("name", ["tpu", "h300x8", "v5p", "h200-8", "v5p-3", "v6e-0"])
-def test_unknown_hardware(name):
-    with pytest.raises(UserError, match="hardware"):
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("abacus", "'abacus' is unknown; known: v5e"),
+        ("h300x8", "did you mean h800x8?"),
+        ("h10", "did you mean h100x8?"),
+        ("h20x64", "did you mean h200x64?"),
+        ("v5pp-16", "did you mean v5px16?"),
+        ("h100", "how many? For eight of them write h100x8, for the fewest add --search"),
+        ("V5P", "write v5px8"),
+        ("h200 8", "did you mean h200x8?"),
+        ("x8", "known: v5e"),
+        ("", "known: v5e"),
+        ("h200-8", "write h200x8"),
+        ("v5p-3", "3 is no number of v5p's cores, 2 to a chip"),
+        ("h100x0", "'h100x0' is none at all; write h100x8"),
+        ("v6e-0", "write v6ex8"),
+    ],
+)
+def test_unknown_hardware(name, says):
+    with pytest.raises(UserError) as error:
         hardware.parse_hardware(name)
+    assert str(error.value).startswith(f"hardware {name!r}")
+    assert says in str(error.value)
 
 
 @pytest.mark.parametrize(("text", "tokens"), [("32768", 32_768), ("128k", 131_072), ("1m", 2**20), ("0.5M", 2**19)])
@@ -176,15 +196,25 @@ def test_the_command_searches(capsys):
 
 def test_what_does_not_fit_says_what_would(capsys):
     status, out, _ = run(capsys, "--hardware", "v5e-8", "--mesh", "tensor=8")
-    assert status == 0
+    assert status == 1
     assert "It does not fit." in out
     assert "devices with --mesh" in out
+    status, out, _ = run(capsys, "--hardware", "v5e-8", "--mesh", "tensor=8", "--json")
+    assert status == 1
+    assert not json.loads(out)["fits"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
         (("--hardware", "h300x8"), "known: v5e, v5p"),
+        (("--hardware", "h100"), "write h100x8"),
+        (("--hardware", "h100x0"), "none at all"),
+        (
+            ("--hardware", "h100x8", "--preset", "m1-tiny", "--context", "8k"),
+            "context = 8,192 is more than the model's 4,096 positions",
+        ),
+        (("--hardware", "h100", "--context", "16m", "--search"), "more than the model's 10,240,000 positions"),
         (("--hardware", "h200x8", "--mesh", "tensor=4"), "the nearest is fsdp=2,tensor=4"),
         (("--hardware", "h200x16", "--mesh", "tensor=16"), "the nearest that work: 8"),
         (("--hardware", "h200x8", "--context", "long"), "128k"),

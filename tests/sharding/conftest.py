@@ -45,10 +45,10 @@ class Problem:
     def loss_fn(self, params, batch):
         """Every output that is trained on: log-probabilities, entropy and the balancing loss."""
         model: MiniMaxM1 = nnx.merge(self.graph, params)
-        states = model.hidden_states(batch["tokens"], segment_ids=batch["segment_ids"], remat=True)
+        states = model.forward(batch["tokens"], segment_ids=batch["segment_ids"], remat="layers")
         log_probs, entropy = model.log_probs(states.hidden, batch["targets"], temperature=0.9)
         real = batch["segment_ids"] != PADDING
-        terms = jnp.where(real, -log_probs - 0.1 * entropy + 0.1 * states.aux_loss, 0.0)
+        terms = jnp.where(real, -log_probs - 0.1 * entropy + 0.1 * states.aux, 0.0)
         return jnp.sum(terms) / jnp.sum(real)
 
 

@@ -1,5 +1,7 @@
 """Outputs and all gradients of every implementation against the oracle that computes every expert."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -181,6 +183,47 @@ def test_wrong_arguments_are_named(name, wrong):
     arguments[name] = wrong(arguments[name])
     with pytest.raises(ValueError, match=f"expert_mlp: {name}"):
         expert_mlp(**arguments)
+
+
+def stacked(arrays):
+    """The weights as the last of three layers; the others are no numbers."""
+    x, w1, w3, w2, weights = arrays
+    w1, w3, w2 = (jnp.stack([jnp.full_like(w, jnp.nan)] * 2 + [w]) for w in (w1, w3, w2))
+    return x, w1, w3, w2, weights
+
+
+@pytest.mark.parametrize("implementation", ["reference", *FAST])
+def test_a_layer_of_a_stack(implementation):
+    arrays, routes = problem(13, 5)
+    x, w1, w3, w2, weights = stacked(arrays)
+    op = functools.partial(expert_mlp, implementation=implementation)
+    got = jax.jit(op)(x, w1, w3, w2, routes, weights, layer=jnp.int32(2))
+    want = expert_mlp(*arrays[:4], routes, weights, implementation="reference")
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_a_layer_of_a_stack_has_no_gradients():
+    arrays, routes = problem(4, 3)
+    x, w1, w3, w2, weights = stacked(arrays)
+    with pytest.raises(ValueError, match=r"with `layer` there are no gradients; give the layer's own weights"):
+        jax.grad(lambda x: expert_mlp(x, w1, w3, w2, routes, weights, layer=2).sum())(x)
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (3, r"layer must be in 0\.\.2, got 3"),
+        (np.int32(-1), r"layer must be in 0\.\.2, got -1"),
+        (jnp.zeros(1, jnp.int32), "layer must be one integer"),
+        (1.0, "layer must be one integer, got 1.0"),
+        (None, r"w1 must be \[E, F, D\]"),
+    ],
+)
+def test_refuses_layers(layer, message):
+    arrays, routes = problem(4, 3)
+    x, w1, w3, w2, weights = stacked(arrays)
+    with pytest.raises(ValueError, match=message):
+        expert_mlp(x, w1, w3, w2, routes, weights, layer=layer)
 
 
 def test_unknown_implementation():

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels import _hopper, expert_mlp
-from pallas_kernels.experts import hopper, hopper_matmul, reference
-from tests.pallas_kernels.experts.test_api import assert_close, problem, run
+from pallas_kernels.experts import hopper, hopper_few, hopper_matmul, reference
+from tests.pallas_kernels.experts.test_api import assert_close, problem, run, stacked
 
 needs_newer_interpreter = pytest.mark.skipif(
     jax.__version_info__ < (0, 11), reason="JAX 0.10.2 interprets no transposed operands"
@@ -20,8 +20,8 @@ needs_newer_interpreter = pytest.mark.skipif(
 def on_hopper(monkeypatch):
     """The public op believes that it is on an H200, and runs in the interpreter."""
     monkeypatch.setattr(_hopper, "missing", lambda: None)
-    forward = functools.partial(hopper.forward, interpret=True)
-    monkeypatch.setattr(hopper, "forward", forward)
+    for name in ("forward", "forward_of_layer"):
+        monkeypatch.setattr(hopper, name, functools.partial(getattr(hopper, name), interpret=True))
 
 
 def low(arrays):
@@ -78,6 +78,61 @@ def test_vmap(on_hopper):
     got = jax.vmap(lambda x, r, w: expert_mlp(x, w1, w3, w2, r, w, implementation="hopper"))(*batched)
     want = reference.forward(*(a.astype(jnp.float32) for a in (x, w1, w3, w2)), routes, weights)
     assert_close([got.reshape(want.shape).astype(jnp.float32)] * 6, [want] * 6, tolerance=5e-3)
+
+
+def forward_is_right(arrays, routes, layer=None):
+    x, w1, w3, w2, weights = low(arrays if layer is None else stacked(arrays))
+    op = functools.partial(expert_mlp, implementation="hopper")
+    got = jax.jit(op)(x, w1, w3, w2, routes, weights, layer=layer)
+    want = reference.forward(*(a.astype(jnp.float32) for a in low(arrays[:4])), routes, weights.astype(jnp.float32))
+    assert_close([got.astype(jnp.float32)] * 6, [want] * 6, tolerance=5e-3)
+
+
+@needs_newer_interpreter
+@pytest.mark.parametrize(
+    ("tokens", "layer"), [(9, None), (5, 2), pytest.param(65, 2, marks=pytest.mark.slow), (hopper_few.TOKENS + 1, 2)]
+)
+def test_forward_alone(on_hopper, tokens, layer):
+    """Few tokens and more, with a layer's own weights and with a stack."""
+    forward_is_right(*problem(tokens, 3, 2, 128, 128), layer)
+
+
+@pytest.mark.slow
+@needs_newer_interpreter
+@pytest.mark.parametrize(
+    "routes",
+    [
+        pytest.param(np.full((7, 2), 1), id="all to one, twice"),
+        pytest.param(np.random.default_rng(1).integers(-3, 6, size=(7, 2)), id="ids out of range"),
+    ],
+)
+def test_unusual_routes_of_few_tokens(on_hopper, routes):
+    forward_is_right(*problem(7, 3, hidden=256, inner=128, routes=routes))
+
+
+@needs_newer_interpreter
+def test_few_tokens_of_nobody(on_hopper):
+    (x, w1, w3, w2, weights), routes = problem(2, 3, hidden=128, inner=128, routes=np.array([[-1, 3], [4, 3]]))
+    y = expert_mlp(*low((x, w1, w3, w2)), routes, weights, implementation="hopper")
+    assert not np.asarray(y, np.float32).any()
+
+
+@needs_newer_interpreter
+def test_what_an_expert_makes_of_others_tokens_does_not_matter(on_hopper):
+    """What goes into the first expert's second product overflows for the second token, which did not choose it."""
+    (x, w1, w3, w2, weights), routes = problem(2, 2, 1, 128, 128, routes=np.array([[0], [1]]))
+    x = x.at[1].set(1e12)
+    w1, w3 = (w.at[0].set(1e12) for w in (w1, w3))
+    y = expert_mlp(*low((x, w1, w3, w2)), routes, weights, implementation="hopper")
+    assert np.isfinite(np.asarray(y, np.float32)).all()
+
+
+def test_chosen():
+    routes = jnp.array([[3, -1], [1, 3], [7, 3]], jnp.int32)
+    weights = jnp.array([[1, 2], [3, 4], [5, 6]], jnp.float32)
+    taken, share = hopper_few.chosen(routes, weights, 5)
+    assert taken.tolist() == [0, 1, 0, 1, 0]
+    np.testing.assert_array_equal(share, [[0, 0, 0], [0, 3, 0], [0, 0, 0], [1, 4, 6], [0, 0, 0]])
 
 
 @needs_newer_interpreter

@@ -1,5 +1,7 @@
 """The Hopper kernels compiled for an H200 that is not here: they fit, and at real sizes spill no register."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -46,6 +48,25 @@ def test_compiles(tmp_path, record_property, function, kernels, tokens, experts,
     # Sorted rows, and what is inside: at most so many arrays of each at once. Nothing of the size of all experts' work.
     rows = 2 * tokens + min(experts, 2 * tokens) * 128
     assert temporaries <= 2 * rows * (4 * hidden + 7 * inner) + (1 << 22)
+
+
+@pytest.mark.parametrize("tokens", [64, 512])
+def test_a_scan_over_layers_copies_no_weights(tmp_path, tokens):
+    layers, experts, size = 6, 8, 1024
+
+    def through(x, w1, w3, w2, routes, weights):
+        def layer(x, index):
+            return expert_mlp(x, w1, w3, w2, routes, weights, layer=index), None
+
+        return jax.lax.scan(layer, x, jnp.arange(layers, dtype=jnp.int32))[0]
+
+    x, *stacks, routes, weights = arguments(tokens, experts, size, size)
+    stacks = [((layers, *shape), dtype) for shape, dtype in stacks]
+    compiled, found = compile_for_h200(through, x, *stacks, routes, weights, dump=tmp_path)
+    assert len(found) == 2
+    # Less than one layer's copy of one of the three.
+    assert compiled.memory_analysis().temp_size_in_bytes < 2 * experts * size * size + (8 << 20) * (tokens > 64)
+    assert not re.findall(r"= bf16\[\S*8,1024,1024\]\S* (?:copy|dynamic-slice|fusion)\(", compiled.as_text())
 
 
 def test_float32_goes_to_the_portable_form(tmp_path):

@@ -1,6 +1,6 @@
 """The Hopper kernels in Pallas' interpreter on CPU, with race detection; test_hopper_compiled.py really compiles them.
 
-The interpreter emulates the copy engine, the barriers and the order of accesses; `_hopper_ops._Emulated` stands in for
+The interpreter emulates the copy engine, the barriers and the order of accesses; `_hopper._Emulated` stands in for
 the matrix units. Some 100 ms per block and chunk; four times as long on JAX 0.10.2, which also interprets no copies
 beyond an array's end and no arrays that are updated in place.
 """

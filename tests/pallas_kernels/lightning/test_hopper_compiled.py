@@ -4,6 +4,7 @@ Tensors come and go as [B,T,H*D], the way a model's projections make and use the
 """
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -131,6 +132,26 @@ def test_decode_updates_the_pool_in_place(record_property, tmp_path, dtype, shap
     memory = report(f"decode {shape} {dtype}", compiled, kernels, record_property)
     assert memory.alias_size_in_bytes >= 4 * (sequences + 1) * heads * size * size
     assert memory.temp_size_in_bytes <= 1 << 20
+
+
+def test_a_scan_over_layers_copies_no_states(record_property, tmp_path):
+    """The states of all layers are one pool, which a loop carries; a layer's slots follow those of the one before."""
+    layers, sequences, heads, size = 4, 64, 16, 128
+
+    def step(q, log_decay, pool, slots):
+        def layer(carry, index):
+            q, pool = carry
+            return lightning_attention_decode(q, q, q, log_decay, pool, slots + index * sequences), None
+
+        return jax.lax.scan(layer, (q, pool), jnp.arange(layers, dtype=jnp.int32))[0]
+
+    pool = ((layers * sequences, heads, size, size), "float32")
+    arguments = [((sequences, heads, size), "bfloat16"), ((heads,), "float32"), pool, ((sequences,), "int32")]
+    compiled, kernels = compile_for_h200(step, *arguments, dump=tmp_path, donate_argnums=2)
+    memory = report("decode, layers in a scan", compiled, kernels, record_property)
+    assert memory.temp_size_in_bytes <= 4 << 20
+    # A copy of the pool inside the loop would need no memory beside it if it went through the result.
+    assert not re.findall(r"= f32\[256,16,128,128\]\S* copy", compiled.as_text())
 
 
 def test_the_best_is_chosen_by_itself(tmp_path):

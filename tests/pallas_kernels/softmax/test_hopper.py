@@ -1,6 +1,6 @@
 """The Hopper kernels in Pallas' interpreter on CPU, with race detection; test_hopper_compiled.py compiles them.
 
-Some 100 ms per block of 64 x 64 (`_hopper_ops._Emulated` stands in for the matrix units), several times as long on JAX
+Some 100 ms per block of 64 x 64 (`_hopper._Emulated` stands in for the matrix units), several times as long on JAX
 0.10.2, which also interprets no copies beyond an array's end.
 """
 
