@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from m1jax.model import head
-from pallas_kernels import vocabulary_statistics
+from pallas_kernels import vocabulary_scores, vocabulary_statistics
 from pallas_kernels.vocabulary import hopper
 from pallas_kernels.vocabulary.split import SCALE, split
 
@@ -182,19 +182,22 @@ def decode() -> None:
         twice = jnp.concatenate([hidden.astype(together.dtype)] * 2, axis=-1)
         return jnp.einsum("ti,vi->tv", twice, together, preferred_element_type=jnp.float32) / SCALE
 
-    for count in (1, 16, 64, 256):
+    for count in (1, 64, 256, 1024):
         hidden = jax.random.normal(jax.random.key(0), (count, WIDTH)).astype(jnp.bfloat16)
         forms: dict[str, tuple[Callable[..., jax.Array], jax.Array]] = {
             "ours": (head.logits, lm_head),
             "highest": (highest, lm_head),
+            "hopper": (functools.partial(vocabulary_scores, implementation="hopper"), lm_head),
             "BF16_BF16_F32_X6": (preset("BF16_BF16_F32_X6"), lm_head),
             "parts made beforehand": (prepared, together),
         }
         for name, (form, weight) in forms.items():
 
             def measure(form=form, weight=weight, hidden=hidden) -> dict[str, float]:
+                truth = np.asarray(hidden[:16], np.float64) @ np.asarray(lm_head[:4096], np.float64).T
+                error = np.abs(np.asarray(jax.jit(form)(hidden, weight)[:16, :4096], np.float64) - truth).max()
                 ms = milliseconds(jax.jit(form), hidden, weight)
-                return {"ms": ms, "gb_per_s": 4 * WIDTH * WORDS / ms * 1e-6}
+                return {"ms": ms, "gb_per_s": 4 * WIDTH * WORDS / ms * 1e-6, "error_max": float(error)}
 
             report(f"logits of {count} rows: {name}", measure)
 
