@@ -7,7 +7,7 @@ from pallas_kernels.experts import expert_mlp
 from pallas_kernels.lightning import PADDING, lightning_attention, lightning_attention_decode
 from pallas_kernels.softmax import softmax_attention, softmax_attention_decode
 from pallas_kernels.target import target_platform
-from pallas_kernels.vocabulary import vocabulary_statistics
+from pallas_kernels.vocabulary import vocabulary_scores, vocabulary_statistics
 
 __all__ = [
     "PADDING",
@@ -17,5 +17,6 @@ __all__ = [
     "softmax_attention",
     "softmax_attention_decode",
     "target_platform",
+    "vocabulary_scores",
     "vocabulary_statistics",
 ]

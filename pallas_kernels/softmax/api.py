@@ -46,7 +46,7 @@ def softmax_attention(
       q_start: [B] int32, for a cache of keys and values: the position in S of each row's first query, 0 <= q_start < S.
         Query t of row b sees the positions up to q_start[b] + t. None for zeros. Not together with segment_ids.
       implementation: "auto" (the best that can run here), "reference" (writes all scores out: for tests), "blocked"
-        (portable), "cudnn" (NVIDIA GPU) or "splash" (TPU).
+        (portable), "cudnn" (NVIDIA GPU), "hopper" (H100, H200) or "splash" (TPU).
 
     Returns:
       o [B,T,Hq,D] in q's dtype.

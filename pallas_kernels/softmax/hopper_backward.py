@@ -42,6 +42,9 @@ def queries(q, k, v, do, statistics, bounds: Bounds, *, interpret=False):
         tile = tiles - 1 - lax.axis_index("tile")
         walk = key_walk((first_ref, last_ref, offset_ref), row, tile, bounds.keys, BLOCK)
 
+        def slot_of(block):
+            return lax.rem(block - walk.begin, jnp.int32(STAGES))
+
         def compute(half):
             mine = pl.ds(tile * TILE + half * HALF, HALF)
             plgpu.copy_gmem_to_smem(q_ref.at[row, mine, head], q_smem.at[half], q_full.at[half])
@@ -55,8 +58,12 @@ def queries(q, k, v, do, statistics, bounds: Bounds, *, interpret=False):
             delta = ops.load(statistics_ref.at[row, head, 1, mine], rows=True)
             plgpu.barrier_wait(q_full.at[half])
 
-            def advance(step, dq, masked):
-                slot = lax.rem(step, jnp.int32(STAGES))
+            def mask(block, ds):
+                key = ops.iota(ds.shape, 1) + block * BLOCK
+                return jnp.where((key >= ops.down(first, ds.shape)) & (key <= ops.down(last, ds.shape)), ds, 0.0)
+
+            def advance(block, dq):
+                slot = slot_of(block)
                 plgpu.barrier_wait(full.at[slot])
 
                 def look(scores, products):
@@ -64,21 +71,15 @@ def queries(q, k, v, do, statistics, bounds: Bounds, *, interpret=False):
                     ops.wgmma(products, do_smem.at[half], v_smem.at[slot], transpose_b=True)
                     s = ops.result(scores, in_flight=1)
                     p = jnp.exp2(s * scale - ops.down(lse, s.shape))
-                    if masked:
-                        key = ops.iota((HALF, BLOCK), 1)
-                        start = walk.at(step) * BLOCK
-                        seen = (key >= ops.down(first - start, s.shape)) & (key <= ops.down(last - start, s.shape))
-                        p = jnp.where(seen, p, 0.0)
-                    return (p * (ops.result(products) - ops.down(delta, s.shape))).astype(jnp.bfloat16)
+                    return p * (ops.result(products) - ops.down(delta, s.shape))
 
                 ds = ops.fresh(look, (HALF, BLOCK), (HALF, BLOCK))
-                dq = ops.onto(dq, ds, k_smem.at[slot])
+                ds = lax.cond(walk.needs_mask(block), functools.partial(mask, block), lambda ds: ds, ds)
+                dq = ops.onto(dq, ds.astype(jnp.bfloat16), k_smem.at[slot])
                 plgpu.barrier_arrive(free.at[slot])
                 return dq
 
-            dq = lax.fori_loop(0, walk.open, functools.partial(advance, masked=False), ops.zeros((HALF, size)))
-            end = walk.open + walk.masked
-            dq = lax.fori_loop(walk.open, end, functools.partial(advance, masked=True), dq)
+            dq = lax.fori_loop(walk.begin, walk.end, advance, ops.zeros((HALF, size)))
             q_smem[half] = (dq * size**-0.5).astype(jnp.bfloat16)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(q_smem.at[half], dq_ref.at[row, mine, head])
@@ -87,13 +88,13 @@ def queries(q, k, v, do, statistics, bounds: Bounds, *, interpret=False):
         def produce():
             kv_head = lax.div(head, jnp.int32(group_size))
 
-            @pl.loop(0, walk.open + walk.masked)
-            def _(step):
-                slot = lax.rem(step, jnp.int32(STAGES))
-                block = pl.ds(walk.at(step) * BLOCK, BLOCK)
+            @pl.loop(walk.begin, walk.end)
+            def _(block):
+                slot = slot_of(block)
+                rows = pl.ds(block * BLOCK, BLOCK)
                 plgpu.barrier_wait(free.at[slot])
-                plgpu.copy_gmem_to_smem(k_ref.at[row, block, kv_head], k_smem.at[slot], full.at[slot])
-                plgpu.copy_gmem_to_smem(v_ref.at[row, block, kv_head], v_smem.at[slot], full.at[slot])
+                plgpu.copy_gmem_to_smem(k_ref.at[row, rows, kv_head], k_smem.at[slot], full.at[slot])
+                plgpu.copy_gmem_to_smem(v_ref.at[row, rows, kv_head], v_smem.at[slot], full.at[slot])
 
             for slot in range(STAGES):
                 plgpu.barrier_wait(free.at[slot])
@@ -133,15 +134,6 @@ def keys(q, k, v, do, statistics, bounds: Bounds, *, interpret=False):
         kv_head, row, group = lax.axis_index("head"), lax.axis_index("row"), lax.axis_index("group")
         tile = lax.axis_index("tile")
         walk = query_walk((first_ref, last_ref, offset_ref), row, tile, BLOCK)
-        open_steps, steps = walk.open * group_size, (walk.open + walk.masked) * group_size
-
-        def visit(step):
-            """The head of the group and the block of queries: one head after the other, blocks without mask first."""
-            masked = step >= open_steps
-            size_of_head = jnp.where(masked, walk.masked, walk.open)
-            inside = jnp.where(masked, step - open_steps, step)
-            head = lax.div(inside, size_of_head)
-            return head, walk.at(inside - head * size_of_head + jnp.where(masked, walk.open, 0))
 
         def compute(half):
             mine = pl.ds(tile * TILE + half * HALF, HALF)
@@ -154,9 +146,13 @@ def keys(q, k, v, do, statistics, bounds: Bounds, *, interpret=False):
             last = ops.load(last_ref.at[row, mine], rows=True)
             plgpu.barrier_wait(k_full.at[half])
 
-            def advance(step, carry, masked_block=None):
+            def mask(block, p):
+                query = ops.iota(p.shape, 1) + block * BLOCK
+                return jnp.where((query >= ops.down(first, p.shape)) & (query <= ops.down(last, p.shape)), p, 0.0)
+
+            def advance(head, block, carry):
                 dv, dk = carry
-                slot = lax.rem(step, jnp.int32(STAGES))
+                slot = lax.rem(head * walk.count + block - walk.begin, jnp.int32(STAGES))
                 plgpu.barrier_wait(full.at[slot])
                 shape = (HALF, BLOCK)
 
@@ -166,33 +162,18 @@ def keys(q, k, v, do, statistics, bounds: Bounds, *, interpret=False):
 
                 lse = ops.load(statistics_smem.at[slot, 0], columns=True)
                 p = jnp.exp2(ops.fresh(look, shape) * scale - ops.along(lse, shape))
-                if masked_block is not None:
-                    query = ops.iota(shape, 1) + masked_block * BLOCK
-                    seen = (query >= ops.down(first, shape)) & (query <= ops.down(last, shape))
-                    p = jnp.where(seen, p, 0.0)
-
+                p = lax.cond(walk.needs_mask(block), functools.partial(mask, block), lambda p: p, p)
+                dv = ops.onto(dv, p.astype(jnp.bfloat16), do_smem.at[slot])
                 delta = ops.along(ops.load(statistics_smem.at[slot, 1], columns=True), shape)
                 ds = p * ops.onto(-delta, v_smem.at[half], do_smem.at[slot], transpose_b=True)
-
-                def add(dv, dk):
-                    ops.wgmma(dv, p.astype(jnp.bfloat16), do_smem.at[slot])
-                    ops.wgmma(dk, ds.astype(jnp.bfloat16), q_smem.at[slot])
-
-                dv, dk = ops.onto_each(add, dv, dk)
+                dk = ops.onto(dk, ds.astype(jnp.bfloat16), q_smem.at[slot])
                 plgpu.barrier_arrive(free.at[slot])
                 return dv, dk
 
             def one_head(head, carry):
-                done = open_steps + head * walk.masked
+                return lax.fori_loop(walk.begin, walk.end, functools.partial(advance, head), carry)
 
-                def masked(index, carry):
-                    return advance(done + index, carry, walk.at(walk.open + index))
-
-                return lax.fori_loop(0, walk.masked, masked, carry)
-
-            carry = ops.zeros((HALF, size)), ops.zeros((HALF, size))
-            carry = lax.fori_loop(0, open_steps, advance, carry)
-            dv, dk = lax.fori_loop(0, group_size, one_head, carry)
+            dv, dk = lax.fori_loop(0, group_size, one_head, (ops.zeros((HALF, size)), ops.zeros((HALF, size))))
             k_smem[half] = (dk * size**-0.5).astype(jnp.bfloat16)
             v_smem[half] = dv.astype(jnp.bfloat16)
             plgpu.commit_smem()
@@ -201,10 +182,11 @@ def keys(q, k, v, do, statistics, bounds: Bounds, *, interpret=False):
             plgpu.wait_smem_to_gmem(0)
 
         def produce():
-            @pl.loop(0, steps)
+            @pl.loop(0, walk.count * group_size)
             def _(step):
                 slot = lax.rem(step, jnp.int32(STAGES))
-                head, block = visit(step)
+                head = lax.div(step, walk.count)
+                block = walk.begin + step - head * walk.count
                 head = kv_head * group_size + head
                 rows = pl.ds(block * BLOCK, BLOCK)
                 plgpu.barrier_wait(free.at[slot])

@@ -37,8 +37,8 @@ def forward(q, k, v, bounds: Bounds, *, interpret=False):
         tile = tiles - 1 - lax.axis_index("tile")  # those with most keys first
         walk = key_walk((first_ref, last_ref, offset_ref), row, tile, bounds.keys, BLOCK)
 
-        def slot_of(step):
-            return lax.rem(step, jnp.int32(STAGES))
+        def slot_of(block):
+            return lax.rem(block - walk.begin, jnp.int32(STAGES))
 
         def pass_turn():
             plgpu.barrier_arrive(turn)
@@ -55,9 +55,13 @@ def forward(q, k, v, bounds: Bounds, *, interpret=False):
             last = jnp.minimum(ops.iota((HALF,), 0, rows=True) + place, bounds.keys - 1)
             plgpu.barrier_wait(q_full.at[half])
 
-            def advance(step, carry, masked):
+            def mask(block, s):
+                key = ops.iota((HALF, BLOCK), 1) + block * BLOCK
+                return jnp.where((key >= ops.down(first, s.shape)) & (key <= ops.down(last, s.shape)), s, -jnp.inf)
+
+            def advance(block, carry):
                 acc, top, total = carry
-                slot = slot_of(step)
+                slot = slot_of(block)
                 plgpu.barrier_wait(k_full.at[slot])
 
                 def multiply(scores):
@@ -67,11 +71,7 @@ def forward(q, k, v, bounds: Bounds, *, interpret=False):
 
                 s = ops.fresh(multiply, (HALF, BLOCK))
                 plgpu.barrier_arrive(k_free.at[slot])
-                if masked:
-                    key = ops.iota((HALF, BLOCK), 1)
-                    start = walk.at(step) * BLOCK
-                    seen = (key >= ops.down(first - start, s.shape)) & (key <= ops.down(last - start, s.shape))
-                    s = jnp.where(seen, s, -jnp.inf)
+                s = lax.cond(walk.needs_mask(block), functools.partial(mask, block), lambda s: s, s)
                 new = jnp.maximum(top, s.max(axis=1) * scale)
                 shrink = jnp.exp2(top - new)
                 p = jnp.exp2(s * scale - ops.down(new, s.shape))
@@ -89,11 +89,9 @@ def forward(q, k, v, bounds: Bounds, *, interpret=False):
             if half == 1:
                 pass_turn()
             carry = ops.zeros((HALF, size)), ops.zeros((HALF,), rows=True) + FLOOR, ops.zeros((HALF,), rows=True)
-            carry = lax.fori_loop(0, walk.open, functools.partial(advance, masked=False), carry)
-            carry = lax.fori_loop(walk.open, walk.open + walk.masked, functools.partial(advance, masked=True), carry)
+            acc, top, total = lax.fori_loop(walk.begin, walk.end, advance, carry)
             if half == 0:
                 pass_turn()
-            acc, top, total = carry
             nothing = total == 0.0
             o = acc * ops.down(jnp.where(nothing, 0.0, 1.0 / jnp.where(nothing, 1.0, total)), acc.shape)
             q_smem[half] = o.astype(jnp.bfloat16)
@@ -105,10 +103,10 @@ def forward(q, k, v, bounds: Bounds, *, interpret=False):
         def produce():
             kv_head = lax.div(head, jnp.int32(group_size))
 
-            @pl.loop(0, walk.open + walk.masked)
-            def _(step):
-                slot = slot_of(step)
-                keys = pl.ds(walk.at(step) * BLOCK, BLOCK)
+            @pl.loop(walk.begin, walk.end)
+            def _(block):
+                slot = slot_of(block)
+                keys = pl.ds(block * BLOCK, BLOCK)
                 plgpu.barrier_wait(k_free.at[slot])
                 plgpu.copy_gmem_to_smem(k_ref.at[row, keys, kv_head], k_smem.at[slot], k_full.at[slot])
                 plgpu.barrier_wait(v_free.at[slot])

@@ -39,7 +39,7 @@ class Bounds:
 
 
 class Walk(NamedTuple):
-    """The blocks that a tile visits: [begin, end). Those of [open_begin, open_end), which need no mask, come first."""
+    """The blocks [begin, end) that a tile visits. Of those of [open_begin, open_end) every pair counts."""
 
     begin: jax.Array
     open_begin: jax.Array
@@ -47,21 +47,13 @@ class Walk(NamedTuple):
     end: jax.Array
 
     @property
-    def open(self):
-        """How many blocks need no mask."""
-        return self.open_end - self.open_begin
+    def count(self):
+        """How many blocks there are."""
+        return self.end - self.begin
 
-    @property
-    def masked(self):
-        """How many need one."""
-        return self.end - self.begin - self.open
-
-    def at(self, step):
-        """The block visited in that step."""
-        rest = step - self.open
-        before = self.open_begin - self.begin
-        masked = jnp.where(rest < before, self.begin + rest, self.open_end + rest - before)
-        return jnp.where(step < self.open, self.open_begin + step, masked)
+    def needs_mask(self, block):
+        """Whether some pair of the block does not count."""
+        return (block < self.open_begin) | (block >= self.open_end)
 
 
 def _walk(begin, open_begin, open_end, end) -> Walk:

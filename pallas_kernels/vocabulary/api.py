@@ -47,18 +47,23 @@ def vocabulary_statistics(
       ValueError: a shape that does not match, an unknown implementation, or a named one that cannot run here.
       TypeError: a dtype other than those above.
     """
+    check(hidden, weight)
+    if targets.shape != hidden.shape[:1]:
+        raise ValueError(f"targets must be [N] = {list(hidden.shape[:1])}: got {list(targets.shape)}")
+    if targets.dtype != jnp.int32:
+        raise TypeError(f"targets must be int32: got {targets.dtype}")
+    name = LADDER.choose(implementation, hidden, weight)
+    return LADDER.module(name).statistics(hidden, weight, targets, jnp.asarray(scale, jnp.float32))
+
+
+def check(hidden: jax.Array, weight: jax.Array) -> None:
+    """Raises what `vocabulary_statistics` says it raises about these."""
     if hidden.ndim != 2 or weight.ndim != 2 or 0 in hidden.shape + weight.shape:
         shapes = list(hidden.shape), list(weight.shape)
         raise ValueError("hidden must be [N,D] and weight [V,D], no axis empty: got {} and {}".format(*shapes))
     if hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"weight must be [V,D], D = {hidden.shape[1]} as in hidden: got {list(weight.shape)}")
-    if targets.shape != hidden.shape[:1]:
-        raise ValueError(f"targets must be [N] = {list(hidden.shape[:1])}: got {list(targets.shape)}")
     if hidden.dtype != jnp.bfloat16:
         raise TypeError(f"hidden must be bfloat16: got {hidden.dtype}")
     if weight.dtype not in (jnp.float32, jnp.bfloat16):
         raise TypeError(f"weight must be float32 or bfloat16: got {weight.dtype}")
-    if targets.dtype != jnp.int32:
-        raise TypeError(f"targets must be int32: got {targets.dtype}")
-    name = LADDER.choose(implementation, hidden, weight)
-    return LADDER.module(name).statistics(hidden, weight, targets, jnp.asarray(scale, jnp.float32))

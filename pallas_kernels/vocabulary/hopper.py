@@ -24,7 +24,7 @@ WORDS = 128
 PIECE = 64  # words whose scores become weights at a time: more would not fit into registers
 DEPTH = 64  # channels of a stage
 STAGES = 4
-GROUP = 256  # channels that matrix units sum over
+GROUP = 128  # channels that matrix units sum over
 PARTS = 8  # of the vocabulary: so many blocks read the same hidden states at once, and they stay in the L2 cache
 FLOOR = -1e30  # start of the running maximum: finite, else there is nothing to subtract from it
 

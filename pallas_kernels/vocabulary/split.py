@@ -27,12 +27,12 @@ def split(weight: jax.Array) -> list[jax.Array]:
     """
     dtype, count = (jnp.float16, 2) if target.target_platform() == "gpu" else (jnp.bfloat16, 3)
     rest, parts = weight.astype(jnp.float32) * SCALE, []
-    for _ in range(count):
+    for _ in range(count - 1):
         # A mere cast there and back counts as exact to XLA, which would find the rest to be zero.
         part = jax.lax.reduce_precision(rest, jnp.finfo(dtype).nexp, jnp.finfo(dtype).nmant)
         rest = rest - part
         parts.append(part.astype(dtype))
-    return parts
+    return [*parts, rest.astype(dtype)]
 
 
 def product(x: jax.Array, parts: Sequence[jax.Array]) -> jax.Array:

@@ -5,9 +5,10 @@ Tensors come and go as [B,T,H*D], the way a model's projections make and use the
 
 import jax
 import pytest
+from jax.sharding import PartitionSpec
 
 from pallas_kernels import softmax_attention
-from tests.pallas_kernels.h200 import compile_for_h200
+from tests.pallas_kernels.h200 import compile_for_h200, h200_mesh, require_toolchain
 
 directions = pytest.mark.parametrize("direction", ["forward", "backward"])
 
@@ -63,3 +64,23 @@ def test_a_cache(record_property, tmp_path, direction):
 @directions
 def test_small_heads(record_property, tmp_path, direction):
     check(record_property, tmp_path, direction, 4096, heads=8, kv_heads=8, size=64, where="one", batch=2)
+
+
+@pytest.mark.parametrize("check_vma", [False, True])
+def test_within_a_shard_map(tmp_path, check_vma):
+    """Where arrays are marked as differing between devices."""
+    require_toolchain()
+    rows = PartitionSpec("chip")
+
+    def local(q, k, v, segment_ids):
+        return softmax_attention(q, k, v, segment_ids=segment_ids, implementation="hopper")
+
+    spread = jax.shard_map(local, mesh=h200_mesh(), in_specs=(rows,) * 4, out_specs=rows, check_vma=check_vma)
+
+    def gradients(q, k, v, segment_ids, do):
+        return jax.vjp(lambda q, k, v: spread(q, k, v, segment_ids), q, k, v)[1](do)
+
+    length = 384 if check_vma else 256  # else both are one program, and JAX has compiled it
+    queries, keys = (((2, length, heads, 64), "bfloat16") for heads in (4, 2))
+    _, kernels = compile_for_h200(gradients, queries, keys, keys, ((2, length), "int32"), queries, dump=tmp_path)
+    assert len(kernels) == 3
