@@ -34,7 +34,7 @@ COMMANDS: dict[str, Command] = {
     "train pretrain": Command("m1jax.train.pretrain:main", "pre-train a model further on documents", True),
     "train sft": Command("m1jax.train.sft:main", "fine-tune a model on conversations, or prompts and answers", True),
     "train rl": Command(
-        "m1jax.rl.trainer:main", "train a model with CISPO on problems whose answers can be verified", True
+        "m1jax.rl.command:main", "train a model with CISPO on problems whose answers can be verified", True
     ),
     "generate": Command("m1jax.commands.generate:main", "let a model answer prompts", True),
     "plan": Command(

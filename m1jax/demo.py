@@ -18,10 +18,12 @@ from m1jax.chat import Tokenizer
 from m1jax.config import ModelConfig
 from m1jax.errors import require_seed
 from m1jax.model import MiniMaxM1
+from m1jax.rl.command import finish
+from m1jax.rl.recipe import EvaluationRecipe, GenerationRecipe, RLRecipe, UpdateRecipe
 from m1jax.rl.tasks import get_task
-from m1jax.rl.trainer import PHASE, RLRecipe, Trainer, finish
+from m1jax.rl.trainer import PHASE, Trainer
 from m1jax.train.optimizer import OptimizerConfig
-from m1jax.train.run import Run
+from m1jax.train.run import Run, run_directory
 from m1jax.train.sft import Pair, SFTRecipe, sft
 
 PRESET = "m1-demo"
@@ -39,17 +41,10 @@ SFT = SFTRecipe(
 )
 RL = RLRecipe(
     optimizer=OptimizerConfig(learning_rate=4e-4, warmup_steps=16, final_fraction=0.1),
+    generation=GenerationRecipe(prompts=64, samples=8, rounds=2, max_prompt_tokens=14, max_new_tokens=16, chat=False),
+    update=UpdateRecipe(updates=16, row_length=96, rows=16),
+    evaluation=EvaluationRecipe(evaluate_every=4, evaluate_rounds=4),
     iterations=16,
-    prompts=64,
-    samples=8,
-    updates=16,
-    rounds=2,
-    max_prompt_tokens=14,
-    max_new_tokens=16,
-    row_length=96,
-    rows=16,
-    evaluate_every=4,
-    evaluate_rounds=4,
     checkpoint_every=120,
 )
 
@@ -71,11 +66,12 @@ class Config:
 def main(config: Config) -> None:
     """Trains; RUNS/NAME then holds what `m1jax train rl` leaves: checkpoints, metrics, curves, samples, the model."""
     require_seed(config.seed)
+    directory = run_directory(config.runs, config.name)
     console = Console(highlight=False, soft_wrap=True)
     tokenizer, task = Tokenizer.tiny(), get_task(TASK)
     model_config = ModelConfig.preset(PRESET)
     run = Run(
-        config.runs / config.name,
+        directory,
         {
             "command": "demo",
             "seed": config.seed,

@@ -6,6 +6,8 @@ from typing import Any
 STOPPED = 143
 """Exit status of a training that was asked to stop, has saved, and goes on when it is started again: 128 + SIGTERM, so
 that nobody takes it for a finished one."""
+UNTRAINED = 3
+"""Exit status of a training that came to its end without a single update: nothing was learnt."""
 
 
 class UserError(Exception):

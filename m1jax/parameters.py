@@ -73,7 +73,8 @@ def of_block(config: ModelConfig, kind: str) -> tuple[Parameter, ...]:
     def attention(name: str, shape: tuple[int, int], dimensions: tuple[Dimension, ...]) -> Parameter:
         return Parameter(path=("attention", name), name=f"self_attn.{name}", shape=shape, dimensions=dimensions)
 
-    into, out = ("heads", "hidden"), ("hidden", "heads")
+    into: tuple[Dimension, ...] = ("heads", "hidden")
+    out: tuple[Dimension, ...] = ("hidden", "heads")
     found = [
         _norm(("input_layernorm",), "input_layernorm", hidden),
         _norm(("post_attention_layernorm",), "post_attention_layernorm", hidden),
@@ -101,7 +102,8 @@ def of_block(config: ModelConfig, kind: str) -> tuple[Parameter, ...]:
             router=True,
         )
     )
-    up, down = ("experts", "inner", "hidden"), ("experts", "hidden", "inner")
+    up: tuple[Dimension, ...] = ("experts", "inner", "hidden")
+    down: tuple[Dimension, ...] = ("experts", "hidden", "inner")
     for name, shape, dimensions in (
         ("w1", (width, hidden), up),
         ("w3", (width, hidden), up),

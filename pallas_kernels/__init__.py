@@ -12,6 +12,7 @@ from pallas_kernels.lightning import (
 )
 from pallas_kernels.softmax import softmax_attention, softmax_attention_decode
 from pallas_kernels.target import target_platform
+from pallas_kernels.vocabulary import vocabulary_statistics
 
 __all__ = [
     "PADDING",
@@ -22,4 +23,5 @@ __all__ = [
     "softmax_attention",
     "softmax_attention_decode",
     "target_platform",
+    "vocabulary_statistics",
 ]

@@ -1,6 +1,7 @@
 """What the kernels for NVIDIA Hopper GPUs share (Pallas' Mosaic GPU dialect)."""
 
 import types
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -61,14 +62,14 @@ class _Chip:
         """function(*accumulators), which start at zero."""
         return pl.run_scoped(function, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
 
-    def onto(self, value, a, b, transpose_a=False, meanwhile=lambda: None):
+    def onto(self, value, a, b, transpose_a=False, transpose_b=False, meanwhile=lambda: None):
         """value + a b; runs meanwhile() while the product is computed."""
 
         def multiply(acc):
-            self.wgmma(acc, a, b, transpose_a=transpose_a)
+            self.wgmma(acc, a, b, transpose_a=transpose_a, transpose_b=transpose_b)
             meanwhile()
 
-        return pl.run_state(multiply)(plgpu.ACC.init(value))
+        return cast(jax.Array, pl.run_state(multiply)(plgpu.ACC.init(value)))
 
     def onto_each(self, function, *values):
         """function(*accumulators), which start at the values; what they are in the end."""
@@ -77,6 +78,10 @@ class _Chip:
     def wgmma(self, acc, a, b, transpose_a=False, transpose_b=False):
         """Starts acc += a b."""
         plgpu.wgmma(acc, _compat.transposed(a) if transpose_a else a, _compat.transposed(b) if transpose_b else b)
+
+    def wait(self, in_flight):
+        """Until no more than `in_flight` products are still running."""
+        plgpu.wgmma_wait(in_flight)
 
     def result(self, acc, in_flight=0):
         """The accumulator once no more than `in_flight` products are still running."""
@@ -108,9 +113,9 @@ class _Emulated(_Chip):
     def fresh(self, function, *shapes):
         return function(*(types.SimpleNamespace(value=0.0) for _ in shapes))
 
-    def onto(self, value, a, b, transpose_a=False, meanwhile=lambda: None):
+    def onto(self, value, a, b, transpose_a=False, transpose_b=False, meanwhile=lambda: None):
         acc = types.SimpleNamespace(value=value)
-        self.wgmma(acc, a, b, transpose_a=transpose_a)
+        self.wgmma(acc, a, b, transpose_a=transpose_a, transpose_b=transpose_b)
         meanwhile()
         return acc.value
 
@@ -124,6 +129,9 @@ class _Emulated(_Chip):
         plgpu.commit_smem()  # The chip reads through the copy engine's proxy; these loads did not.
         a, b = (x.T if transpose else x for x, transpose in ((a, transpose_a), (b, transpose_b)))
         acc.value += jnp.dot(a.astype(jnp.float32), b.astype(jnp.float32), precision=lax.Precision.HIGHEST)
+
+    def wait(self, in_flight):
+        pass
 
     def result(self, acc, in_flight=0):
         return acc.value

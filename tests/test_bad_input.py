@@ -292,7 +292,8 @@ def test_a_run_does_not_replace_a_model(directory, tmp_path, capsys):
     data = tmp_path / "data.jsonl"
     data.write_text('{"prompt": "1+1=", "answer": "2"}\n')
     before = (directory / "config.json").read_text()
-    message = run(capsys, "train", "sft", directory, "--data", data, "--runs", tmp_path, "--name", directory.name)
+    place = ("--runs", tmp_path, "--name", directory.name)
+    message = run(capsys, "train", "sft", directory, "--data", data, "--row-length", "32", *place)
     assert "holds a model" in message
     assert (directory / "config.json").read_text() == before
 
@@ -366,6 +367,21 @@ def test_a_full_disk_while_training(good, small_disk, tmp_path, capsys):
     assert re.search("(?i)disk|space|free", message)
     assert not list(small_disk.glob("sft/checkpoints/sft/*"))
     assert not (small_disk / "sft" / "export").exists()
+
+
+def test_a_disk_that_is_read_only(good, tmp_path, capsys):
+    data, place = tmp_path / "data.jsonl", tmp_path / "disk"
+    data.write_text('{"prompt": "1+1=", "answer": "2"}\n')
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", place], capture_output=True).returncode:
+        pytest.skip("a file system cannot be mounted here")
+    try:
+        for command in (("train", "sft", good, "--data", data, "--runs", place), ("convert", good, place / "out")):
+            message = run(capsys, *command)
+            assert re.search(f"{place}.*: this file system is read-only; choose another place", message)
+            assert "remove" not in message
+    finally:
+        subprocess.run(["umount", "--lazy", place], check=True)
 
 
 def test_the_process_ends_with_status_2_and_no_traceback(directory):

@@ -50,6 +50,7 @@ def test_a_directory_takes_the_place_of_another(tmp_path):
         ),
         (errno.EDQUOT, "/data/y", r"/data/y: the disk is full"),
         (errno.EROFS, None, r"/data/x: this file system is read-only; choose another place"),
+        (errno.EACCES, None, r"/data/x: not permitted \(.*\); choose another place, or change its permissions"),
         (errno.EIO, None, r"/data/x: cannot be written \(Input/output error\)"),
     ],
 )

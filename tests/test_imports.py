@@ -130,6 +130,34 @@ def test_circles_are_seen():
     assert circles({"a": ["b", "c"], "b": ["c"], "c": []}) == []
 
 
+GIVE_WAY = {"m1jax/inference: generate"}  # where a module still has to
+
+
+def test_no_function_shadows_a_module():
+    """What a package shows under a module's name, and is not that module, hides it from `import`."""
+    found = set()
+    for path in files("m1jax", "pallas_kernels"):
+        if path.name != "__init__.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            for alias in node.names if isinstance(node, ast.ImportFrom) else []:
+                here = path.parent / (alias.asname or alias.name)
+                module = here.with_suffix(".py").exists() or (here / "__init__.py").exists()
+                if module and ROOT.joinpath(*str(node.module).split("."), alias.name) != here:
+                    found.add(f"{path.parent.relative_to(ROOT)}: {here.name}")
+    assert found <= GIVE_WAY
+
+
+@pytest.mark.parametrize("path", files("m1jax", "pallas_kernels"), ids=lambda path: str(path.relative_to(ROOT)))
+def test_versions_of_jax_differ_in_one_place(path):
+    assert path.name == "_compat.py" or "__version" not in path.read_text()
+
+
+def test_processes_talk_in_one_place():
+    talk = [path.name for path in files("m1jax", "pallas_kernels") if "multihost_utils" in path.read_text()]
+    assert talk == ["processes.py"]
+
+
 @pytest.mark.parametrize("path", files("pallas_kernels"), ids=lambda path: str(path.relative_to(ROOT)))
 def test_kernels_stand_on_jax_alone(path):
     allowed = {"jax", "jaxlib", "numpy", "jaxtyping", "pallas_kernels", *sys.stdlib_module_names}

@@ -8,6 +8,7 @@ Shapes of the preset `wide`: 16 query and 4 key/value heads of 128. The last lin
 import functools
 import json
 from collections.abc import Callable
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +62,7 @@ def cudnn_packed(segments: int) -> Attention:
             q, k, v, q_seqlen=counts, kv_seqlen=counts, q_offsets=offsets, kv_offsets=offsets, scale=SIZE**-0.5,
             mask_type=fused_attention_stablehlo.MaskType.PADDING_CAUSAL,
         )  # fmt: skip
-        return jnp.where(real[..., None, None], o, 0)
+        return jnp.where(real[..., None, None], cast(jax.Array, o), 0)
 
     return attend
 
@@ -91,12 +92,11 @@ def forms(ids: np.ndarray | None) -> dict[str, Attention]:
     found = {}
     if "hopper" in LADDER.implementations:
         found["hopper"] = functools.partial(named, implementation="hopper")
-    if ids_here is None:
+    if ids is None:
         found["cudnn"] = functools.partial(named, implementation="cudnn")
     else:
         most = int(max(len(np.unique(row)) for row in ids))
-        for segments in sorted({most, 64} if most <= 64 else {most}):
-            found[f"cudnn packed, up to {segments}"] = functools.partial(cudnn_packed(segments), segment_ids=ids_here)
+        found[f"cudnn packed, up to {most}"] = functools.partial(cudnn_packed(most), segment_ids=ids_here)
     found["blocked"] = functools.partial(named, implementation="blocked")
     return found
 
@@ -116,7 +116,8 @@ def errors(name: str, ids: np.ndarray | None, heads: int, kv_heads: int, length:
         return found
 
     for form, function in forms(ids).items():
-        report(f"error, {name}: {form}", functools.partial(measure, function))
+        if form != "blocked":
+            report(f"error, {name}: {form}", functools.partial(measure, function))
 
 
 def times(name: str, ids: np.ndarray | None, batch: int, length: int, skip: tuple[str, ...] = ()) -> None:
@@ -135,16 +136,43 @@ def times(name: str, ids: np.ndarray | None, batch: int, length: int, skip: tupl
             report(f"time, {name}: {form}", functools.partial(measure, function))
 
 
+def cache(length: int, keys: int) -> None:
+    """Queries that continue a cache; flop of cuDNN's unpacked form are counted likewise."""
+    q, _, _, do = arrays(1, length)
+    _, k, v, _ = arrays(1, keys)
+    start = jnp.array([keys - length], jnp.int32)
+    flop = 4 * HEADS * SIZE * (length * (keys - length) + length * (length + 1) // 2)
+
+    def measure(name: str) -> dict[str, float]:
+        attend = functools.partial(softmax_attention, q_start=start, implementation=name)
+        ms = milliseconds(jax.jit(attend), q, k, v)
+        return {"forward_ms": ms, "forward_tflop_per_s": flop / ms * 1e-9}
+
+    def wrong() -> dict[str, float]:
+        found = {}
+        for name, form in (("hopper", "hopper"), ("blocked", "blocked")):
+            attend = functools.partial(softmax_attention, q_start=start, implementation=form)
+            found[name] = with_gradients(attend)(do, q, k, v)
+        names = ("o", "dq", "dk", "dv")
+        pairs = zip(names, found["hopper"], found["blocked"], strict=True)
+        return {n: float(jnp.linalg.norm((a - b).astype(jnp.float32)) / jnp.linalg.norm(b)) for n, a, b in pairs}
+
+    report(f"difference from blocked, {length} queries on {keys} keys", wrong)
+    for name in ("hopper", "blocked"):
+        report(f"time, {length} queries on {keys} keys: {name}", functools.partial(measure, name))
+
+
 def main() -> None:
     print(jax.devices()[0].device_kind, jax.__version__, flush=True)
     errors("one segment", None, 4, 1, 1000)
     errors("packed", packed(0, 2, 1000, 150, padding=70), 4, 2, 1000)
     errors("short", packed(1, 2, 512, 12, padding=3), 4, 4, 512)
-    times("8 x 4096, one segment", None, 8, 4096)
+    times("8 x 4096, one segment", None, 8, 4096, skip=("blocked",))
     times("8 x 4096, segments of 1024", packed(2, 8, 4096, 1024), 8, 4096)
-    times("8 x 4096, segments of 128", packed(3, 8, 4096, 128), 8, 4096)
+    times("8 x 4096, segments of 128", packed(3, 8, 4096, 128), 8, 4096, skip=("blocked",))
     times("1 x 32768, one segment", None, 1, 32768, skip=("blocked",))
     times("1 x 32768, segments of 4096", packed(4, 1, 32768, 4096), 1, 32768, skip=("blocked",))
+    cache(1000, 8192)
     print(json.dumps(rows))
 
 

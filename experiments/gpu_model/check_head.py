@@ -17,6 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from m1jax.model import head
+from pallas_kernels import vocabulary_statistics
+from pallas_kernels.vocabulary import hopper
+from pallas_kernels.vocabulary.split import SCALE, split
 
 WIDTH, WORDS, TOKENS = 2048, 32768, 8 * 4096
 rows: list[dict[str, object]] = []
@@ -80,32 +83,6 @@ def preset(name: str) -> Callable[[jax.Array, jax.Array], jax.Array]:
     )
 
 
-def in_bfloat16(count: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """So many bfloat16 parts of the weight in one product, as on a TPU."""
-
-    def product(hidden: jax.Array, lm_head: jax.Array) -> jax.Array:
-        kept, head.target_platform = head.target_platform, lambda: "tpu"
-        try:
-            return head._product(hidden, head._parts(lm_head)[:count])
-        finally:
-            head.target_platform = kept
-
-    return product
-
-
-def pieces_of_width(count: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """Float16 parts, the products over `count` pieces of the width added outside of the matrix units."""
-
-    def product(hidden: jax.Array, lm_head: jax.Array) -> jax.Array:
-        sums = [
-            head._product(h, head._parts(w))
-            for h, w in zip(jnp.split(hidden, count, -1), jnp.split(lm_head, count, -1), strict=True)
-        ]
-        return jax.lax.reduce(jnp.stack(sums), jnp.float32(0), jax.lax.add, (0,))
-
-    return product
-
-
 def errors(spread: float) -> None:
     hidden, lm_head, targets = problem(512, spread)
     scores = np.asarray(hidden[0], np.float64) @ np.asarray(lm_head, np.float64).T
@@ -125,15 +102,19 @@ def errors(spread: float) -> None:
         found["entropy_max"] = float(abs(np.asarray(ent[0], np.float64) - entropy).max())
         return found
 
+    def statistics(implementation: str) -> Callable[..., tuple[jax.Array, jax.Array]]:
+        @jax.jit
+        def log_probs(hidden: jax.Array, lm_head: jax.Array, words: jax.Array) -> tuple[jax.Array, jax.Array]:
+            found = vocabulary_statistics(hidden[0], lm_head, words[0], implementation=implementation)
+            normaliser = found.top + jnp.log(found.mass)
+            return (found.chosen - normaliser)[None], (normaliser - found.weighted / found.mass)[None]
+
+        return log_probs
+
     forms = {
         "ours": jax.jit(head.log_probs),
-        "highest": through(highest),
-        "float16 x 2": through(lambda h, w: head._product(h, head._parts(w))),
-        "float16 x 2, width in 2": through(pieces_of_width(2)),
-        "float16 x 2, width in 4": through(pieces_of_width(4)),
-        "float16 x 2, width in 8": through(pieces_of_width(8)),
-        "bfloat16 x 2": through(in_bfloat16(2)),
-        "bfloat16 x 3": through(in_bfloat16(3)),
+        "float32 (highest)": statistics("reference"),
+        "float16 x 2 in XLA": statistics("xla"),
         "BF16_BF16_F32_X6": through(preset("BF16_BF16_F32_X6")),
     }
     for name, form in forms.items():
@@ -176,43 +157,36 @@ def times() -> None:
     report("float32, forward", lambda: timed(forward, exact, lm_head, targets, products=1))
     report("float32, forward + backward", lambda: timed(pulled, exact, lm_head, products=4))
 
-    def chunk(dtype: jax.typing.DTypeLike, count: int) -> dict[str, float]:
-        """One chunk's product alone, float32 written out."""
-        a, b = (jnp.ones((n, count * WIDTH), dtype) for n in (4096, WORDS))
-        a, b = (x + jax.random.normal(jax.random.key(0), x.shape).astype(dtype) for x in (a, b))
-        dot = jax.jit(lambda a, b: jnp.einsum("ti,vi->tv", a, b, preferred_element_type=jnp.float32))
-        ms = milliseconds(dot, a, b)
-        return {"ms": ms, "tflop_per_s": 2 * 4096 * count * WIDTH * WORDS / ms * 1e-9}
+    def statistics(tokens: int, implementation: str) -> dict[str, float]:
+        function = jax.jit(functools.partial(vocabulary_statistics, implementation=implementation))
+        ms = milliseconds(function, hidden[0, :tokens], lm_head, targets[0, :tokens])
+        return {"ms": ms, "tflop_per_s": 2 * flop * tokens / TOKENS / ms * 1e-9}
 
-    report("product of 4096 tokens, float16 x 2", lambda: chunk(jnp.float16, 2))
-    report("product of 4096 tokens, bfloat16 x 2", lambda: chunk(jnp.bfloat16, 2))
-    report("product of 4096 tokens, bfloat16 x 3", lambda: chunk(jnp.bfloat16, 3))
-    report("splitting the weight", lambda: {"ms": milliseconds(jax.jit(head._parts), lm_head)})
-    kept = head.WIDE_CHUNK_ELEMENTS
-    for size in (2**26, 2**28):
-        head.WIDE_CHUNK_ELEMENTS = size
-        jax.clear_caches()
-        report(f"forward + backward, chunks of {size >> 18} MiB", lambda: timed(pulled, hidden, lm_head, products=5))
-    head.WIDE_CHUNK_ELEMENTS = kept
-    jax.clear_caches()
+    for tokens in (TOKENS, 4096, 512):
+        for name in ("hopper", "xla"):
+            report(f"statistics of {tokens} tokens, {name}", functools.partial(statistics, tokens, name))
+    kept = hopper.GROUP, hopper.PARTS
+    for group, parts in ((128, 8), (512, 8), (2048, 8), (256, 4), (256, 16)):
+        hopper.GROUP, hopper.PARTS = group, parts
+        report(f"hopper, group {group}, parts {parts}", functools.partial(statistics, TOKENS, "hopper"))
+    hopper.GROUP, hopper.PARTS = kept
+    report("splitting the weight", lambda: {"ms": milliseconds(jax.jit(split), lm_head)})
 
 
 def decode() -> None:
     _, lm_head, _ = problem(1, 1.0)
-    together = jnp.concatenate(head._parts(lm_head)[::-1], axis=-1)
+    together = jnp.concatenate(split(lm_head)[::-1], axis=-1)
 
     def prepared(hidden: jax.Array, together: jax.Array) -> jax.Array:
         twice = jnp.concatenate([hidden.astype(together.dtype)] * 2, axis=-1)
-        return jnp.einsum("ti,vi->tv", twice, together, preferred_element_type=jnp.float32) / head.WEIGHT_SCALE
+        return jnp.einsum("ti,vi->tv", twice, together, preferred_element_type=jnp.float32) / SCALE
 
-    for count in (1, 8, 64, 256):
+    for count in (1, 16, 64, 256):
         hidden = jax.random.normal(jax.random.key(0), (count, WIDTH)).astype(jnp.bfloat16)
         forms: dict[str, tuple[Callable[..., jax.Array], jax.Array]] = {
             "ours": (head.logits, lm_head),
             "highest": (highest, lm_head),
             "BF16_BF16_F32_X6": (preset("BF16_BF16_F32_X6"), lm_head),
-            "BF16_BF16_F32_X3": (preset("BF16_BF16_F32_X3"), lm_head),
-            "TF32_TF32_F32_X3": (preset("TF32_TF32_F32_X3"), lm_head),
             "parts made beforehand": (prepared, together),
         }
         for name, (form, weight) in forms.items():

@@ -2,9 +2,9 @@
 
     python -m experiments.gpu_model.decode m1-1b:1 m1-1b:64 m1-1b:256 m1-2b:64 --profile
 
-Each case is PRESET:SEQUENCES. bfloat16 parameters; every sequence has seen 128 tokens. The bound is the time to copy what
-a step must read and write once, at the copy rate measured in the same process: weights (of experts those in use), float32
-states read and written, keys and values. The last line is everything as JSON.
+Each case is PRESET:SEQUENCES. bfloat16 parameters; every sequence has seen 128 tokens. The bound is the time to copy
+what a step must read and write once, at the copy rate measured in the same process: weights (of experts those in use),
+float32 states read and written, keys and values. The last line is everything as JSON.
 """
 
 import argparse
@@ -67,8 +67,8 @@ def case(preset: str, rows: int, rate: float, profile: bool) -> dict[str, Any]:
         def step(i: jax.Array, carry: Any) -> Any:
             token, cache = carry
             logits, cache = model(token[:, None], cache, last_only=True)
-            token, _ = sample(logits, jax.vmap(jax.random.fold_in, (0, None))(keys, i), temperature=1.0)
-            return token, cache
+            step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, i)
+            return sample(logits, step_keys, temperature=jnp.ones(rows), top_p=jnp.ones(rows)).tokens, cache
 
         return jax.lax.fori_loop(0, STEPS, step, (token, cache))[0]
 

@@ -133,7 +133,8 @@ def main() -> None:
     for text in arguments.cases:
         preset, shape, remat = text.split(":")
         try:
-            row = case(preset, *map(int, shape.split("x")), remat, arguments.profile)
+            count, tokens = map(int, shape.split("x"))
+            row = case(preset, count, tokens, remat, arguments.profile)
         except Exception as error:  # the other cases go on
             row = {"case": text, "failed": f"{type(error).__name__}: {error}"[:1500]}
         rows.append(row)

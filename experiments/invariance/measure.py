@@ -11,15 +11,15 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 " + os.environ.get("XLA_FLAGS", "")
 
-from typing import Any
-
 import jax
 import numpy as np
 from flax import nnx
 
 from m1jax.config import ModelConfig
 from m1jax.model import MiniMaxM1
+from m1jax.rl.prepare import example
 from m1jax.rl.trainer import rl_loss
+from m1jax.rl.types import Episode, RLBatch
 from m1jax.sharding import make_mesh, parameter_shardings, rows_of_batch
 from m1jax.train import packing
 from m1jax.train.step import accumulate
@@ -40,23 +40,26 @@ CONFIG = ModelConfig(
 ROW = 64
 
 
-def responses() -> list[Any]:
+def responses() -> list[RLBatch]:
     rng = np.random.default_rng(0)
     lengths = rng.integers(4, 48, 24)
     total = int(lengths.sum())
-    return [
-        packing.example(
-            rng.integers(0, CONFIG.vocab_size, 8).tolist(),
-            rng.integers(0, CONFIG.vocab_size, n).tolist(),
-            old_logp=rng.normal(-5.5, 0.1, n).astype(np.float32),
-            advantage=float(rng.normal()),
-            weight=1 / total,
+    found = []
+    for n in lengths:
+        episode = Episode(
+            prompt=rng.integers(0, CONFIG.vocab_size, 8).astype(np.int32),
+            tokens=rng.integers(0, CONFIG.vocab_size, n).astype(np.int32),
+            written=np.ones(n, bool),
+            logp=rng.normal(-5.5, 0.1, n).astype(np.float32),
+            version=np.zeros(n, np.int32),
+            turns=("",),
+            finish="stop",
         )
-        for n in lengths
-    ]
+        found.append(example(episode, advantage=float(rng.normal()), weight=1 / total))
+    return found
 
 
-def gradients(packed: Any, *, rows: int, remat: bool = False, mesh: str = "") -> tuple[float, list[np.ndarray]]:
+def gradients(packed: RLBatch, *, rows: int, remat: bool = False, mesh: str = "") -> tuple[float, list[np.ndarray]]:
     """Loss and gradients with `rows` rows to a micro-batch."""
     graph, params = nnx.split(MiniMaxM1(CONFIG, rngs=nnx.Rngs(0)))
     batches = packing.micro_batches(packed, rows)
@@ -64,8 +67,8 @@ def gradients(packed: Any, *, rows: int, remat: bool = False, mesh: str = "") ->
     here = make_mesh(mesh)
     with jax.set_mesh(here):
         params = jax.device_put(params, parameter_shardings(params, here))
-        count = len(batches["tokens"])
-        batch = rows_of_batch(batches, rows, here)
+        count = len(batches.tokens)
+        batch = RLBatch(**rows_of_batch(batches.fields(), rows, here))
         grads, loss, _ = jax.jit(lambda p, b: accumulate(loss_fn, p, b, count))(params, batch)
     return float(loss), [np.asarray(g) for g in jax.tree.leaves(grads)]
 
@@ -74,9 +77,10 @@ def main() -> None:
     """Prints the table."""
     examples = responses()
     packed = packing.pack(examples, ROW)
-    rows = 8 * -(-len(packed["tokens"]) // 8)
-    one_a_row = packing.pack([{**e} for e in examples], max(len(e["tokens"]) for e in examples))
-    shuffled = {name: value[np.random.default_rng(1).permutation(len(value))] for name, value in packed.items()}
+    rows = 8 * -(-len(packed.tokens) // 8)
+    one_a_row = packing.pack(examples, max(e.positions for e in examples))
+    order = np.random.default_rng(1).permutation(len(packed.tokens))
+    shuffled = packed.map(lambda x: x[order])
     alone = _unpacked(examples)
     reference = gradients(packed, rows=rows)
     print("| what differs | loss, relative | gradients: worst tensor, relative norm |\n|---|---|---|")
@@ -99,9 +103,9 @@ def main() -> None:
         print(f"| {name} | {abs(loss - reference[0]) / abs(reference[0]):.1e} | {worst:.1e} |", flush=True)
 
 
-def _unpacked(examples: list[Any]) -> dict[str, np.ndarray]:
+def _unpacked(examples: list[RLBatch]) -> RLBatch:
     rows = [packing.pack([example], ROW) for example in examples]
-    return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+    return jax.tree.map(lambda *parts: np.concatenate(parts), *rows)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from typing import Any
 
 from m1jax.chat.tokens import END_THINK, END_TOOL_CALLS, THINK, TOOL_CALLS
 from m1jax.chat.tools import Tool, as_tools
+from m1jax.errors import shortened
 
 Json = Any
 """a value as `json.loads` makes it"""
@@ -295,8 +296,7 @@ class StreamParser:
         if not isinstance(arguments, dict):
             return CallError(name, text, f'"arguments" must be a JSON object, not {json.dumps(arguments):.100}.')
         if problems := tools[name].problems(arguments):
-            rest = f"; and {len(problems) - _MOST_PROBLEMS} more" if len(problems) > _MOST_PROBLEMS else ""
-            told = "; ".join(problems[:_MOST_PROBLEMS]) + rest
+            told = shortened(problems, _MOST_PROBLEMS)
             return CallError(name, text, f"The arguments do not fit the tool's schema: {told}.")
         return ToolCall(name, arguments)
 

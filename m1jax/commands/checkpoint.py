@@ -19,7 +19,7 @@ from m1jax.checkpoint import (
     newest_within,
     read_info,
 )
-from m1jax.errors import UserError
+from m1jax.errors import UserError, shortened
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +106,7 @@ def verify(config: VerifyConfig) -> None:
     damaged = []
     for path in paths:
         if problems := find_problems(path):
-            damaged.append(f"{path}: {problems[0]}" + (f" and {len(problems) - 1} more" if len(problems) > 1 else ""))
+            damaged.append(f"{path}: {shortened(problems, 1)}")
         else:
             print(f"{path}: complete, {read_info(path).size:,} bytes as they were written")
     if damaged:

@@ -80,7 +80,8 @@ def decode(
 
     def draw(step: jax.Array, logits: jax.Array, out: Samples) -> tuple[jax.Array, Samples]:
         step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, step)
-        token, log_prob = sample(logits, step_keys, temperature=temperature, top_p=top_p if nucleus else None)
+        options = jnp.full(rows, temperature, jnp.float32), jnp.full(rows, top_p if nucleus else 1.0, jnp.float32)
+        token, log_prob, _ = sample(logits, step_keys, temperature=options[0], top_p=options[1])
         alive = ~out.finished
         return token, Samples(
             out.tokens.at[:, step].set(jnp.where(alive, token, 0)),

@@ -8,7 +8,7 @@ slot b and one page of the whole length.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -195,12 +195,13 @@ class Cache(NamedTuple):
 
     def specs(self, rows: tuple[str, ...] | None = ROWS) -> Cache:
         """A PartitionSpec for every array: rows, slots and pages over the mesh axes ``rows``, heads over tensor."""
-        state, kv = P(None, rows, "tensor"), P(None, rows, None, "tensor")
+        row: Any = P(rows)  # specs stand where the arrays stand
+        state: Any = P(None, rows, "tensor")
+        kv: Any = P(None, rows, None, "tensor")
         runs = tuple(
             LightningCache(state) if isinstance(r, LightningCache) else SoftmaxCache(kv, kv) for r in self.runs
         )
-        slots, pages = (None if x is None else P(rows) for x in (self.slots, self.pages))
-        return Cache(P(rows), runs, slots, pages)
+        return Cache(row, runs, None if self.slots is None else row, None if self.pages is None else row)
 
 
 def _pools(

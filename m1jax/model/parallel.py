@@ -223,8 +223,9 @@ def experts(
     """
     weights = weights.astype(x.dtype)
     if ambient_mesh() is None:
-        flat = (a.reshape(-1, a.shape[-1]) for a in (x, routes, weights))
-        return _expert_mlp(*flat, *(w.astype(x.dtype) for w in (w1, w3, w2)), layer).reshape(x.shape)
+        tokens, routes, weights = (a.reshape(-1, a.shape[-1]) for a in (x, routes, weights))
+        w1, w3, w2 = (w.astype(x.dtype) for w in (w1, w3, w2))
+        return _expert_mlp(tokens, routes, weights, w1, w3, w2, layer).reshape(x.shape)
     rows, _, residual = _token_axes(x)
     shared = tuple(axis for axis in ("expert", "tensor") if axis in rows + residual)
     repeated = tuple(axis for axis in ("expert", "tensor") if axis not in shared)

@@ -93,7 +93,12 @@ class Block(nnx.Module):
         ``experts_of_run``: the experts' weights are those of the whole run (see ``MoE.__call__``).
         """
         x = rms_norm(h, self.input_layernorm[...], self.eps)
-        out, memory = self.attention(x, call, place, memory)
+        if isinstance(self.attention, LightningAttention):
+            assert memory is None or isinstance(memory, LightningCache)
+            out, memory = self.attention(x, call, place, memory)
+        else:
+            assert memory is None or isinstance(memory, SoftmaxCache)
+            out, memory = self.attention(x, call, place, memory)
         alpha, beta = self.attention_scales
         h = alpha * x + beta * out
 
@@ -330,7 +335,8 @@ def _stack(
     replayed = _by_run(config, None if routes is None else jnp.moveaxis(routes, 2, 0))
 
     def layer(block: Block, carry: Any, place: Place, replayed: jax.Array | None, experts_of_run: bool) -> Any:
-        h, memory, routing = block(*carry, call, place, replayed, experts_of_run)
+        h, memory = carry
+        h, memory, routing = block(h, memory, call, place, replayed, experts_of_run)
         aux = None if aux_over is None else balancing_loss(routing, call.segment_ids, over=aux_over)
         return (h, memory), Seen(routing.experts.astype(jnp.uint8) if record_routes else None, aux)
 
@@ -370,6 +376,7 @@ def _unrolled(
     model: MiniMaxM1, layer: Any, h: jax.Array, memories: tuple[Memory, ...], places: Any, replayed: Any
 ) -> tuple[jax.Array, tuple[Memory, ...], Seen]:
     """``_stack`` layer by layer, for ``MiniMaxM1.unstacked``."""
+    blocks: Any = model.runs  # lists of blocks here, not stacks
     renewed, seen = list(memories), []
     order = [
         (run, period * kind.count + j, jax.tree.map(operator.itemgetter((period, j)), (places[run], replayed[run])))
@@ -379,7 +386,7 @@ def _unrolled(
     ]
     for run, number, (place, chosen) in order:
         carry = h, renewed[run]
-        (h, renewed[run]), found = layer(model.runs[run][number], carry, place._replace(layer=number), chosen, False)
+        (h, renewed[run]), found = layer(blocks[run][number], carry, place._replace(layer=number), chosen, False)
         seen.append(found)
     return h, tuple(renewed), jax.tree.map(lambda *x: jnp.stack(x), *seen)
 

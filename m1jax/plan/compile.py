@@ -17,19 +17,13 @@ from m1jax.errors import UserError
 from m1jax.model import Cache, MiniMaxM1
 from m1jax.plan.setup import Setup
 from m1jax.rl.trainer import rl_loss
+from m1jax.rl.types import RLBatch
 from m1jax.sharding import ROWS, make_mesh, parameter_shardings
+from m1jax.train.batch import Batch
 from m1jax.train.loop import supervised_loss
 from m1jax.train.optimizer import OptimizerConfig
 from m1jax.train.step import init_state, make_train_step
 
-# The fields of a micro-batch, [micro-batches, rows, time] each (`m1jax.rl.rollout`, `m1jax.train.packing`).
-FIELDS: dict[str, tuple[tuple[str, Any], ...]] = {
-    "rl": (
-        *((name, jnp.int32) for name in ("tokens", "targets", "segment_ids")),
-        *((name, jnp.float32) for name in ("advantage", "old_logp", "weight")),
-    ),
-    "sft": (*((name, jnp.int32) for name in ("tokens", "targets", "segment_ids")), ("weight", jnp.float32)),
-}
 DTYPE = jnp.bfloat16
 
 
@@ -69,15 +63,14 @@ def _update(setup: Setup, mesh: Mesh) -> Any:
     graph, params = _model(setup.model, jnp.float32)
     state = _placed(jax.eval_shape(lambda p: init_state(p, optimizer), params), mesh)
     tokens = NamedSharding(mesh, PartitionSpec(None, ROWS, "sequence"))
-    batch = {
-        name: jax.ShapeDtypeStruct((setup.micro_batches, setup.rows, setup.context), kind, sharding=tokens)
-        for name, kind in FIELDS[setup.task]
-    }
+    kind = RLBatch if setup.task == "rl" else Batch
+    batch = kind.shapes((setup.micro_batches, setup.rows, setup.context))
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=tokens), batch)
     if setup.task == "rl":
         loss = rl_loss(graph, max_weight=5.0, remat=setup.remat)
     else:
         loss = supervised_loss(graph, setup.model.router_aux_loss_coef, setup.remat)
-    return make_train_step(loss, optimizer).lower(state, batch, jax.ShapeDtypeStruct((), jnp.int32))
+    return make_train_step(loss, optimizer).lower(state, batch, count=jax.ShapeDtypeStruct((), jnp.int32))
 
 
 def _generation(setup: Setup, mesh: Mesh) -> Any:

@@ -1,176 +1,245 @@
-"""Responses of the policy, judged, and turned into the micro-batches of a generation batch's updates."""
+"""Problems -> groups: the policy's attempts, nothing judged yet."""
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jaxtyping import UInt32
 
-from m1jax.chat import Tokenizer
-from m1jax.errors import UserError
-from m1jax.inference import decode, pad_prompts
-from m1jax.rl.advantages import overlong_penalty
-from m1jax.rl.rewards import judge
+from m1jax.chat import Tokenizer, encode_chat, encode_prompt
+from m1jax.errors import UserError, require_positive
+from m1jax.rl.environment import Environment, MakeEnvironment, Messages, SingleTurn
+from m1jax.rl.generator import Completion, Generator, Request, Sampling, folded
 from m1jax.rl.tasks import Problem, Split, Task
-from m1jax.train import packing
-from m1jax.train.placement import gathered, on_host
-
-
-@dataclasses.dataclass(frozen=True)
-class Group:
-    """A problem and the policy's G responses to it."""
-
-    problem: Problem
-    prompt: list[int]
-    responses: list[list[int]]
-    """generated ids, the end token included"""
-    log_probs: list[np.ndarray]
-    """of the sampler, one per response [length] float32"""
-    texts: list[str]
-    rewards: np.ndarray
-    """[G] float32, the overlong penalty included"""
-    correct: np.ndarray
-    """[G] bool"""
-    finished: np.ndarray
-    """[G] bool: ended by itself, not by the limit"""
-
-    @property
-    def lengths(self) -> np.ndarray:
-        return np.array([len(response) for response in self.responses])
+from m1jax.rl.types import Episode, Finish, Group
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sampler:
-    """Asks problems of a task and judges the answers. Every call has the same compiled shape.
+class GenerationRecipe:
+    """What is asked, and how answers are drawn."""
+
+    prompts: int = 64
+    """P, problems in a generation batch"""
+    samples: int = 16
+    """G, responses to each problem"""
+    rounds: int = 3
+    """dynamic sampling: problems whose responses are all rewarded alike teach nothing; they are dropped, and others are
+    asked in up to so many rounds of P (1: dropped without refill)"""
+    temperature: float = 1.0
+    max_prompt_tokens: int = 256
+    max_new_tokens: int = 1024
+    chat: bool = True
+    """put problems into the model's chat format; without it their text alone is continued, which suits a model
+    fine-tuned on prompts and answers"""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "prompts", "rounds", "temperature", "max_prompt_tokens", "max_new_tokens")
+        if self.samples < 2:
+            raise UserError(f"rl: samples = {self.samples}; an advantage compares at least 2 responses to a problem")
+
+    @property
+    def longest(self) -> int:
+        """Tokens of a prompt and its response."""
+        return self.max_prompt_tokens + self.max_new_tokens
+
+
+class Prompts:
+    """Messages as the tokens of a prompt.
 
     Args:
-        task, tokenizer: what to ask, and in which tokens.
-        graph: of `nnx.split(model)`.
-        prompts: problems per call.
-        samples: G, responses per problem.
-        max_prompt_tokens, max_new_tokens: limits in tokens.
-        temperature: of sampling; no nucleus, so that log-probabilities are those of the policy itself.
-        format_reward: see `rewards.judge`.
-        overlong_buffer: see `advantages.overlong_penalty`.
+        tokenizer: the model's.
+        chat: whether in the model's chat format; else messages are put one behind the other.
     """
 
-    task: Task
-    tokenizer: Tokenizer
-    graph: Any
-    prompts: int
-    samples: int
-    max_prompt_tokens: int
-    max_new_tokens: int
-    temperature: float
-    format_reward: float
-    overlong_buffer: int
+    def __init__(self, tokenizer: Tokenizer, chat: bool):
+        self._tokenizer, self._chat = tokenizer, chat
 
-    def sample(self, params: Any, split: Split, seed: int, first: int) -> list[Group]:
-        """Responses to problems number first .. first + prompts - 1 of a split.
+    def first(self, messages: Messages) -> list[int]:
+        """The beginning, up to where the policy writes."""
+        if not self._chat:
+            return self._tokenizer.encode(_plain(messages))
+        return encode_prompt(self._tokenizer, messages).tolist()
 
-        A response's randomness comes from (split, seed, problem number, sample number) alone.
+    def next(self, before: Messages, answer: Messages) -> list[int]:
+        """What follows the policy's last turn (the last of `before`), up to where it writes again."""
+        if not self._chat:
+            return self._tokenizer.encode(_plain(answer))
+        _, written = encode_chat(self._tokenizer, before)
+        return encode_prompt(self._tokenizer, [*before, *answer]).tolist()[np.flatnonzero(written)[-1] + 1 :]
+
+
+class Rollout:
+    """Lets the policy attempt problems of a task. Every call has the same compiled shape where a turn is all there is.
+
+    Args:
+        task: where problems come from.
+        tokenizer: the model's.
+        generator: the policy.
+        recipe: sizes and sampling.
+        environment: what the policy acts in; made anew for every attempt.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        tokenizer: Tokenizer,
+        generator: Generator,
+        recipe: GenerationRecipe,
+        environment: MakeEnvironment = SingleTurn,
+    ):
+        self._task, self._tokenizer, self._generator = task, tokenizer, generator
+        self._recipe, self._environment = recipe, environment
+        self._prompts = Prompts(tokenizer, recipe.chat)
+
+    def __call__(self, split: Split, seed: int, first: int) -> list[Group]:
+        """Attempts at problems number first ... first + prompts - 1 of a split.
+
+        An attempt's randomness comes from (split, seed, problem number, sample number) alone.
 
         Raises:
             UserError: a prompt is empty or longer than max_prompt_tokens.
         """
-        numbers = np.arange(first, first + self.prompts)
-        problems = [self.task.problem(split, seed, int(i)) for i in numbers]
-        prompts = [self.tokenizer.encode(problem.prompt) for problem in problems]
-        for problem, prompt in zip(problems, prompts):
-            if not 0 < len(prompt) <= self.max_prompt_tokens:
-                raise UserError(
-                    f"{self.task.name}: the prompt {problem.prompt[:60]!r} has {len(prompt)} tokens; "
-                    f"max_prompt_tokens is {self.max_prompt_tokens}"
-                )
-        seeds = np.array([seed, split == "heldout"], np.uint32)
-        out = on_host(
-            decode(
-                self.graph,
-                params,
-                *pad_prompts(prompts, self.max_prompt_tokens),
-                _keys(seeds, numbers.astype(np.uint32), self.samples),
-                np.array([self.tokenizer.eos_id], np.int32),
-                np.float32(self.temperature),
-                samples_per_prompt=self.samples,
-                max_new_tokens=self.max_new_tokens,
+        numbers = np.arange(first, first + self._recipe.prompts, dtype=np.uint32)
+        problems = [self._task.problem(split, seed, int(number)) for number in numbers]
+        keys = np.asarray(_keys_of_problems(np.array([seed, split == "heldout"], np.uint32), numbers))
+        attempts: list[list[_Attempt]] = []
+        for problem, number, key in zip(problems, numbers, keys):
+            group: list[_Attempt] = []
+            for g in range(self._recipe.samples):
+                rng = np.random.default_rng([split == "heldout", seed, int(number), g])
+                group.append(self._begin(problem, rng, g, key, group))
+            attempts.append(group)
+        # The attempts of a group share their first prompt, unless the environment speaks by chance.
+        self._first_turn(attempts)
+        turn = 1
+        while live := [attempt for group in attempts for attempt in group if not attempt.done]:
+            self._later_turn(live, turn)
+            turn += 1
+        return [Group(p, tuple(attempt.episode() for attempt in group)) for p, group in zip(problems, attempts)]
+
+    def _begin(
+        self,
+        problem: Problem,
+        rng: np.random.Generator,
+        sample: int,
+        key: UInt32[np.ndarray, "2"],
+        others: Sequence["_Attempt"],
+    ) -> "_Attempt":
+        environment = self._environment()
+        messages = list(environment.reset(problem, rng))
+        prompt = others[-1].prompt if others and others[-1].messages == messages else self._prompts.first(messages)
+        if not 0 < len(prompt) <= self._recipe.max_prompt_tokens:
+            raise UserError(
+                f"{self._task.name}: the prompt {problem.prompt[:60]!r} has {len(prompt)} tokens; max_prompt_tokens is "
+                f"{self._recipe.max_prompt_tokens}"
             )
+        return _Attempt(environment, messages, prompt, sample, key)
+
+    def _first_turn(self, groups: Sequence[Sequence["_Attempt"]]) -> None:
+        shared = all(attempt.prompt == group[0].prompt for group in groups for attempt in group)
+        if not shared:
+            self._later_turn([attempt for group in groups for attempt in group], 0)
+            return
+        sampling = self._sampling(self._recipe.max_new_tokens)
+        requests = [
+            Request(tokens=group[0].context(), key=group[0].key, sampling=sampling, samples=len(group))
+            for group in groups
+        ]
+        for group, completions in zip(groups, self._generator.run(requests)):
+            for attempt, completion in zip(group, completions):
+                self._take(attempt, completion)
+
+    def _later_turn(self, attempts: Sequence["_Attempt"], turn: int) -> None:
+        keys = np.stack([attempt.key for attempt in attempts])
+        keys = folded(keys, np.array([attempt.sample for attempt in attempts], np.uint32))
+        keys = np.asarray(folded(keys, np.full(len(attempts), 2**31 + turn, np.uint32)))
+        requests = [
+            Request(tokens=a.context(), key=key, sampling=self._sampling(self._recipe.max_new_tokens - len(a.tokens)))
+            for a, key in zip(attempts, keys)
+        ]
+        for attempt, (completion,) in zip(attempts, self._generator.run(requests)):
+            self._take(attempt, completion)
+
+    def _sampling(self, max_new_tokens: int) -> Sampling:
+        end_ids = (self._tokenizer.eos_id,)
+        return Sampling(temperature=self._recipe.temperature, max_new_tokens=max_new_tokens, end_ids=end_ids)
+
+    def _take(self, attempt: "_Attempt", completion: Completion) -> None:
+        """What the policy wrote, and what the environment has to say to it."""
+        finished = completion.finish == "stop"
+        text = self._tokenizer.decode(completion.tokens[:-1] if finished else completion.tokens)
+        attempt.write(completion, text)
+        if not finished:
+            attempt.done = True
+            return
+        answer, attempt.done = attempt.environment.step(text)
+        if attempt.done:
+            return
+        tokens = self._prompts.next(attempt.messages, answer)
+        if len(attempt.tokens) + len(tokens) >= self._recipe.max_new_tokens:  # no room for another turn
+            attempt.finish, attempt.done = "length", True
+            return
+        attempt.messages += answer
+        attempt.hear(tokens)
+
+
+class _Attempt:
+    """An episode while it happens."""
+
+    def __init__(
+        self,
+        environment: Environment,
+        messages: list[Mapping[str, str]],
+        prompt: list[int],
+        sample: int,
+        key: UInt32[np.ndarray, "2"],
+    ):
+        self.environment, self.messages, self.prompt, self.sample, self.key = environment, messages, prompt, sample, key
+        self.tokens: list[int] = []
+        self.done = False
+        self.finish: Finish = "length"
+        self._written: list[bool] = []
+        self._logp: list[np.ndarray] = []
+        self._version: list[int] = []
+        self._turns: list[str] = []
+
+    def context(self) -> np.ndarray:
+        return np.array([*self.prompt, *self.tokens], np.int32)
+
+    def write(self, completion: Completion, text: str) -> None:
+        self.tokens += completion.tokens.tolist()
+        self._written += [True] * len(completion.tokens)
+        self._logp.append(completion.logp)
+        self._version += [completion.version] * len(completion.tokens)
+        self._turns.append(text)
+        self.messages.append({"role": "assistant", "content": text})
+        self.finish = completion.finish
+
+    def hear(self, tokens: list[int]) -> None:
+        self.tokens += tokens
+        self._written += [False] * len(tokens)
+        self._logp.append(np.zeros(len(tokens), np.float32))
+        self._version += [-1] * len(tokens)
+
+    def episode(self) -> Episode:
+        return Episode(
+            prompt=np.array(self.prompt, np.int32),
+            tokens=np.array(self.tokens, np.int32),
+            written=np.array(self._written, bool),
+            logp=np.concatenate(self._logp),
+            version=np.array(self._version, np.int32),
+            turns=tuple(self._turns),
+            finish=self.finish,
         )
-        tokens, log_probs, lengths, finished = (x.reshape(self.prompts, self.samples, *x.shape[1:]) for x in out)
-        responses = [[row[:n].tolist() for row, n in zip(*group)] for group in zip(tokens, lengths)]
-        texts = [
-            [self.tokenizer.decode(r[:-1] if done else r) for r, done in zip(*group)]
-            for group in zip(responses, finished)
-        ]
-        rewards, correct = self._judged(problems, texts, finished)
-        penalty = overlong_penalty(lengths, max_tokens=self.max_new_tokens, buffer_tokens=self.overlong_buffer)
-        return [
-            Group(
-                problems[i],
-                prompts[i],
-                responses[i],
-                [row[:n] for row, n in zip(log_probs[i], lengths[i])],
-                texts[i],
-                rewards[i] + penalty[i],
-                correct[i],
-                finished[i],
-            )
-            for i in range(self.prompts)
-        ]
-
-    def _judged(
-        self, problems: list[Problem], texts: list[list[str]], finished: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Rewards [prompts, samples] float32 and whether right, bool. Each process judges its share of the problems."""
-        verdicts = np.zeros((2, *finished.shape), np.float32)
-        for i in range(jax.process_index(), len(problems), jax.process_count()):
-            for j, (text, done) in enumerate(zip(texts[i], finished[i])):
-                found = judge(self.task, problems[i], text, finished=bool(done), format_reward=self.format_reward)
-                verdicts[:, i, j] = found.reward, found.correct
-        rewards, correct = gathered(verdicts).sum(axis=0)
-        return rewards, correct > 0
 
 
-@jax.jit(static_argnums=2)
-def _keys(seeds: jax.Array, problems: jax.Array, samples: int) -> jax.Array:
+def _plain(messages: Messages) -> str:
+    return "".join(message["content"] for message in messages)
+
+
+@jax.jit
+def _keys_of_problems(seeds: UInt32[jax.Array, "2"], problems: UInt32[jax.Array, " problems"]) -> jax.Array:
     seed, split = seeds
     base = jax.random.fold_in(jax.random.key(seed), split)
-
-    def one(problem: jax.Array) -> jax.Array:
-        return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(base, problem), jnp.arange(samples))
-
-    return jax.vmap(one)(problems).reshape(-1)
-
-
-def build_updates(
-    groups: Sequence[Group], advantages: np.ndarray, *, updates: int, rows: int, row_length: int, micro_batches: int
-) -> dict[str, np.ndarray]:
-    """Deal the groups of a generation batch out to its updates and pack each update's responses.
-
-    Whole groups go to one update, as evenly as possible, so that the loss's mean within a prompt stays within one
-    update.
-
-    Args:
-        groups: at least one.
-        advantages: [len(groups), G] float32.
-        updates: how many updates the batch should serve; with fewer groups than that there is one update per group.
-        rows, row_length: shape of a micro-batch.
-        micro_batches: room per update.
-
-    Returns:
-        Fields [updates, micro_batches, rows, row_length]: tokens, targets, segment_ids (int32), old_logp, advantage,
-        weight (float32; weight is the loss's normaliser: per update it sums to 1 over the responses' tokens and is zero
-        elsewhere).
-    """
-    updates = min(updates, len(groups))
-    batches = []
-    for part in np.array_split(np.arange(len(groups)), updates):
-        examples = []
-        for i in part:
-            weight = 1.0 / (groups[i].lengths.sum() * len(part))
-            for response, log_probs, advantage in zip(groups[i].responses, groups[i].log_probs, advantages[i]):
-                fields = {"old_logp": log_probs, "advantage": advantage, "weight": weight}
-                examples.append(packing.example(groups[i].prompt, response, **fields))
-        batches.append(packing.micro_batches(packing.pack(examples, row_length), rows, micro_batches))
-    return {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
+    return jax.random.key_data(jax.vmap(jax.random.fold_in, (None, 0))(base, problems))

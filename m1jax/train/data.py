@@ -16,6 +16,7 @@ from m1jax.chat import Tokenizer, encode_chat
 from m1jax.chat.tokenizer import BEGIN_OF_DOCUMENT, check_unicode
 from m1jax.errors import UserError
 from m1jax.train import packing
+from m1jax.train.batch import Batch
 from m1jax.train.files import open_records
 from m1jax.weights.directory import read_config
 
@@ -31,14 +32,20 @@ class Source(Generic[T]):
         path: the file, in one of the formats of `m1jax.train.files`.
         convert: record -> value; raises UserError saying what is wrong with it.
         expected: how a record should look, for messages.
-        columns: the keys that are looked at.
+        columns: the keys that are looked at; None: all.
 
     Raises:
         UserError: the file is missing or empty, or a record is wrong (naming its line or row). All are looked at in the
             beginning, before any work is lost; of several processes, each looks at its share.
     """
 
-    def __init__(self, path: str | Path, convert: Callable[[dict[str, Any]], T], expected: str, columns: Sequence[str]):
+    def __init__(
+        self,
+        path: str | Path,
+        convert: Callable[[dict[str, Any]], T],
+        expected: str,
+        columns: Sequence[str] | None = None,
+    ):
         self._path, self._convert = Path(path), convert
         self._records = open_records(path, expected, columns)
         for index in range(jax.process_index(), len(self), jax.process_count()):
@@ -84,16 +91,16 @@ def prompt_answer(record: dict[str, Any]) -> tuple[str, str]:
     return _text("prompt", prompt), _text("answer", answer)
 
 
-def read_problems(path: str | Path, tokenizer: Tokenizer, longest: int) -> list[tuple[str, str]]:
+def read_problems(path: str | Path, encode: Callable[[str], Sequence[int]], longest: int) -> list[tuple[str, str]]:
     """(prompt, answer) of every record `{"prompt": ..., "answer": ...}` of a file.
 
     Raises:
-        UserError: as `Source` raises it, also for a prompt of more than `longest` tokens.
+        UserError: as `Source` raises it, also for a prompt that `encode` makes more than `longest` tokens of.
     """
 
     def convert(record: dict[str, Any]) -> tuple[str, str]:
         prompt, answer = prompt_answer(record)
-        if (tokens := len(tokenizer.encode(prompt))) > longest:
+        if (tokens := len(encode(prompt))) > longest:
             raise UserError(f"a prompt of {tokens} tokens; max_prompt_tokens is {longest}: raise it, or cut the prompt")
         return prompt, answer
 
@@ -101,7 +108,7 @@ def read_problems(path: str | Path, tokenizer: Tokenizer, longest: int) -> list[
     return [problems[index] for index in range(len(problems))]
 
 
-class Conversations(Source[packing.Example]):
+class Conversations(Source[Batch]):
     """Examples for fine-tuning, weight one on what the assistant writes and zero elsewhere.
 
     A record is `{"messages": [...], "tools": [...]}` (tools may be missing) in the prompt format of `m1jax.chat`, or
@@ -112,33 +119,31 @@ class Conversations(Source[packing.Example]):
     """
 
     def __init__(self, path: str | Path, tokenizer: Tokenizer, longest: int):
-        def convert(record: dict[str, Any]) -> packing.Example:
+        def convert(record: dict[str, Any]) -> Batch:
             if "messages" in record:
                 ids, written = encode_chat(tokenizer, record["messages"], record.get("tools"))
                 example = packing.masked(ids, written)
             else:
                 prompt, answer = prompt_answer(record)
-                example = packing.example(
-                    tokenizer.encode(prompt), [*tokenizer.encode(answer), tokenizer.eos_id], weight=1.0
-                )
-            if not example["weight"].any():
+                example = packing.example(tokenizer.encode(prompt), [*tokenizer.encode(answer), tokenizer.eos_id])
+            if not example.mask.any():
                 raise UserError("nothing to learn: the assistant writes nothing in it")
-            if len(example["tokens"]) > longest:
-                raise UserError(f"{len(example['tokens']) + 1} tokens; row_length is {longest}: raise it, or cut it")
+            if example.positions > longest:
+                raise UserError(f"{example.positions + 1} tokens; row_length is {longest}: raise it, or cut it")
             return example
 
         super().__init__(path, convert, f'{{"messages": [...]}} or {PAIR}', ("messages", "tools", "prompt", "answer"))
 
 
-class Documents(Source[packing.Example]):
+class Documents(Source[Batch]):
     """Examples for pre-training from records `{"text": "..."}`: a whole document each, of any length, all learned."""
 
     def __init__(self, path: str | Path, tokenizer: Tokenizer):
         begin = tokenizer.token_id(BEGIN_OF_DOCUMENT)
 
-        def convert(record: dict[str, Any]) -> packing.Example:
+        def convert(record: dict[str, Any]) -> Batch:
             text = _text("text", record.get("text"))
-            return packing.example([begin], [*tokenizer.encode(text), tokenizer.eos_id], weight=1.0)
+            return packing.example([begin], [*tokenizer.encode(text), tokenizer.eos_id])
 
         super().__init__(path, convert, '{"text": "..."}', ("text",))
 

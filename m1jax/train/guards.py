@@ -19,6 +19,7 @@ import numpy as np
 
 from m1jax import processes
 from m1jax.errors import UserError
+from m1jax.train.batch import Batch
 
 OnNonFinite = Literal["stop", "skip"]
 
@@ -54,8 +55,8 @@ class NonFiniteGuard:
         self._directory = Path(directory) / "nonfinite"
         self._stop, self._patience, self._in_a_row = on_nonfinite == "stop", patience, 0
 
-    def check(self, step: int, skipped: float, batch: Mapping[str, Any], stats: Mapping[str, Any]) -> bool:
-        """Call after each update with its batch. Returns whether it was left out.
+    def check(self, step: int, skipped: float, batch: Batch, figures: Mapping[str, float]) -> bool:
+        """Call after each update with its batch and what was measured. Returns whether it was left out.
 
         Raises:
             UserError: it was, and the configuration (or `patience`) says stop. The batch is saved by then.
@@ -64,24 +65,23 @@ class NonFiniteGuard:
             self._in_a_row = 0
             return False
         self._in_a_row += 1
-        path = self._save(step, batch, stats)
-        figures = ", ".join(f"{name} {float(stats[name])}" for name in ("loss", "grad_norm") if name in stats)
-        found = f"update {step}: the loss or a gradient is not finite ({figures}); parameters are as before it"
+        path = self._save(step, batch, figures)
+        measured = ", ".join(f"{name} {figures[name]}" for name in ("loss", "grad_norm") if name in figures)
+        found = f"update {step}: the loss or a gradient is not finite ({measured}); parameters are as before it"
         if self._stop:
             raise UserError(f"{found}. Its batch: {path}. on_nonfinite='skip' would go on without it")
         if self._in_a_row >= self._patience:
             raise UserError(f"{found}; {self._in_a_row} updates in a row were. The last batch: {path}")
         return True
 
-    def _save(self, step: int, batch: Mapping[str, Any], stats: Mapping[str, Any]) -> Path:
+    def _save(self, step: int, batch: Batch, figures: Mapping[str, float]) -> Path:
         self._directory.mkdir(parents=True, exist_ok=True)
         several = jax.process_count() > 1
         path = self._directory / (f"step-{step}" + (f".process-{jax.process_index()}" if several else "") + ".npz")
-        arrays: dict[str, Any] = {name: processes.own_rows(value) for name, value in batch.items()}
+        arrays: dict[str, Any] = {name: processes.own_rows(value) for name, value in batch.fields().items()}
         np.savez_compressed(path, **arrays)
         if processes.writes():
-            figures = {name: float(value) for name, value in stats.items() if np.ndim(value) == 0}
-            (self._directory / f"step-{step}.json").write_text(json.dumps(figures, indent=1) + "\n")
+            (self._directory / f"step-{step}.json").write_text(json.dumps(dict(figures), indent=1) + "\n")
         return path
 
 

@@ -2,85 +2,90 @@
 
 import contextlib
 import dataclasses
-from typing import Any, Protocol
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
+from jaxtyping import Array, Float
 
-from m1jax.checkpoint import Checkpoints
-from m1jax.errors import STOPPED, require_positive
-from m1jax.flops import training_flops
+from m1jax.errors import require_positive
 from m1jax.model import MiniMaxM1
-from m1jax.train import placement
-from m1jax.train.guards import NonFiniteGuard, OnNonFinite, StopRequests
-from m1jax.train.meter import Meter, Tracer
+from m1jax.train import placement, statistics
+from m1jax.train.batch import Batch
 from m1jax.train.optimizer import OptimizerConfig
-from m1jax.train.progress import Reporter
-from m1jax.train.run import Run
-from m1jax.train.step import LossFn, make_train_step
+from m1jax.train.run import Run, free
+from m1jax.train.session import Json, Session, SessionRecipe
+from m1jax.train.statistics import Mean, Stats
+from m1jax.train.step import LossFn, Params, make_evaluation, make_train_step
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LoopRecipe:
+class LoopRecipe(SessionRecipe):
     """What does not depend on where the batches come from."""
 
     optimizer: OptimizerConfig
-    steps: int = 500
-    """updates"""
-    remat: bool = False
+    steps: int = free(500)
+    """updates; a run may go on to more of them where its learning rates so far are those of the longer run"""
+    remat: bool = free(False)
     """recompute layers in the backward pass: less memory, more time"""
-    checkpoint_every: int = 100
-    """updates between checkpoints"""
-    log_every: int = 10
+    log_every: int = free(10)
     """updates between lines of metrics.jsonl"""
-    on_nonfinite: OnNonFinite = "stop"
-    """what to do when a loss or gradient is not finite"""
+    evaluate_every: int = free(100)
+    """updates between evaluations on held-out data, where there is any"""
 
     def __post_init__(self) -> None:
-        require_positive(self, "steps", "checkpoint_every", "log_every")
+        super().__post_init__()
+        require_positive(self, "steps", "log_every", "evaluate_every")
 
 
 class Batches(Protocol):
     """An endless iterator whose place can be kept."""
 
-    def __next__(self) -> dict[str, np.ndarray]:
-        """This process's share of the next batch's rows: tokens, targets, segment_ids int32 and weight float32 (one
-        where a token is trained on, else zero), all [micro-batches, rows, time]."""
+    def __next__(self) -> Batch:
+        """This process's share of the next batch's rows, fields [micro-batches, rows, time]; weight is one in the
+        mask."""
         ...
 
-    def get_state(self) -> Any:
+    def get_state(self) -> Json:
         """Where it is, as JSON can hold it; the same in every process. All processes ask at once."""
         ...
 
-    def set_state(self, state: Any) -> None:
+    def set_state(self, state: Json) -> None:
         """Go there, whatever number of processes kept it."""
         ...
 
     def close(self) -> None: ...
 
 
-def supervised_loss(graph: Any, aux_coefficient: float, remat: bool = False) -> LossFn:
+def supervised_loss(graph: nnx.GraphDef[MiniMaxM1], aux_coefficient: float, remat: bool = False) -> LossFn[Batch]:
     """Cross-entropy of what is trained on plus the routers' balancing loss, as `loss_fn(params, micro-batch)`.
 
-    The micro-batch holds tokens, targets, segment_ids [R, L] int32 and weight [R, L] float32, which sums to 1 over the
-    whole batch: the loss is the mean over the tokens trained on, in nats.
+    With weights that sum to one over an update, the loss is the mean over the tokens trained on, in nats. Statistics:
+    `nll` (nats per token) and `balance`.
     """
 
-    def loss_fn(params: Any, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-        model: MiniMaxM1 = nnx.merge(graph, params)
-        states = model.forward(batch["tokens"], segment_ids=batch["segment_ids"], remat="layers" if remat else "none")
-        log_prob, _ = model.log_probs(states.hidden, batch["targets"])
-        nll = -jnp.sum(batch["weight"] * log_prob)
-        aux = jnp.sum(batch["weight"] * states.aux)
-        return nll + aux_coefficient * aux, {"nll": nll, "balance": aux}
+    def loss_fn(params: Params, batch: Batch) -> tuple[Float[Array, ""], Stats]:
+        model = nnx.merge(graph, params)
+        out = model.forward(batch.tokens, segment_ids=batch.segment_ids, remat="layers" if remat else "none")
+        log_prob, _ = model.log_probs(out.hidden, batch.targets)
+        assert out.aux is not None  # there is no cache
+        loss = jnp.sum(batch.weight * (aux_coefficient * out.aux - log_prob))
+        stats: Stats = {"nll": Mean.of(-log_prob, batch.weight), "balance": Mean.of(out.aux, batch.weight)}
+        return loss, stats
 
     return loss_fn
 
 
 def fit(
-    run: Run, model: MiniMaxM1, batches: Batches, recipe: LoopRecipe, *, phase: str, profile: bool = False
+    run: Run,
+    model: MiniMaxM1,
+    batches: Batches,
+    recipe: LoopRecipe,
+    *,
+    phase: str,
+    heldout: Batch | None = None,
+    profile: bool = False,
 ) -> MiniMaxM1:
     """Trains, or goes on from the newest checkpoint; on the same mesh the result is the same to the bit.
 
@@ -90,6 +95,7 @@ def fit(
         batches: what to train on; closed at the end.
         recipe: how.
         phase: name of this training within the run.
+        heldout: what to measure the loss on now and then: this process's share, fields [micro-batches, rows, time].
         profile: trace some updates into the run's `profile/`.
 
     Returns:
@@ -97,51 +103,53 @@ def fit(
 
     Raises:
         SystemExit: asked to stop (SIGTERM), with status `STOPPED`; everything is saved.
-        UserError: what `batches`, `Checkpoints` and `NonFiniteGuard` raise.
+        UserError: what `batches` and `Session` raise.
     """
     graph, params = nnx.split(model)
     optimizer = recipe.optimizer.build(recipe.steps)
-    step_fn = make_train_step(supervised_loss(graph, model.config.router_aux_loss_coef, recipe.remat), optimizer)
-    state = placement.place_state(params, optimizer)
-    guard = NonFiniteGuard(run.directory, recipe.on_nonfinite)
+    loss_fn = supervised_loss(graph, model.config.router_aux_loss_coef, recipe.remat)
+    step, measure = make_train_step(loss_fn, optimizer), make_evaluation(loss_fn)
+
+    def evaluated(params: Params) -> dict[str, float | None]:
+        if heldout is None:
+            return {}
+        found = statistics.on_host(measure(params, placement.place_batch(heldout)))
+        return {"heldout_nll": found["nll"].value()}
+
     with (
         contextlib.closing(batches),
-        Checkpoints(run.checkpoints_of(phase), config=model.config, keep=2) as checkpoints,
-        StopRequests() as stop,
-        Tracer(run.directory / "profile" if profile else None) as tracer,
+        Session(
+            run,
+            phase,
+            config=model.config,
+            state=placement.place_state(params, optimizer),
+            schedule=recipe.optimizer.schedule(recipe.steps),
+            recipe=recipe,
+            total=recipe.steps,
+            profile=profile,
+        ) as session,
     ):
-        start, meta = 0, {"seconds": 0.0, "tokens": 0}
-        found = checkpoints.restore(params=state.params, state=state._replace(params=()))
-        if found is not None:
-            state, start, meta = found.state._replace(params=found.params), found.step, found.meta
-            batches.set_state(meta["batches"])
-        run.log.resume(phase, start if found is not None else -1)
-        meter = Meter(meta["seconds"], meta["tokens"])
-        with Reporter(phase.upper(), recipe.steps, start) as reporter:
-            for done in range(start + 1, recipe.steps + 1):
-                tracer.next()
-                batch = _normalised(placement.place_batch(next(batches)))
-                state, stats = step_fn(state, batch)
-                stats = {name: float(value) for name, value in jax.device_get(stats).items()}
-                guard.check(done, stats.pop("skipped"), batch, stats)
-                tokens = stats.pop("tokens")
-                meter.add(tokens, training_flops(model.config, tokens, stats.pop("pairs")))
-                reporter.update(done, {"loss": stats["nll"], "tokens/s": meter.tokens / meter.seconds})
-                last = done == recipe.steps
-                stopping = stop.requested() and not last
-                if done % recipe.log_every == 0 or last:
-                    run.log.append(phase, done, {**stats, **meter.record()})
-                if done % recipe.checkpoint_every == 0 or last or stopping:
-                    meta = {"seconds": meter.seconds, "tokens": meter.tokens, "batches": batches.get_state()}
-                    checkpoints.save(done, params=state.params, state=state._replace(params=()), meta=meta)
-                if stopping:
-                    checkpoints.wait()
-                    reporter.message(f"asked to stop: update {done} is saved; the same command goes on from there")
-                    raise SystemExit(STOPPED)
-    return nnx.merge(graph, state.params)
+        start = 0
+        if session.place is not None:
+            start = session.place.state["update"]
+            batches.set_state(session.place.state["batches"])
+        elif heldout is not None:
+            session.record(0, evaluated(session.state.params))
+        for done in range(start + 1, recipe.steps + 1):
+            stats = session.update(step, _normalised(placement.place_batch(next(batches))))
+            figures: dict[str, float | None] = {"skipped": 1.0} if stats is None else statistics.values(stats)
+            last = done == recipe.steps
+            if last or done % recipe.evaluate_every == 0:
+                figures |= evaluated(session.state.params)
+            shown = {"loss": figures.get("nll"), "held out": figures.get("heldout_nll")}
+            session.show(done, {**shown, "tokens/s": session.tokens_per_second})
+            if last or done % recipe.log_every == 0 or "heldout_nll" in figures:
+                session.record(done, figures)
+            session.checkpoint(done, {"update": done, "batches": batches.get_state()}, last=last)
+    return nnx.merge(graph, session.state.params)
 
 
 @jax.jit
-def _normalised(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """The weights sum to 1 over the whole batch, which no process has seen."""
-    return {**batch, "weight": batch["weight"] / jnp.sum(batch["weight"])}
+def _normalised(batch: Batch) -> Batch:
+    """The weights sum to one over the whole batch, which no process has seen."""
+    return dataclasses.replace(batch, weight=batch.weight / jnp.sum(batch.weight))

@@ -1,16 +1,20 @@
 """The record of a run: metrics.jsonl is the truth, TensorBoard events and curves are drawn from it."""
 
+from __future__ import annotations
+
 import json
 import logging
 import math
 import os
 import shutil
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from m1jax.disk import Place, write_atomically, writing
+
+if TYPE_CHECKING:
+    from m1jax.train.tensorboard import Events
 
 Record = dict[str, Any]
 
@@ -39,7 +43,7 @@ class MetricsLog:
         self._directory.mkdir(parents=True, exist_ok=True)
         self._place = Place(self._directory)
         self._path = self._directory / NAME
-        self._events: Any = None
+        self._events: Events | None = None
         self.records: list[Record] = []
         self._damaged: list[int] = []
         for number, record in _lines(self._path):
@@ -122,22 +126,14 @@ class MetricsLog:
     def _to_tensorboard(self, records: Sequence[Record]) -> None:
         if not records:
             return
-        # Written here and now: tensorboardX's `SummaryWriter` does it in a thread, whose errors nobody hears of.
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
-        from tensorboardX.summary import scalar
+        if self._events is None:
+            from m1jax.train.tensorboard import Events
 
-        directory = self._directory / "tensorboard"
-        with writing(directory):
-            if self._events is None:
-                directory.mkdir(exist_ok=True)
-                self._events = EventsWriter(str(directory / "events"))
-            for record in records:
-                for name, value in record.items():
-                    if name not in ("phase", "step") and isinstance(value, int | float):
-                        summary = scalar(f"{record['phase']}/{name}", value)
-                        self._events.write_event(Event(wall_time=time.time(), step=record["step"], summary=summary))
-            self._events.flush()
+            self._events = Events(self._directory / "tensorboard")
+        for record in records:
+            numbers = {k: v for k, v in record.items() if k not in ("phase", "step") and isinstance(v, int | float)}
+            self._events.add(record["step"], {f"{record['phase']}/{name}": v for name, v in numbers.items()})
+        self._events.flush()
 
 
 def _line(record: Record) -> str:

@@ -3,8 +3,10 @@ norm."""
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from m1jax import parameters
@@ -43,29 +45,76 @@ class OptimizerConfig:
         if max(self.beta1, self.beta2) >= 1:
             raise UserError(f"beta1 = {self.beta1} and beta2 = {self.beta2} must be less than one")
 
-    def schedule(self, total_steps: int) -> optax.Schedule:
-        """Learning rate over update number 0 .. total_steps - 1."""
-        steps = max(total_steps - self.warmup_steps, 1)
-        constant = round(self.constant_fraction * steps)
-        final = self.learning_rate * self.final_fraction
-        decay = optax.linear_schedule(self.learning_rate, final, max(steps - constant, 1), constant)
-        if self.warmup_steps == 0:
-            return decay
-        warmup = optax.linear_schedule(self.learning_rate / self.warmup_steps, self.learning_rate, self.warmup_steps)
-        return optax.join_schedules([warmup, decay], [self.warmup_steps])
+    def schedule(self, total_steps: int) -> "Schedule":
+        """Learning rate over a run that is planned to make so many updates."""
+        return Schedule(self, total_steps)
 
-    def build(self, total_steps: int) -> optax.GradientTransformation:
+    def build(self, total_steps: int) -> optax.GradientTransformationExtraArgs:
+        """AdamW; its `update` takes `planned` beside the usual arguments (see `Schedule`)."""
         return optax.chain(
             optax.clip_by_global_norm(self.clip_norm),
-            optax.adamw(
-                self.schedule(total_steps),
-                b1=self.beta1,
-                b2=self.beta2,
-                eps=self.eps,
-                weight_decay=self.weight_decay,
-                mask=decayed,
-            ),
+            optax.scale_by_adam(b1=self.beta1, b2=self.beta2, eps=self.eps),
+            optax.add_decayed_weights(self.weight_decay, mask=decayed),
+            _descend(self.schedule(total_steps)),
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """Up, constant, down.
+
+    The warm-up counts updates that were made: it is there for AdamW's moments. The rest counts updates that were
+    planned: where generation batches serve fewer updates than planned, the decay still ends with the run.
+    """
+
+    config: OptimizerConfig
+    total_steps: int
+
+    def __call__(self, made: jax.typing.ArrayLike, planned: jax.typing.ArrayLike | None = None) -> jax.Array:
+        """Learning rate of an update.
+
+        Args:
+            made: updates made before it.
+            planned: updates planned before it; None: as many as were made.
+        """
+        config = self.config
+        warmup = config.warmup_steps
+        rising = jnp.minimum(1.0, (1 + (warmup - 1) * made / warmup) / warmup) if warmup else 1.0
+        steps = max(self.total_steps - warmup, 1)
+        constant = round(config.constant_fraction * steps)
+        passed = ((made if planned is None else planned) - warmup - constant) / max(steps - constant, 1)
+        return config.learning_rate * rising * (1 - (1 - config.final_fraction) * jnp.clip(passed, 0.0, 1.0))
+
+
+def updates_made(opt_state: optax.OptState) -> int:
+    """How many updates an optimizer of `OptimizerConfig.build` has made; those left out do not count."""
+    return int(optax.tree.get(opt_state, "made"))
+
+
+class _Descent(NamedTuple):
+    made: jax.Array
+    learning_rate: jax.Array
+    """of the last update"""
+
+
+def _descend(schedule: Schedule) -> optax.GradientTransformationExtraArgs:
+    """Times minus the learning rate, which stays in the state under its name."""
+
+    def init(params: optax.Params) -> _Descent:
+        return _Descent(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32))
+
+    def update(
+        updates: optax.Updates,
+        state: _Descent,
+        params: optax.Params | None = None,
+        planned: jax.Array | None = None,
+        **_: object,
+    ) -> tuple[optax.Updates, _Descent]:
+        rate = jnp.asarray(schedule(state.made, planned), jnp.float32)
+        scaled = jax.tree.map(lambda g: -rate.astype(g.dtype) * g, updates)
+        return scaled, _Descent(state.made + 1, rate)
+
+    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
 
 
 def decayed(params) -> object:

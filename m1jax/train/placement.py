@@ -5,8 +5,9 @@ statistics; process 0 alone writes logs, samples and exports.
 """
 
 import contextlib
+import dataclasses
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from m1jax.errors import UserError
 from m1jax.model import MiniMaxM1
 from m1jax.processes import gathered, on_host, writes
 from m1jax.sharding import AXES, ROWS, check_shardable, make_mesh, parameter_shardings, process_rows, rows_of_batch
+from m1jax.train.batch import B
 from m1jax.train.step import TrainState, init_state
 from m1jax.weights.directory import read_config
 from m1jax.weights.pretrained import from_pretrained
@@ -67,12 +69,17 @@ def load_model(directory: str | os.PathLike[str], shapes: Iterable[tuple[int, in
         shapes: (rows, time) of the micro-batches that will come.
 
     Raises:
-        UserError: before any weight is read, if the mesh cannot shard the model or these batches; or what
-            `from_pretrained` raises.
+        UserError: before any weight is read, if rows are longer than the model's positions, or the mesh cannot shard
+            the model or these batches; or what `from_pretrained` raises.
     """
-    mesh = current_mesh()
+    mesh, config, shapes = current_mesh(), read_config(Path(directory)), list(shapes)
+    longest = max(time for _, time in shapes)
+    if longest > config.max_position_embeddings:
+        raise UserError(
+            f"rows of {longest} tokens are longer than the model's max_position_embeddings = "
+            f"{config.max_position_embeddings}: make them shorter"
+        )
     if mesh is not None:
-        config = read_config(Path(directory))
         for rows, time in shapes:
             check_shardable(config, mesh, batch=rows, time=time)
     return from_pretrained(directory, param_dtype=jnp.float32, mesh=mesh)
@@ -104,10 +111,10 @@ def share_of_rows() -> tuple[int, int]:
     return mine.start // len(mine), everything // len(mine)
 
 
-def place_batch(local: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def place_batch(local: B) -> B:
     """A batch from this process's share of its rows, fields [count, its rows, time]."""
     mesh = current_mesh()
     if mesh is None:
-        return dict(local)
-    rows = next(iter(local.values())).shape[1] * share_of_rows()[1]
-    return rows_of_batch(dict(local), rows, mesh)
+        return local
+    rows = local.tokens.shape[1] * share_of_rows()[1]
+    return dataclasses.replace(local, **rows_of_batch(local.fields(), rows, mesh))

@@ -18,11 +18,13 @@ import tyro
 
 from m1jax.errors import UserError, require_positive, require_seed
 from m1jax.train import placement
+from m1jax.train.batch import Batch
 from m1jax.train.data import ENDLESS, Documents, load_tokenizer, mixture, weighted
 from m1jax.train.loop import LoopRecipe, fit
 from m1jax.train.optimizer import OptimizerConfig
-from m1jax.train.run import Run
-from m1jax.train.sft import export
+from m1jax.train.run import Branch, Run, free, run_directory
+from m1jax.train.session import Json
+from m1jax.train.sft import export, held_out
 from pallas_kernels import PADDING
 
 
@@ -35,13 +37,13 @@ class PretrainRecipe(LoopRecipe):
             learning_rate=8e-5, warmup_steps=100, constant_fraction=1 / 3, final_fraction=0.1
         )
     )
-    steps: int = 10_000
+    steps: int = free(10_000)
     context: str = "32k"
     """tokens per row, growing: LENGTH:UPDATES, the last one to the end, as in 32k:6000,128k:2000,512k:1000,1m (the
     report's four stages; the two in the middle and how long each takes are not published)"""
     batch_tokens: int = 2**20
     """per update, at any length"""
-    micro_batch_tokens: int = 2**15
+    micro_batch_tokens: int = free(2**15)
     """computed at once: a multiple of the longest context; the result does not depend on it, memory does"""
 
     def __post_init__(self) -> None:
@@ -69,6 +71,9 @@ class PretrainRecipe(LoopRecipe):
                 raise UserError(f"pretrain: context {self.context!r}: write LENGTH:UPDATES,LENGTH, as in 32k:100,1m")
             end = self.steps if match[3] is None else end + int(match[3])
             found.append((int(match[1]) * {"": 1, "k": 2**10, "m": 2**20}[match[2]], end))
+        lengths = [length for length, _ in found]
+        if sorted(lengths) != lengths:
+            raise UserError(f"pretrain: context {self.context!r} shrinks; a stage must be as long as the one before")
         if sorted(end for _, end in found) != [end for _, end in found] or end > self.steps:
             raise UserError(f"pretrain: the stages of context {self.context!r} need more than steps = {self.steps}")
         return found
@@ -97,19 +102,19 @@ class Rows:
         self._mine: list[int] = []
         self._iterator: Any = None
 
-    def __next__(self) -> dict[str, np.ndarray]:
+    def __next__(self) -> Batch:
         stage = next(s for s, (_, end) in enumerate(self._stages) if self._update < end)
         if stage != self._stage:
             self._open(stage)
         self._update += 1
         return next(self._iterator)
 
-    def get_state(self) -> Any:
+    def get_state(self) -> Json:
         """The place in every stream, of all processes."""
         places = dict(zip(map(str, self._mine), self._iterator.get_state()["parents"]))
         return {"update": self._update, "stage": self._stage, "streams": _united(places)}
 
-    def set_state(self, state: Any) -> None:
+    def set_state(self, state: Json) -> None:
         self._open(state["stage"])
         places = [dict(state["streams"][str(number)]) for number in self._mine]
         for place in places:  # JSON has no tuples, and grain compares with one
@@ -131,20 +136,21 @@ class Rows:
             raise UserError(f"pretrain: {rows} rows of {length} tokens cannot be shared out over {shares} processes")
         here = range(share * rows // shares, (share + 1) * rows // shares)
         self._mine = [batch * rows + row for batch, row in itertools.product(range(count), here)]
-        documents = self._documents(stage)
-        lengths: dict[str, int] = dict.fromkeys(("tokens", "targets", "weight"), length)
+        lengths = {name: length for name in Batch.columns() if name != "segment_ids"}
+        # grain cuts dictionaries, and counts segments itself.
+        documents = self._documents(stage).map(lambda document: {name: getattr(document, name) for name in lengths})
 
         def stream(number: int) -> grain.IterDataset:
             mine = documents.slice(slice(number, ENDLESS, count * rows))
             one_by_one = mine.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
             return grain.experimental.ConcatThenSplitIterDataset(one_by_one, length_struct=lengths)
 
-        def batch(streams: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        def batch(streams: Sequence[Mapping[str, np.ndarray]]) -> Batch:
             fields = {name: np.stack([row[name] for row in streams]) for name in lengths}
-            # grain counts segments from 1 and has 0 for padding.
+            # From 1 on; 0 is padding.
             segments = np.stack([row["tokens_segment_ids"] for row in streams])
             fields["segment_ids"] = np.where(segments == 0, PADDING, segments - 1).astype(np.int32)
-            return {name: value.reshape(count, len(here), length) for name, value in fields.items()}
+            return Batch.of(**fields).map(lambda x: x.reshape(count, len(here), length))
 
         together = grain.experimental.ZipIterDataset([stream(number) for number in self._mine]).map(batch)
         # One thread prepares the next batches while the devices work.
@@ -175,9 +181,14 @@ class Config:
     data: tuple[str, ...]
     """JSON lines {"text": "..."}, a document each. Several files are mixed: a.jsonl=3 b.jsonl=1 takes three documents
     of the first for one of the second. Every stage of the context goes through them in another order."""
+    eval_data: tuple[str, ...] = ()
+    """Held-out documents like those of --data, whose loss is measured every --evaluate-every updates, in rows of the
+    longest context."""
     name: str = "pretrain"
     """The run's results go to RUNS/NAME; a run that was interrupted goes on where it was."""
     runs: Path = Path("runs")
+    branch: Annotated[str | None, tyro.conf.arg(name="from", metavar="RUN[:STEP]")] = None
+    """Begin a new run at another one's newest checkpoint, or at that of a step; any option of training may differ."""
     seed: int = 0
     """Order of the data."""
     mesh: str = ""
@@ -190,14 +201,31 @@ class Config:
 def main(config: Config) -> None:
     """Trains and writes the model to RUNS/NAME/export."""
     require_seed(config.seed)
-    recipe = config.recipe
+    directory, recipe = run_directory(config.runs, config.name), config.recipe
+    branch = None if config.branch is None else Branch.parse(config.branch)
     with placement.use_mesh(config.mesh):
         tokenizer = load_tokenizer(config.model)
-        sources = [(Documents(path, tokenizer), weight) for path, weight in weighted(config.data)]
-        shapes = [(recipe.rows(length), length) for length, _ in recipe.stages]
-        model = placement.load_model(config.model, shapes)
-        settings = {"command": "train pretrain", "model_config": model.config, "model": config.model}
-        run = Run(config.runs / config.name, {**settings, "data": config.data, "seed": config.seed, "recipe": recipe})
+        files = weighted(config.data)
+        sources = [(Documents(path, tokenizer), weight) for path, weight in files]
+        others = [Documents(path, tokenizer) for path in config.eval_data]
+        longest = recipe.stages[-1][0]
+        model = placement.load_model(config.model, [(recipe.rows(length), length) for length, _ in recipe.stages])
+        pieces = [piece for lines in others for n in range(len(lines)) for piece in _pieces(lines[n], longest)]
+        settings = {
+            "command": "train pretrain",
+            "model_config": model.config,
+            "model": config.model,
+            "data": [(Path(path), weight) for path, weight in files],
+            "seed": config.seed,
+            "recipe": recipe,
+        }
+        run = Run(directory, settings, branch=branch)
         rows = Rows(lambda stage: mixture(sources, seed=(config.seed, stage)), recipe)
-        model = fit(run, model, rows, recipe, phase="pretrain", profile=config.profile)
+        heldout = held_out(pieces, recipe.rows(longest), longest) if pieces else None
+        model = fit(run, model, rows, recipe, phase="pretrain", heldout=heldout, profile=config.profile)
         export(run, model, tokenizer)
+
+
+def _pieces(document: Batch, longest: int) -> list[Batch]:
+    """Cut so that each fits into a row; each knows nothing of those before it, as in training."""
+    return [document.map(lambda x, at=at: x[at : at + longest]) for at in range(0, document.positions, longest)]

@@ -147,9 +147,14 @@ def save_pretrained(
     values["torch_dtype" if layout == "official" else "dtype"] = str(stored["embed_tokens",])
     with contextlib.ExitStack() as stack:
         partial = writer = None
+        failure = None
         if processes.writes():
-            partial = stack.enter_context(new_directory(Path(directory)))
-            writer = stack.enter_context(Writer(partial, plan))
+            try:
+                partial = stack.enter_context(new_directory(Path(directory)))
+                writer = stack.enter_context(Writer(partial, plan))
+            except UserError as error:
+                failure = error
+        processes.raise_together(failure, f"{directory}: process 0 could not begin to write; see there")
         for path, parts in by_path(config).items():
             slices: dict[tuple[int, ...], list[Tensor]] = {}
             for tensor in parts:

@@ -45,7 +45,7 @@ def attention(q, k, v, segment_ids, q_start, *, interpret=False):
 
     def backward(saved, do):
         q, k, v, bounds, o, lse = saved
-        delta = jnp.einsum("bthd,bthd->bht", do.astype(jnp.float32), o.astype(jnp.float32))
+        delta = jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), axis=-1).swapaxes(1, 2)
         delta = jnp.pad(delta, ((0, 0), (0, 0), (0, lse.shape[-1] - delta.shape[-1])))
         statistics = jnp.stack([lse, delta], axis=2)
         dq = hopper_backward.queries(q, k, v, do, statistics, bounds, interpret=interpret)

@@ -4,9 +4,9 @@
     ds_ij = p_ij (do_i v_j - delta_i)       dk_j = sum_i ds_ij q_i / sqrt(D)     dq_i = sum_j ds_ij k_j / sqrt(D)
 
 with delta_i = do_i o_i. The weights are recomputed in both: seven products instead of five, but no block waits for
-another, nothing is summed in memory, and the order of every sum is fixed. A thread block keeps 128 queries (or keys), 64
-in each of two warpgroups, and walks through what they see (or what sees them), 64 at a time; a third warpgroup drives
-the copy engine.
+another, nothing is summed in memory, and the order of every sum is fixed. A thread block keeps 128 queries (or keys),
+64 in each of two warpgroups, and walks through what they see (or what sees them), 64 at a time; a third warpgroup
+drives the copy engine.
 """
 
 import functools
@@ -95,6 +95,9 @@ def queries(q, k, v, do, statistics, bounds: Bounds, *, interpret=False):
                 plgpu.copy_gmem_to_smem(k_ref.at[row, block, kv_head], k_smem.at[slot], full.at[slot])
                 plgpu.copy_gmem_to_smem(v_ref.at[row, block, kv_head], v_smem.at[slot], full.at[slot])
 
+            for slot in range(STAGES):
+                plgpu.barrier_wait(free.at[slot])
+
         _roles(group, compute, produce)
 
     tiled = functools.partial(plgpu.SMEM, dtype=jnp.bfloat16, transforms=_hopper.TILED)
@@ -126,14 +129,14 @@ def keys(q, k, v, do, statistics, bounds: Bounds, *, interpret=False):
     ops = _hopper.operations(interpret)
 
     def body(q_ref, k_ref, v_ref, do_ref, statistics_ref, first_ref, last_ref, offset_ref, dk_ref, dv_ref, *scratch):
-        k_smem, v_smem, q_smem, do_smem, statistics_smem, first_smem, k_full, full, free = scratch
+        k_smem, v_smem, q_smem, do_smem, statistics_smem, k_full, full, free = scratch
         kv_head, row, group = lax.axis_index("head"), lax.axis_index("row"), lax.axis_index("group")
         tile = lax.axis_index("tile")
-        walk = query_walk((first_ref, last_ref, offset_ref), row, tile, bounds.keys, BLOCK)
+        walk = query_walk((first_ref, last_ref, offset_ref), row, tile, BLOCK)
         open_steps, steps = walk.open * group_size, (walk.open + walk.masked) * group_size
 
         def visit(step):
-            """Which head of the group, and which block of queries: one head after the other, those without mask first."""
+            """The head of the group and the block of queries: one head after the other, blocks without mask first."""
             masked = step >= open_steps
             size_of_head = jnp.where(masked, walk.masked, walk.open)
             inside = jnp.where(masked, step - open_steps, step)
@@ -146,41 +149,50 @@ def keys(q, k, v, do, statistics, bounds: Bounds, *, interpret=False):
             plgpu.copy_gmem_to_smem(v_ref.at[row, mine, kv_head], v_smem.at[half], k_full.at[half])
             for slot in range(STAGES):
                 plgpu.barrier_arrive(free.at[slot])
+            # The queries that see each key.
+            first = ops.iota((HALF,), 0, rows=True) + (tile * TILE + half * HALF - offset_ref[row])
+            last = ops.load(last_ref.at[row, mine], rows=True)
             plgpu.barrier_wait(k_full.at[half])
 
-            def advance(step, carry, masked):
+            def advance(step, carry, masked_block=None):
+                dv, dk = carry
                 slot = lax.rem(step, jnp.int32(STAGES))
                 plgpu.barrier_wait(full.at[slot])
                 shape = (HALF, BLOCK)
 
-                def look(scores, products):
+                def look(scores):
                     ops.wgmma(scores, k_smem.at[half], q_smem.at[slot], transpose_b=True)
-                    ops.wgmma(products, v_smem.at[half], do_smem.at[slot], transpose_b=True)
-                    lse = ops.load(statistics_smem.at[slot, 0], columns=True)
-                    p = jnp.exp2(ops.result(scores, in_flight=1) * scale - ops.along(lse, shape))
-                    if masked:
-                        _, block = visit(step)
-                        first = ops.along(ops.load(first_smem.at[slot], columns=True), shape)
-                        key = ops.iota(shape, 0) + (tile * TILE + half * HALF)
-                        last = ops.iota(shape, 1) + (block * BLOCK + offset_ref[row])
-                        p = jnp.where((key >= first) & (key <= last), p, 0.0)
-                    return p, ops.result(products)
+                    return ops.result(scores)
 
-                p, products = ops.fresh(look, shape, shape)
+                lse = ops.load(statistics_smem.at[slot, 0], columns=True)
+                p = jnp.exp2(ops.fresh(look, shape) * scale - ops.along(lse, shape))
+                if masked_block is not None:
+                    query = ops.iota(shape, 1) + masked_block * BLOCK
+                    seen = (query >= ops.down(first, shape)) & (query <= ops.down(last, shape))
+                    p = jnp.where(seen, p, 0.0)
 
-                def sum_up(dv, dk):
+                delta = ops.along(ops.load(statistics_smem.at[slot, 1], columns=True), shape)
+                ds = p * ops.onto(-delta, v_smem.at[half], do_smem.at[slot], transpose_b=True)
+
+                def add(dv, dk):
                     ops.wgmma(dv, p.astype(jnp.bfloat16), do_smem.at[slot])
-                    delta = ops.load(statistics_smem.at[slot, 1], columns=True)
-                    ds = p * (products - ops.along(delta, shape))
                     ops.wgmma(dk, ds.astype(jnp.bfloat16), q_smem.at[slot])
 
-                carry = ops.onto_each(sum_up, *carry)
+                dv, dk = ops.onto_each(add, dv, dk)
                 plgpu.barrier_arrive(free.at[slot])
-                return tuple(carry)
+                return dv, dk
+
+            def one_head(head, carry):
+                done = open_steps + head * walk.masked
+
+                def masked(index, carry):
+                    return advance(done + index, carry, walk.at(walk.open + index))
+
+                return lax.fori_loop(0, walk.masked, masked, carry)
 
             carry = ops.zeros((HALF, size)), ops.zeros((HALF, size))
-            carry = lax.fori_loop(0, open_steps, functools.partial(advance, masked=False), carry)
-            dv, dk = lax.fori_loop(open_steps, steps, functools.partial(advance, masked=True), carry)
+            carry = lax.fori_loop(0, open_steps, advance, carry)
+            dv, dk = lax.fori_loop(0, group_size, one_head, carry)
             k_smem[half] = (dk * size**-0.5).astype(jnp.bfloat16)
             v_smem[half] = dv.astype(jnp.bfloat16)
             plgpu.commit_smem()
@@ -199,7 +211,9 @@ def keys(q, k, v, do, statistics, bounds: Bounds, *, interpret=False):
                 plgpu.copy_gmem_to_smem(q_ref.at[row, rows, head], q_smem.at[slot], full.at[slot])
                 plgpu.copy_gmem_to_smem(do_ref.at[row, rows, head], do_smem.at[slot], full.at[slot])
                 plgpu.copy_gmem_to_smem(statistics_ref.at[row, head, :, rows], statistics_smem.at[slot], full.at[slot])
-                plgpu.copy_gmem_to_smem(first_ref.at[row, rows], first_smem.at[slot], full.at[slot])
+
+            for slot in range(STAGES):
+                plgpu.barrier_wait(free.at[slot])
 
         _roles(group, compute, produce)
 
@@ -214,9 +228,8 @@ def keys(q, k, v, do, statistics, bounds: Bounds, *, interpret=False):
             tiled((STAGES, BLOCK, size)),
             tiled((STAGES, BLOCK, size)),
             plgpu.SMEM((STAGES, 2, BLOCK), jnp.float32),
-            plgpu.SMEM((STAGES, BLOCK), jnp.int32),
             plgpu.Barrier(num_arrivals=2, num_barriers=2),
-            plgpu.Barrier(num_arrivals=4, num_barriers=STAGES),
+            plgpu.Barrier(num_arrivals=3, num_barriers=STAGES),
             plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
         ],
         grid=(kv_heads, bounds.last.shape[1] // TILE, batch),

@@ -114,6 +114,10 @@ def forward(q, k, v, bounds: Bounds, *, interpret=False):
                 plgpu.barrier_wait(v_free.at[slot])
                 plgpu.copy_gmem_to_smem(v_ref.at[row, keys, kv_head], v_smem.at[slot], v_full.at[slot])
 
+            for slot in range(STAGES):
+                plgpu.barrier_wait(k_free.at[slot])
+                plgpu.barrier_wait(v_free.at[slot])
+
         for half in range(2):
 
             @pl.when(group == half)

@@ -39,7 +39,7 @@ class Bounds:
 
 
 class Walk(NamedTuple):
-    """The blocks that a tile visits: [begin, end), among them [open_begin, open_end) that need no mask, visited first."""
+    """The blocks that a tile visits: [begin, end). Those of [open_begin, open_end), which need no mask, come first."""
 
     begin: jax.Array
     open_begin: jax.Array
@@ -90,7 +90,7 @@ def key_walk(bounds_refs, row, tile, keys: int, block: int) -> Walk:
     )
 
 
-def query_walk(bounds_refs, row, tile, keys: int, block: int) -> Walk:
+def query_walk(bounds_refs, row, tile, block: int) -> Walk:
     """The blocks of queries that see keys of a tile."""
     _, last_ref, offset_ref = bounds_refs
     key = tile * TILE
@@ -99,7 +99,7 @@ def query_walk(bounds_refs, row, tile, keys: int, block: int) -> Walk:
     whole = jnp.maximum(key + TILE - 1 - offset_ref[row], 0)
     return _walk(
         _div(diagonal, block),
-        jnp.where(key + TILE > keys, FAR, _div(whole + block - 1, block)),
+        _div(whole + block - 1, block),
         _div(lowest + 1, block),
         _div(highest + block, block),
     )

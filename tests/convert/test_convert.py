@@ -1,5 +1,6 @@
 """`m1jax convert`: every way between the three forms, exact to the byte, resumed after a kill, shared by processes."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -16,9 +17,10 @@ import pytest
 from flax import nnx
 
 from m1jax import MiniMaxM1, ModelConfig, UserError, from_pretrained, save_pretrained
+from m1jax.chat import Tokenizer
 from m1jax.checkpoint import Checkpoints
 from m1jax.commands import convert as command
-from m1jax.convert import pieces, stream
+from m1jax.convert import journal, pieces, stream
 from m1jax.weights import safetensors as files
 from m1jax.weights.names import tensors
 from m1jax.weights.safetensors import Plan, Weights
@@ -141,7 +143,7 @@ def test_dry_run_of_the_published_model_reads_headers_only(tmp_path, capsys):
         out = capsys.readouterr().out
         assert len(out.splitlines()) == 8244
         assert "8,243 tensors, 456,089,655,296 parameters, 912,210,767,872 bytes" in out
-        assert "layers.7.moe.w2[9, 31]" in out
+        assert "runs.1.moe.w2[9, 31]" in out
     assert not tmp_path.with_name("never").exists()
 
 
@@ -314,3 +316,167 @@ def test_a_damaged_checkpoint_as_source(tmp_path):
     (tmp_path / "run/1/checkpoint.json").write_text("x")
     with pytest.raises(UserError, match="holds no whole checkpoint"):
         convert(tmp_path / "run", tmp_path / "out")
+
+
+SMALL = ModelConfig(
+    vocab_size=16,
+    hidden_size=8,
+    intermediate_size=8,
+    layer_types=("lightning", "softmax"),
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=4,
+    rotary_dim=2,
+    num_experts=2,
+    experts_per_token=1,
+)
+
+
+@pytest.fixture
+def small(tmp_path):
+    """Files of a model with few tensors, that a test may damage."""
+    save_pretrained(MiniMaxM1(SMALL, rngs=nnx.Rngs(0)), tmp_path / "small")
+    return tmp_path / "small"
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    """Within: processes that give up were started together with those that see it, although they run in turn."""
+
+    @contextlib.contextmanager
+    def at_once():
+        with monkeypatch.context() as patch:
+            patch.setattr(journal, "LOOK_EVERY", 0.0)
+            patch.setattr(journal, "PATIENCE", 0.0)
+            yield
+
+    return at_once
+
+
+def convert_all(src, dst, count, **options):
+    """Every process in turn, the first last; what each raised."""
+    raised = {}
+    for process in reversed(range(count)):
+        try:
+            convert(src, dst, process_index=process, process_count=count, **options)
+        except UserError as error:
+            raised[process] = str(error)
+    return raised
+
+
+@pytest.mark.parametrize("to", ["official", "orbax"])
+def test_damage_seen_by_one_process_stops_all(small, tmp_path, to, at_once):
+    entry = Weights(small).entries["lm_head.weight"]
+    whole = entry.file.read_bytes()
+    damaged = bytearray(whole)
+    damaged[entry.start : entry.start + 4] = np.float32(np.nan).tobytes()
+    entry.file.write_bytes(damaged)
+    with at_once():
+        raised = convert_all(small, tmp_path / "out", 3, to=to)
+    (finder,) = (n for n, text in raised.items() if "gave up" not in text)
+    assert f"{small}: NaN or infinity in lm_head.weight; the conversion was not completed" in raised[finder]
+    assert 0 in raised  # and did not wait in vain
+    others = [text for n, text in raised.items() if n != finder]
+    assert all(f"process {finder} of 3 gave up: {small}: NaN or infinity" in text for text in others)
+    entry.file.write_bytes(whole)
+    assert not convert_all(small, tmp_path / "out", 3, to=to)
+    back = tmp_path / "out" if to == "official" else convert(tmp_path / "out", tmp_path / "back", to="official")
+    assert contents(back) == contents(small)
+
+
+def test_a_damaged_checkpoint_stops_all_processes(small, tmp_path, at_once):
+    convert(small, tmp_path / "orbax")
+    file = max((tmp_path / "orbax/0/tree/params/lm_head.weight/c").rglob("*"), key=lambda path: path.is_file())
+    content = file.read_bytes()
+    file.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+    with at_once():
+        raised = convert_all(tmp_path / "orbax", tmp_path / "out", 2)
+    assert 0 in raised
+    assert sum("have changed since it was saved" in text and "gave up" not in text for text in raised.values()) == 1
+    file.write_bytes(content)
+    assert not convert_all(tmp_path / "orbax", tmp_path / "out", 2)
+    assert contents(tmp_path / "out") == contents(small)
+
+
+def test_a_full_disk_of_one_process_stops_all_and_keeps_what_is_done(small, tmp_path, at_once, monkeypatch):
+    copy_piece, left = stream.copy_piece, [10]
+
+    def full(*args):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(28, "No space left on device")
+        copy_piece(*args)
+
+    with at_once(), monkeypatch.context() as patch:
+        patch.setattr(stream, "copy_piece", full)
+        raised = convert_all(small, tmp_path / "out", 2, to="official")
+    assert "model.safetensors: the disk is full" in raised[1]
+    assert "process 1 of 2 gave up" in raised[0] or "the disk is full" in raised[0]
+    done = []
+    monkeypatch.setattr(stream, "copy_piece", lambda *args: (done.append(1), copy_piece(*args)))
+    assert not convert_all(small, tmp_path / "out", 2, to="official")
+    assert contents(tmp_path / "out") == contents(small)
+    assert len(done) == len(tensors(SMALL)) - 10
+
+
+def spoil(file, how):
+    if how == "truncated":
+        os.truncate(file, 100)
+    elif how == "overwritten":
+        file.write_bytes(bytes(file.stat().st_size))
+    else:
+        file.unlink()
+
+
+@pytest.mark.parametrize("form", ["files", "checkpoint of a conversion", "checkpoint of a run"])
+@pytest.mark.parametrize("how", ["truncated", "removed", "overwritten"])
+def test_a_source_that_changes_while_it_is_verified_is_blamed(small, tmp_path, form, how, monkeypatch):
+    """Were it read through a memory map, this process would not survive it."""
+    source, out = tmp_path / "checkpoint", tmp_path / "out"
+    if form == "files":
+        source, file = small, small / files.SINGLE
+    elif form == "checkpoint of a conversion":
+        convert(small, source)
+        (file,) = (path for path in (source / "0/tree/params/lm_head.weight/c").rglob("*") if path.is_file())
+    else:
+        with Checkpoints(source, config=SMALL) as checkpoints:
+            checkpoints.save(1, params=nnx.split(MiniMaxM1(SMALL, rngs=nnx.Rngs(0)))[1])
+        data = [path for path in (source / "1/tree/params").rglob("d/*") if path.is_file()]
+        file = max(data, key=lambda path: path.stat().st_size)
+    verify, left = stream.verify_piece, [1]
+
+    def verify_after(*args):
+        left[0] -= 1
+        if left[0] == 0:
+            spoil(file, how)
+        return verify(*args)
+
+    monkeypatch.setattr(stream, "verify_piece", verify_after)
+    with pytest.raises(UserError, match=r"became shorter|cannot be read|changed while it was converted") as error:
+        convert(source, out, to="official", threads=1)
+    assert str(source) in str(error.value)
+    assert str(out) not in str(error.value)
+    assert not out.exists()
+
+
+def test_a_run_means_its_newest_checkpoint_and_its_tokenizer(tmp_path, capsys):
+    params = nnx.split(MiniMaxM1(SMALL, rngs=nnx.Rngs(0)))[1]
+    run = tmp_path / "run"
+    with pytest.raises(UserError, match="run"):
+        convert(run, tmp_path / "none")
+    for phase, step, values in (("sft", 7, params), ("rl", 6, jax.tree.map(lambda x: x + 1, params))):
+        with Checkpoints(run / "checkpoints" / phase, config=SMALL) as checkpoints:
+            checkpoints.save(step, params=values)
+    (run / "config.json").write_text(json.dumps({"command": "train rl", "model": str(tmp_path / "model")}))
+    Tokenizer.tiny().save(tmp_path / "model")
+    for number, within in enumerate(["", "checkpoints", "checkpoints/rl", "checkpoints/rl/6"]):
+        convert(run / within, tmp_path / str(number))
+        assert contents(tmp_path / str(number)) == contents(tmp_path / "0")
+        assert Tokenizer.from_dir(tmp_path / str(number)).eos_id == Tokenizer.tiny().eos_id
+        assert (tmp_path / str(number) / "generation_config.json").exists()
+    convert(run / "checkpoints/sft", tmp_path / "sft")
+    assert contents(tmp_path / "sft") != contents(tmp_path / "0")
+    (run / "checkpoints" / "empty").mkdir()
+    (tmp_path / "new" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(UserError, match="holds no checkpoints"):
+        convert(tmp_path / "new", tmp_path / "none")

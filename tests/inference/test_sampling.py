@@ -1,46 +1,96 @@
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from m1jax.inference import sample
+from m1jax.inference.sampling import sample
 
-LOGITS = jnp.log(jnp.array([0.5, 0.3, 0.15, 0.05]))
+LOGITS = jnp.log(jnp.array([0.3, 0.5, 0.05, 0.15]))
 ROWS = 20_000
 
 
+draw = jax.jit(sample)
+
+
+def drawn(logits, seed=0, temperature=1.0, top_p=1.0):
+    rows = len(logits)
+    keys = jax.random.split(jax.random.key(seed), rows)
+    return draw(logits, keys, temperature=jnp.full(rows, temperature), top_p=jnp.full(rows, top_p))
+
+
 def frequencies(**options):
-    keys = jax.random.split(jax.random.key(0), ROWS)
-    tokens, log_probs = sample(jnp.tile(LOGITS, (ROWS, 1)), keys, **options)
-    return np.bincount(tokens, minlength=4) / ROWS, np.asarray(tokens), np.asarray(log_probs)
+    found = drawn(jnp.tile(LOGITS, (ROWS, 1)), **options)
+    return np.bincount(found.tokens, minlength=4) / ROWS, found
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_distribution_and_log_probabilities(temperature):
-    expected = np.array([0.5, 0.3, 0.15, 0.05]) ** (1 / temperature)
+    expected = np.array([0.3, 0.5, 0.05, 0.15]) ** (1 / temperature)
     expected /= expected.sum()
-    found, tokens, log_probs = frequencies(temperature=temperature)
-    np.testing.assert_allclose(found, expected, atol=4 * np.sqrt(0.25 / ROWS))
-    np.testing.assert_allclose(log_probs, np.log(expected)[tokens], rtol=1e-5)
+    frequency, found = frequencies(temperature=temperature)
+    np.testing.assert_allclose(frequency, expected, atol=4 * np.sqrt(0.25 / ROWS))
+    np.testing.assert_allclose(found.logp, np.log(expected)[found.tokens], rtol=1e-5)
+    np.testing.assert_array_equal(found.nucleus_logp, found.logp)
 
 
-@pytest.mark.parametrize(("top_p", "kept"), [(0.4, 1), (0.79, 2), (0.81, 3), (1.0, 4)])
+@pytest.mark.parametrize(("top_p", "kept"), [(0.4, [1]), (0.79, [0, 1]), (0.81, [0, 1, 3]), (1.0, [0, 1, 2, 3])])
 def test_nucleus(top_p, kept):
-    expected = np.where(np.arange(4) < kept, [0.5, 0.3, 0.15, 0.05], 0)
-    found, tokens, log_probs = frequencies(temperature=1.0, top_p=top_p)
-    np.testing.assert_allclose(found, expected / expected.sum(), atol=4 * np.sqrt(0.25 / ROWS))
-    assert tokens.max() < kept
+    expected = np.where(np.isin(np.arange(4), kept), [0.3, 0.5, 0.05, 0.15], 0)
+    frequency, found = frequencies(top_p=top_p)
+    np.testing.assert_allclose(frequency, expected / expected.sum(), atol=4 * np.sqrt(0.25 / ROWS))
+    assert set(np.unique(found.tokens)) <= set(kept)
     # Those of the policy, not of the cut distribution: they are what training compares with.
-    np.testing.assert_allclose(log_probs, np.asarray(LOGITS)[tokens], rtol=1e-5)
+    np.testing.assert_allclose(found.logp, np.asarray(LOGITS)[found.tokens], rtol=1e-5)
+    np.testing.assert_allclose(np.exp(found.nucleus_logp), (expected / expected.sum())[found.tokens], rtol=1e-5)
+
+
+def sorted_nucleus(logits, u, top_p):
+    """The definition: sort (equal ones by index), cut, invert; float64."""
+    probs = np.asarray(jax.nn.softmax(logits), np.float64)
+    order = np.argsort(-probs, axis=-1, kind="stable")
+    ranked = np.take_along_axis(probs, order, -1)
+    before = np.cumsum(ranked, -1) - ranked
+    kept = np.where(before < top_p, ranked, 0)
+    rank = np.argmax(np.cumsum(kept, -1) > u[:, None] * kept.sum(-1, keepdims=True), -1)
+    return order[np.arange(len(rank)), rank], kept.sum(-1)
+
+
+@hypothesis.given(
+    st.integers(0, 1000), st.sampled_from([0.01, 0.3, 0.9, 0.95, 0.999]), st.sampled_from([0.0, 1.0, 8.0])
+)
+def test_nucleus_as_if_sorted(seed, top_p, spread):
+    """Spread 0: all tokens are equally probable, and the first of them are kept."""
+    logits = spread * jax.random.normal(jax.random.key(seed), (64, 293))
+    found = drawn(logits, seed, top_p=top_p)
+    u = np.asarray(jax.vmap(jax.random.uniform)(jax.random.split(jax.random.key(seed), 64)))
+    tokens, mass = sorted_nucleus(logits, u, np.float32(top_p))
+    np.testing.assert_allclose(np.exp(found.logp - found.nucleus_logp), mass, rtol=1e-4)
+    assert np.mean(np.asarray(found.tokens) != tokens) <= 1 / 64  # u may fall on a border to within rounding
 
 
 def test_temperature_zero_is_greedy():
-    found, _, log_probs = frequencies(temperature=0.0)
-    assert found[0] == 1
-    np.testing.assert_allclose(log_probs, np.log(0.5), rtol=1e-5)
+    frequency, found = frequencies(temperature=0.0, top_p=0.2)
+    assert frequency[1] == 1
+    np.testing.assert_allclose(found.logp, np.log(0.5), rtol=1e-5)
+    np.testing.assert_array_equal(found.nucleus_logp, found.logp)
 
 
-def test_impossible_tokens_are_never_drawn():
+@pytest.mark.parametrize("top_p", [1.0, 0.99999])
+def test_impossible_tokens_are_never_drawn(top_p):
     logits = jnp.array([[-jnp.inf, 0.0, -jnp.inf, 0.0, -jnp.inf]])
-    tokens, _ = sample(jnp.tile(logits, (ROWS, 1)), jax.random.split(jax.random.key(1), ROWS), temperature=1.0)
-    assert set(np.unique(tokens).tolist()) == {1, 3}
+    found = drawn(jnp.tile(logits, (ROWS, 1)), 1, top_p=top_p)
+    assert set(np.unique(found.tokens).tolist()) == {1, 3}
+
+
+def test_rows_do_not_depend_on_one_another():
+    logits = 3 * jax.random.normal(jax.random.key(0), (8, 300))
+    keys = jax.random.split(jax.random.key(1), 8)
+    temperature = jnp.array([0.0, 1.0, 0.5, 1.0, 2.0, 1.0, 0.0, 1.0])
+    top_p = jnp.array([0.9, 1.0, 0.9, 0.5, 1.0, 0.99, 1.0, 1.0])
+    together = draw(logits, keys, temperature=temperature, top_p=top_p)
+    for i in range(8):
+        same = np.full(8, i)
+        alone = draw(logits[same], keys[same], temperature=temperature[same], top_p=top_p[same])
+        assert jax.tree.map(lambda x: x[7].item(), alone) == jax.tree.map(lambda x, i=i: x[i].item(), together)

@@ -10,6 +10,8 @@ import pytest
 
 from m1jax.model import head
 from m1jax.sharding import make_mesh
+from pallas_kernels import target
+from pallas_kernels.vocabulary import chunks
 
 ROWS, TIME, WIDTH, WORDS = 2, 24, 64, 512
 TEMPERATURE = 0.7
@@ -21,7 +23,8 @@ TOLERANCES = {"gpu": 3e-3, "tpu": 4e-3}
 
 @pytest.fixture(params=["gpu", "tpu"])
 def on_matrix_units(request, monkeypatch):
-    monkeypatch.setattr(head, "target_platform", lambda: request.param)
+    monkeypatch.setattr(target, "target_platform", lambda: request.param)
+    monkeypatch.setattr(target, "device_kind", lambda: "an older one")
     jax.clear_caches()  # jit does not see which platform it is for
 
 
@@ -65,7 +68,7 @@ def check(results, truths):
         np.testing.assert_allclose(np.asarray(result, np.float64), truth, rtol=0, atol=1e-5)
     for result, truth in zip(results[2:], truths[2:], strict=True):
         error = np.asarray(result, np.float64) - truth
-        assert np.linalg.norm(error) <= TOLERANCES[head.target_platform()] * np.linalg.norm(truth)
+        assert np.linalg.norm(error) <= TOLERANCES[target.target_platform()] * np.linalg.norm(truth)
 
 
 @pytest.mark.usefixtures("on_matrix_units")
@@ -89,7 +92,7 @@ def test_chunks_change_nothing_and_bound_what_is_alive(monkeypatch):
     whole = ours(*arguments)
     limit = 20 * WORDS
     jax.clear_caches()
-    monkeypatch.setattr(head, "WIDE_CHUNK_ELEMENTS", limit)  # 48 tokens in three chunks
+    monkeypatch.setattr(chunks, "ELEMENTS", limit)  # 48 tokens in three chunks
     check(ours(*arguments), float64(*arguments))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-6), ours(*arguments), whole)
     shapes = re.findall(r"tensor<([\dx]+)x(?:f|bf)\d+>", ours.lower(*arguments).as_text())
@@ -107,8 +110,8 @@ def test_words_and_tokens_spread_over_a_mesh(spec):
 
 
 def test_float32_hidden_states_stay_float32(monkeypatch):
-    monkeypatch.setattr(head, "target_platform", lambda: "gpu")
     hidden, lm_head, targets, gradients = problem(1.0)
     jax.clear_caches()
+    monkeypatch.setattr(target, "target_platform", lambda: "gpu")
     program = ours.lower(hidden.astype(jnp.float32), lm_head, targets, gradients).as_text()
     assert "f16>" not in program

@@ -15,6 +15,7 @@ from flax import nnx
 
 from m1jax import MiniMaxM1, ModelConfig, cli, save_pretrained
 from m1jax.chat import Tokenizer
+from m1jax.disk import LOCK, Lock
 from m1jax.rl.tasks import get_task
 from m1jax.train.meter import MEASURED
 
@@ -38,7 +39,8 @@ SFT += ["--checkpoint-every", "1", "--warmup-steps", "2", *OPTIMIZER]
 PRETRAIN = ["--context", "32:3,64", "--steps", "6", "--batch-tokens", "1024", "--micro-batch-tokens", "512"]
 PRETRAIN += ["--log-every", "1", "--checkpoint-every", "1", "--warmup-steps", "2", *OPTIMIZER]
 RL = ["--iterations", "2", "--prompts", "8", "--samples", "4", "--updates", "2", "--rounds", "1", "--rows", "8"]
-RL += ["--max-prompt-tokens", "24", "--max-new-tokens", "8", "--row-length", "32", "--evaluate-rounds", "1", *OPTIMIZER]
+RL += ["--no-chat", "--max-prompt-tokens", "24", "--max-new-tokens", "8"]
+RL += ["--row-length", "32", "--evaluate-rounds", "1", *OPTIMIZER]
 
 
 def slow(kind):
@@ -55,6 +57,8 @@ def files(tmp_path_factory):
     problems = [task.problem("train", 0, i) for i in range(16)]
     pairs = [{"prompt": p.prompt, "answer": p.demonstration(bool(rng.integers(2)))} for p in problems]
     (home / "data.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    # So small a model is never right: what it writes must differ in something, or there is nothing to learn.
+    (home / "reward.py").write_text("def even(response): return sum(ord(letter) % 2 == 0 for letter in response) / 8\n")
     documents = [{"text": " ".join(pair["answer"] for pair in pairs[i:])} for i in range(16)]
     (home / "web.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
     return home
@@ -64,7 +68,7 @@ def command(files, kind, runs, name, *options):
     recipes = {
         "pretrain": ["--data", f"{files}/web.jsonl", *PRETRAIN],
         "sft": ["--data", f"{files}/data.jsonl", *SFT],
-        "rl": ["--task", "sums", *RL],
+        "rl": ["--task", "sums", "--reward", f"{files}/reward.py:even", *RL],
     }
     return [
         "train",
@@ -178,3 +182,16 @@ def test_what_a_mesh_cannot_shard_is_refused_at_the_start(files, tmp_path, capsy
             cli.main(command(files, "sft", tmp_path, "refused", "--mesh", mesh))
         assert says in capsys.readouterr().err
     assert not (tmp_path / "refused").exists()
+
+
+@pytest.mark.slow
+def test_a_folder_in_use_is_refused_by_all_processes(files, tmp_path):
+    (tmp_path / "sft").mkdir()
+    held = Lock(tmp_path / "sft")
+    process = launch(2, 1, command(files, "sft", tmp_path, "sft", "--mesh", "fsdp=2"))
+    output = process.communicate(timeout=200)[0]
+    assert process.returncode == 2, output
+    assert re.search(rf"sft is in use: process {os.getpid()} on ", output), output
+    assert "Traceback" not in output
+    assert [path.name for path in (tmp_path / "sft").iterdir()] == [LOCK]
+    del held

@@ -18,10 +18,11 @@ from m1jax.checkpoint import Checkpoints
 from m1jax.config import ModelConfig
 from m1jax.model import MiniMaxM1
 from m1jax.rl.trainer import rl_loss
+from m1jax.rl.types import RLBatch, stacked
 from m1jax.sharding import make_mesh, parameter_shardings, process_rows, rows_of_batch
 from m1jax.train import guards
+from m1jax.train.loop import supervised_loss
 from m1jax.train.optimizer import OptimizerConfig
-from m1jax.train.sft import supervised_loss
 from m1jax.train.step import init_state, make_train_step
 
 ROWS, LENGTH = 4, 16
@@ -40,17 +41,18 @@ CONFIG = ModelConfig(
 )
 
 
-def row(step: int, number: int) -> dict[str, np.ndarray]:
+def row(step: int, number: int) -> RLBatch:
     """One row of an update's batch: a pure function, so that no process needs the rows of another."""
     rng = np.random.default_rng([step, number])
-    return {
-        "tokens": rng.integers(0, CONFIG.vocab_size, LENGTH).astype(np.int32),
-        "targets": rng.integers(0, CONFIG.vocab_size, LENGTH).astype(np.int32),
-        "segment_ids": np.sort(rng.integers(0, 2, LENGTH)).astype(np.int32),
-        "weight": np.full(LENGTH, 1 / (ROWS * LENGTH), np.float32),
-        "advantage": rng.normal(size=LENGTH).astype(np.float32),
-        "old_logp": rng.normal(-3.0, 0.1, LENGTH).astype(np.float32),
-    }
+    return RLBatch(
+        tokens=rng.integers(0, CONFIG.vocab_size, LENGTH).astype(np.int32),
+        targets=rng.integers(0, CONFIG.vocab_size, LENGTH).astype(np.int32),
+        segment_ids=np.sort(rng.integers(0, 2, LENGTH)).astype(np.int32),
+        mask=np.ones(LENGTH, bool),
+        weight=np.full(LENGTH, 1 / (ROWS * LENGTH), np.float32),
+        advantage=rng.normal(size=LENGTH).astype(np.float32),
+        old_logp=rng.normal(-3.0, 0.1, LENGTH).astype(np.float32),
+    )
 
 
 def main(directory: Path, kind: str, spec: str, steps: int, seconds: float = 0.0) -> None:
@@ -76,9 +78,10 @@ def main(directory: Path, kind: str, spec: str, steps: int, seconds: float = 0.0
         for step in range(start + 1, steps + 1):
             begun = time.monotonic()
             rows = [row(step, number) for number in mine]
-            local = {name: np.stack([r[name] for r in rows])[None] for name in rows[0]}
-            state, stats = step_fn(state, rows_of_batch(local, ROWS, mesh), 1)
-            losses.append(float(stats["loss"]))
+            local = stacked(rows).map(lambda x: x[None])
+            batch = RLBatch(**rows_of_batch(local.fields(), ROWS, mesh))
+            state, report = step_fn(state, batch, count=1)
+            losses.append(float(report.loss))
             print(f"update {step} loss {losses[-1]:.6f}", flush=True)
             time.sleep(max(0.0, begun + seconds - time.monotonic()))
             leaving = stop.requested()

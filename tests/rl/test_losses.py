@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from m1jax.rl.losses import cispo_loss, prompt_mean_weights
+from m1jax.rl.aggregation import prompt_mean
+from m1jax.rl.losses import cispo_loss
+from m1jax.train.statistics import merge, on_host, values
 
 B, T = 6, 9
 PROMPTS = np.array([0, 0, 1, 1, 1, 2])
@@ -19,6 +21,14 @@ def batch():
     lengths = np.array([9, 3, 5, 1, 9, 4])
     mask = np.arange(T) < lengths[:, None]
     return logp, old_logp, rng.normal(size=B), mask
+
+
+def arrays(batch, prompts=PROMPTS):
+    """(logp, old_logp, advantage, mask, weight) as the loss takes them."""
+    logp, old_logp, advantage, mask = batch
+    weight = mask * prompt_mean(mask.sum(axis=1), prompts)[:, None]
+    rest = (old_logp, np.broadcast_to(advantage[:, None], mask.shape), mask, weight)
+    return tuple(jnp.asarray(x) for x in (logp, *rest))
 
 
 def oracle(logp, old_logp, advantage, mask, prompts, max_weight, min_weight=0.0):
@@ -38,69 +48,72 @@ def oracle(logp, old_logp, advantage, mask, prompts, max_weight, min_weight=0.0)
 
 @pytest.mark.parametrize("bounds", [(0.0, 3.0), (0.0, 1.2), (0.5, 1.5)])
 def test_value_and_gradient(batch, bounds):
-    logp, old_logp, advantage, mask = batch
+    logp, *rest = arrays(batch)
 
     def loss(logp):
-        return cispo_loss(
-            logp,
-            *(jnp.asarray(x) for x in (old_logp, advantage, mask)),
-            max_weight=bounds[1],
-            min_weight=bounds[0],
-            prompt_ids=jnp.asarray(PROMPTS),
-        )
+        return cispo_loss(logp, *rest, max_weight=bounds[1], min_weight=bounds[0])
 
-    (value, stats), grad = jax.value_and_grad(loss, has_aux=True)(jnp.asarray(logp, jnp.float32))
+    (value, stats), grad = jax.value_and_grad(loss, has_aux=True)(logp)
     expected, expected_grad = oracle(*batch, prompts=PROMPTS, max_weight=bounds[1], min_weight=bounds[0])
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     # Equal to the oracle's means: no gradient through the weight, and none missing at a clipped token.
     np.testing.assert_allclose(grad, expected_grad, rtol=1e-5, atol=1e-9)
+    mask, weights = batch[3], np.asarray(rest[3])
     assert (np.asarray(grad)[mask] != 0).all()
-    ratio = np.exp(logp - old_logp)
-    weights = np.asarray(prompt_mean_weights(jnp.asarray(mask), jnp.asarray(PROMPTS)))
+    ratio = np.exp(batch[0] - batch[1])
+    stats = values(on_host(stats))
     np.testing.assert_allclose(
         stats["clipped"], (weights * ((ratio > bounds[1]) | (ratio < bounds[0]))).sum(), rtol=1e-5
     )
     np.testing.assert_allclose(stats["ratio_max"], ratio[mask].max(), rtol=1e-5)
+    np.testing.assert_allclose(stats["gap_max"], np.abs(np.log(ratio[mask])).max(), rtol=1e-5)
     np.testing.assert_allclose(stats["kl_k3"], (weights * (ratio - 1 - np.log(ratio))).sum(), rtol=1e-4)
 
 
 def test_one_prompt_is_a_token_mean(batch):
-    logp, old_logp, advantage, mask = (jnp.asarray(x) for x in batch)
-    loss, _ = cispo_loss(logp, old_logp, advantage, mask, max_weight=2.0)
-    np.testing.assert_allclose(loss, oracle(*batch, prompts=np.zeros(B), max_weight=2.0)[0], rtol=1e-5)
+    prompts = np.zeros(B)
+    loss, _ = cispo_loss(*arrays(batch, prompts), max_weight=2.0)
+    np.testing.assert_allclose(loss, oracle(*batch, prompts=prompts, max_weight=2.0)[0], rtol=1e-5)
 
 
 def test_on_policy_gradient_is_reinforce(batch):
-    logp, _, advantage, mask = (jnp.asarray(x, jnp.float32) for x in batch)
-    mask = mask.astype(bool)
-    grad = jax.grad(lambda x: cispo_loss(x, logp, advantage, mask, max_weight=5.0)[0])(logp)
-    np.testing.assert_allclose(grad, -advantage[:, None] * mask / mask.sum(), rtol=1e-6)
+    logp, _, advantage, mask, weight = arrays(batch, np.zeros(B))
+    grad = jax.grad(lambda x: cispo_loss(x, logp, advantage, mask, weight, max_weight=5.0)[0])(logp)
+    np.testing.assert_allclose(grad, -advantage * mask / mask.sum(), rtol=1e-6)
 
 
 def test_garbage_outside_the_mask_has_no_influence(batch):
-    logp, old_logp, advantage, mask = (jnp.asarray(x) for x in batch)
-    clean = jax.value_and_grad(lambda x: cispo_loss(x, old_logp, advantage, mask, max_weight=2.0), has_aux=True)
-    spoiled = jnp.where(mask, old_logp, jnp.nan)
-    dirty = jax.value_and_grad(lambda x: cispo_loss(x, spoiled, advantage, mask, max_weight=2.0), has_aux=True)
-    jax.tree.map(np.testing.assert_array_equal, clean(jnp.where(mask, logp, 0)), dirty(jnp.where(mask, logp, jnp.nan)))
+    logp, old_logp, advantage, mask, weight = arrays(batch)
+
+    def run(outside):
+        def spoilt(x):
+            return jnp.where(mask, x, outside)
+
+        rest = (spoilt(old_logp), spoilt(advantage), mask, spoilt(weight))
+        return jax.value_and_grad(lambda x: cispo_loss(x, *rest, max_weight=2.0), has_aux=True)(spoilt(logp))
+
+    jax.tree.map(np.testing.assert_array_equal, run(0.0), run(jnp.nan))
 
 
-def test_precomputed_weights_add_up_over_parts(batch):
-    logp, old_logp, advantage, mask = (jnp.asarray(x) for x in batch)
-    whole, stats = cispo_loss(logp, old_logp, advantage, mask, max_weight=2.0, prompt_ids=jnp.asarray(PROMPTS))
-    weights = prompt_mean_weights(mask, jnp.asarray(PROMPTS))
+def test_parts_add_up(batch):
+    """Loss and statistics of a batch are those of its pieces, merged; in float32, weights from the whole."""
+    whole, stats = cispo_loss(*arrays(batch), max_weight=2.0)
     parts = [
-        cispo_loss(logp[s], old_logp[s], advantage[s], mask[s], max_weight=2.0, weights=weights[s])
-        for s in (slice(0, 1), slice(1, 4), slice(4, 6))
+        cispo_loss(*(x[rows] for x in arrays(batch)), max_weight=2.0)
+        for rows in (slice(0, 1), slice(1, 4), slice(4, 6))
     ]
     np.testing.assert_allclose(sum(p[0] for p in parts), whole, rtol=1e-6)
-    np.testing.assert_allclose(sum(p[1]["clipped"] for p in parts), stats["clipped"], rtol=1e-6)
-    with pytest.raises(ValueError, match="not both"):
-        cispo_loss(logp, old_logp, advantage, mask, max_weight=2.0, weights=weights, prompt_ids=jnp.asarray(PROMPTS))
+    merged, want = values(on_host(merge(p[1] for p in parts))), values(on_host(stats))
+    assert merged.keys() == want.keys()
+    for name, value in want.items():
+        np.testing.assert_allclose(merged[name], value, rtol=1e-6, err_msg=name)
 
 
-def test_a_prompt_without_tokens_does_not_count():
-    mask = jnp.array([[True, True], [False, False]])
-    weights = prompt_mean_weights(mask, jnp.array([0, 1]))
-    np.testing.assert_array_equal(weights, [[0.5, 0.5], [0, 0]])
-    np.testing.assert_array_equal(prompt_mean_weights(jnp.zeros((2, 3), bool)), np.zeros((2, 3)))
+def test_a_small_gap_is_measured():
+    """At ratios near one, r - 1 - log r is smaller than the rounding of r."""
+    gap = np.float32(1e-4)
+    one = jnp.ones((1, 1))
+    _, stats = cispo_loss(one * gap, one * 0, one, one > 0, one, max_weight=2.0)
+    stats = values(on_host(stats))
+    assert stats["kl_k3"] == pytest.approx(np.expm1(1e-4) - 1e-4, rel=1e-2)
+    assert stats["gap_max"] == pytest.approx(1e-4, rel=1e-6)

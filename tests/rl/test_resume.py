@@ -70,8 +70,8 @@ def test_the_undisturbed_run(undisturbed):
     assert all("heldout_reward" in rl[i] for i in (0, 2, 4))
     assert sum(r["updates"] for r in rl[1:]) > 4, "too few groups with a difference for this test to mean anything"
     # At the first update the policy is still the one that generated: log-probabilities of prefill + decode and of
-    # packed training agree.
-    assert all(r["sampler_gap"] < 1e-8 for r in rl[1:] if r["updates"])
+    # packed training agree, at the worst token.
+    assert all(0 < r["sampler_gap"] < 1e-4 for r in rl[1:] if r["updates"])
     assert (undisturbed / "samples_before.md").exists()
     assert (undisturbed / "samples_after.md").exists()
     assert list((undisturbed / "tensorboard").iterdir())

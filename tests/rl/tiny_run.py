@@ -15,8 +15,11 @@ from flax import nnx
 from m1jax import MiniMaxM1, ModelConfig, save_pretrained
 from m1jax.chat import Tokenizer
 from m1jax.checkpoint import Checkpoints
-from m1jax.rl.tasks import get_task
-from m1jax.rl.trainer import RLRecipe, Trainer
+from m1jax.rl.recipe import EvaluationRecipe, GenerationRecipe, RewardRecipe, RLRecipe, UpdateRecipe
+from m1jax.rl.rewards import Verdict
+from m1jax.rl.tasks import Problem, get_task
+from m1jax.rl.trainer import Trainer
+from m1jax.rl.types import Episode
 from m1jax.train.metrics import MetricsLog
 from m1jax.train.optimizer import OptimizerConfig
 from m1jax.train.run import Run
@@ -44,24 +47,21 @@ SFT = SFTRecipe(
     checkpoint_every=4,
     log_every=3,
 )
-# The format alone is rewarded often enough to give every batch some advantages; 3 does not divide 4 updates, so that
-# checkpoints fall into the middle of generation batches.
+# 3 does not divide 4 updates, so that checkpoints fall into the middle of generation batches.
 RL = RLRecipe(
     optimizer=OptimizerConfig(learning_rate=1e-2),
+    generation=GenerationRecipe(prompts=4, samples=4, rounds=2, max_prompt_tokens=24, max_new_tokens=16, chat=False),
+    reward=RewardRecipe(overlong_buffer=8),
+    update=UpdateRecipe(updates=4, row_length=40, rows=4),
+    evaluation=EvaluationRecipe(evaluate_every=2, evaluate_rounds=1),
     iterations=4,
-    prompts=4,
-    samples=4,
-    updates=4,
-    rounds=2,
-    max_prompt_tokens=24,
-    max_new_tokens=16,
-    row_length=40,
-    rows=4,
-    overlong_buffer=8,
-    evaluate_every=2,
-    evaluate_rounds=1,
     checkpoint_every=3,
 )
+
+
+def judge(problem: Problem, episode: Episode) -> Verdict:
+    """The share of even bytes, so that every batch has some advantages: so small a model is never right."""
+    return Verdict(float(np.mean(episode.tokens % 2 == 0)), 0.0, False)
 
 
 def train(directory: Path) -> MiniMaxM1:
@@ -74,7 +74,7 @@ def train(directory: Path) -> MiniMaxM1:
 
     run = Run(directory, {"sft": SFT, "rl": RL})
     model = sft(run, MiniMaxM1(CONFIG, rngs=nnx.Rngs(0)), pair, SFT)
-    model = Trainer(run, model, task, tokenizer, RL, seed=0).train()
+    model = Trainer(run, model, task, tokenizer, RL, seed=0, judge=judge).train()
     run.log.close()
     return model
 

@@ -22,7 +22,7 @@ from m1jax.train.files import open_records
 def test_reads_texts_and_numbers(tmp_path):
     file = tmp_path / "p.jsonl"
     file.write_text('{"prompt": "1+1=", "answer": 2}\n\n{"prompt": "é\u2028", "answer": "x", "id": 7}\n')
-    assert read_problems(file, Tokenizer.tiny(), 9) == [("1+1=", "2"), ("é\u2028", "x")]
+    assert read_problems(file, Tokenizer.tiny().encode, 9) == [("1+1=", "2"), ("é\u2028", "x")]
 
 
 @pytest.mark.parametrize(
@@ -45,20 +45,20 @@ def test_a_malformed_line_is_named(tmp_path, line, message):
     file = tmp_path / "p.jsonl"
     file.write_bytes(b'{"prompt": "a", "answer": "b"}\n' + line + b"\n")
     with pytest.raises(UserError, match="p.jsonl, " + message.replace("[", r"\[")):
-        read_problems(file, Tokenizer.tiny(), 9)
+        read_problems(file, Tokenizer.tiny().encode, 9)
 
 
 def test_missing_and_empty_files(tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
-        read_problems(tmp_path / "none.jsonl", Tokenizer.tiny(), 9)
+        read_problems(tmp_path / "none.jsonl", Tokenizer.tiny().encode, 9)
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(UserError, match="no lines"):
-        read_problems(tmp_path / "empty.jsonl", Tokenizer.tiny(), 9)
+        read_problems(tmp_path / "empty.jsonl", Tokenizer.tiny().encode, 9)
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path):
     (tmp_path / "p.jsonl").write_bytes(b"\xef\xbb\xbf" + b'{"prompt": "a", "answer": "b"}\r\n')
-    assert read_problems(tmp_path / "p.jsonl", Tokenizer.tiny(), 9) == [("a", "b")]
+    assert read_problems(tmp_path / "p.jsonl", Tokenizer.tiny().encode, 9) == [("a", "b")]
     (tmp_path / "t.txt").write_bytes(b"\xef\xbb\xbfhi")
     assert [record["text"] for record in open_records(tmp_path / "t.txt", "text")] == ["hi"]
 
@@ -66,14 +66,14 @@ def test_a_byte_order_mark_is_no_text(tmp_path):
 def test_compressed_lines(tmp_path):
     lines = b'{"prompt": "a", "answer": "b"}\n\n{"prompt": "c", "answer": "d"}\n'
     (tmp_path / "p.jsonl.gz").write_bytes(gzip.compress(lines))
-    assert read_problems(tmp_path / "p.jsonl.gz", Tokenizer.tiny(), 9) == [("a", "b"), ("c", "d")]
+    assert read_problems(tmp_path / "p.jsonl.gz", Tokenizer.tiny().encode, 9) == [("a", "b"), ("c", "d")]
     (tmp_path / "p.jsonl.gz").write_bytes(gzip.compress(lines + b"["))
     with pytest.raises(UserError, match=r"p\.jsonl\.gz, line 4, column 2: not JSON"):
-        read_problems(tmp_path / "p.jsonl.gz", Tokenizer.tiny(), 9)
+        read_problems(tmp_path / "p.jsonl.gz", Tokenizer.tiny().encode, 9)
     for damage in (lambda whole: whole[:-9], lambda whole: whole[:20] + b"?" + whole[21:], lambda whole: lines):
         (tmp_path / "p.jsonl.gz").write_bytes(damage(gzip.compress(lines)))
         with pytest.raises(UserError, match=r"p\.jsonl\.gz: not a whole gzip file"):
-            read_problems(tmp_path / "p.jsonl.gz", Tokenizer.tiny(), 9)
+            read_problems(tmp_path / "p.jsonl.gz", Tokenizer.tiny().encode, 9)
 
 
 def write_parquet(path, rows, **options):
@@ -92,25 +92,25 @@ def test_parquet_is_read_as_the_same_lines(tmp_path):
     want, got = (Conversations(tmp_path / name, Tokenizer.tiny(), 5000) for name in ("c.jsonl", "c.parquet"))
     assert len(got) == len(want) == len(rows)
     for index in (0, 1, 2, 299, 300, 1023, 1024, 1025, 2099):
-        assert got[index]["tokens"].tolist() == want[index]["tokens"].tolist()
-        assert got[index]["weight"].tolist() == want[index]["weight"].tolist()
+        assert got[index].tokens.tolist() == want[index].tokens.tolist()
+        assert got[index].mask.tolist() == want[index].mask.tolist()
 
 
 def test_rows_of_parquet_are_named(tmp_path):
     path = tmp_path / "p.parquet"
     write_parquet(path, [{"prompt": "a", "answer": 1}, {"prompt": "a", "answer": None}])
     with pytest.raises(UserError, match=r"p\.parquet, row 2: no 'answer'"):
-        read_problems(path, Tokenizer.tiny(), 9)
+        read_problems(path, Tokenizer.tiny().encode, 9)
     with pytest.raises(UserError, match=r'p\.parquet: its columns are prompt, answer; expected \{"text"'):
         Documents(path, Tokenizer.tiny())
     whole = path.read_bytes()
     for damaged in (b"", whole[:-20], whole[:-8] + b"????PAR1", b'{"prompt": "a"}' * 9):
         path.write_bytes(damaged)
         with pytest.raises(UserError, match=r"p\.parquet: not a whole Parquet file"):
-            read_problems(path, Tokenizer.tiny(), 9)
+            read_problems(path, Tokenizer.tiny().encode, 9)
     path.unlink()
     with pytest.raises(UserError, match=r"p\.parquet: cannot be read"):
-        read_problems(path, Tokenizer.tiny(), 9)
+        read_problems(path, Tokenizer.tiny().encode, 9)
 
 
 def test_parquet_needs_a_library(tmp_path, monkeypatch):
@@ -132,7 +132,7 @@ def test_plain_text_is_cut_at_the_ends_of_lines(tmp_path):
     first = pieces[1].split()[1]  # lines count from 1, their contents from 0
     assert records.where(1) == f"{tmp_path}/book.txt, line {int(first) + 1}"
     assert [record["text"] for record in open_records(tmp_path / "book.md.gz", "text")] == pieces
-    tokens = Documents(tmp_path / "book.txt", Tokenizer.tiny())[1]["tokens"]
+    tokens = Documents(tmp_path / "book.txt", Tokenizer.tiny())[1].tokens
     assert Tokenizer.tiny().decode(tokens) == "<begin_of_document>" + pieces[1]
 
 
@@ -149,7 +149,7 @@ def test_lengths_of_plain_text(tmp_path, content, lengths):
 def test_plain_text_has_no_prompts(tmp_path):
     (tmp_path / "t.txt").write_text("hello\n")
     with pytest.raises(UserError, match=r"t\.txt, line 1: no 'prompt' and no 'answer'; expected"):
-        read_problems(tmp_path / "t.txt", Tokenizer.tiny(), 9)
+        read_problems(tmp_path / "t.txt", Tokenizer.tiny().encode, 9)
     (tmp_path / "t.txt").write_bytes(b"caf\xe9\n")
     with pytest.raises(UserError, match=r"t\.txt, line 1: not UTF-8"):
         Documents(tmp_path / "t.txt", Tokenizer.tiny())
@@ -163,9 +163,9 @@ def test_only_what_the_assistant_writes_is_learned(tmp_path):
     messages = [{"role": "user", "content": "two?"}, {"role": "assistant", "content": "2"}] * 2
     file.write_text(json.dumps({"messages": messages}) + '\n{"prompt": "a", "answer": "bc"}\n')
     chat, pair = Conversations(file, tokenizer, 500)
-    learned = chat["targets"][chat["weight"] > 0]
+    learned = chat.targets[chat.mask]
     assert tokenizer.decode(learned) == "2<end_of_sentence>2<end_of_sentence>"
-    assert tokenizer.decode(pair["targets"][pair["weight"] > 0]) == "bc<end_of_sentence>"
+    assert tokenizer.decode(pair.targets[pair.mask]) == "bc<end_of_sentence>"
 
 
 @pytest.mark.parametrize(

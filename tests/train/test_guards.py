@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from m1jax.errors import UserError
-from m1jax.train import guards
+from m1jax.train import guards, packing
 
-BATCH = {"tokens": np.arange(6).reshape(2, 3)}
+BATCH = packing.micro_batches(packing.pack([packing.example([1, 2], [3, 4])], 3), 1)
 
 
 @pytest.mark.parametrize(("loss", "gradient"), [(np.nan, 1.0), (1.0, np.inf), (-np.inf, np.nan)])
@@ -34,7 +34,7 @@ def test_stop_keeps_the_batch(tmp_path):
     assert not guard.check(1, 0.0, BATCH, {"loss": 1.0})
     with pytest.raises(UserError, match=r"update 2.*not finite \(loss nan\).*step-2\.npz"):
         guard.check(2, 1.0, BATCH, {"loss": np.nan})
-    np.testing.assert_array_equal(np.load(tmp_path / "nonfinite/step-2.npz")["tokens"], BATCH["tokens"])
+    np.testing.assert_array_equal(np.load(tmp_path / "nonfinite/step-2.npz")["tokens"], BATCH.tokens)
     assert np.isnan(json.loads((tmp_path / "nonfinite/step-2.json").read_text())["loss"])
 
 

@@ -158,7 +158,7 @@ def test_a_full_disk_is_told_with_the_file(run, where, monkeypatch, recwarn):
 
     with monkeypatch.context() as patch:
         patch.setattr("os.fsync", full)
-        with pytest.raises(UserError, match=rf"{where}: the disk is full"):
+        with pytest.raises(UserError, match=rf"{where}.*: the disk is full"):
             log.append("rl", 4, {"reward": 1.0})
     log.close()
     assert not recwarn.list  # no thread died of it

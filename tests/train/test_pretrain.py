@@ -12,7 +12,7 @@ from flax import nnx
 from m1jax import MiniMaxM1, ModelConfig, cli, from_pretrained, save_pretrained
 from m1jax.chat import Tokenizer
 from m1jax.errors import STOPPED, UserError
-from m1jax.train import placement
+from m1jax.train import packing, placement
 from m1jax.train.guards import StopRequests
 from m1jax.train.meter import MEASURED
 from m1jax.train.pretrain import PretrainRecipe, Rows
@@ -36,7 +36,7 @@ CONFIG = ModelConfig(
 def document(number):
     """Of 3 ... 21 tokens, which say where they come from."""
     tokens = np.arange(4 + (5 * number) % 19, dtype=np.int32) + 100 * np.int32(number)
-    return {"tokens": tokens[:-1], "targets": tokens[1:], "weight": np.ones(len(tokens) - 1, np.float32)}
+    return packing.masked(tokens, np.ones(len(tokens), bool))
 
 
 def rows(share, monkeypatch, **recipe):
@@ -50,12 +50,13 @@ def test_rows_are_full_and_whole(monkeypatch):
     stream = rows((0, 1), monkeypatch)
     for length in (8, 8, 16, 16, 16, 16):
         batch = next(stream)
-        assert batch["tokens"].shape == (2, 32 // length, length)
-        assert (batch["segment_ids"] != PADDING).all()
-        np.testing.assert_array_equal(batch["targets"], batch["tokens"] + 1)  # within one document, always
-        inside = np.diff(batch["segment_ids"], axis=2) == 0
-        assert (np.diff(batch["tokens"], axis=2)[inside] == 1).all()
-        assert (np.diff(batch["tokens"], axis=2)[~inside] != 1).all()
+        assert batch.tokens.shape == (2, 32 // length, length)
+        assert (batch.segment_ids != PADDING).all()
+        assert batch.mask.all()
+        np.testing.assert_array_equal(batch.targets, batch.tokens + 1)  # within one document, always
+        inside = np.diff(batch.segment_ids, axis=2) == 0
+        assert (np.diff(batch.tokens, axis=2)[inside] == 1).all()
+        assert (np.diff(batch.tokens, axis=2)[~inside] != 1).all()
     stream.close()
 
 
@@ -68,8 +69,9 @@ def test_rows_do_not_depend_on_who_reads_them(monkeypatch):
     whole = rows((0, 1), monkeypatch)
     for first, second in zip(*halves):
         batch = next(whole)
-        for name, value in batch.items():
-            np.testing.assert_array_equal(value, np.concatenate([first[name], second[name]], axis=1))
+        for name, value in batch.fields().items():
+            parts = [getattr(half, name) for half in (first, second)]
+            np.testing.assert_array_equal(value, np.concatenate(parts, axis=1))
     whole.close()
 
 
@@ -86,9 +88,9 @@ def test_the_place_can_be_kept(monkeypatch, stop):
     want = next(stream)
     monkeypatch.setattr(placement, "share_of_rows", lambda: (1, 2))
     got = next(again)
-    half = want["tokens"].shape[1] // 2
-    for name in want:
-        np.testing.assert_array_equal(got[name], want[name][:, half:])
+    half = want.tokens.shape[1] // 2
+    for name, value in want.fields().items():
+        np.testing.assert_array_equal(getattr(got, name), value[:, half:])
     stream.close()
     again.close()
 
@@ -101,6 +103,7 @@ def test_the_place_can_be_kept(monkeypatch, stop):
         (dict(context="8:7,16"), "need more than steps = 6"),
         (dict(context="12"), "a context of 12 does not divide micro_batch_tokens = 32"),
         (dict(batch_tokens=48), "does not divide batch_tokens = 48"),
+        (dict(context="16:2,8"), "context '16:2,8' shrinks"),
     ],
 )
 def test_wrong_stages(monkeypatch, wrong, says):

@@ -5,7 +5,7 @@ from m1jax.rl.tasks.base import Mixture, Problem, Split, Task, split_response
 from m1jax.rl.tasks.board import BoardMoves
 from m1jax.rl.tasks.reasoning_gym import ReasoningGym
 from m1jax.rl.tasks.sums import DigitSums
-from m1jax.rl.tasks.user import UserProblems
+from m1jax.rl.tasks.user import ProblemFile, UserProblems
 
 BUILT_IN = {"sums": DigitSums, "board": BoardMoves}
 
@@ -26,6 +26,7 @@ __all__ = [
     "DigitSums",
     "Mixture",
     "Problem",
+    "ProblemFile",
     "ReasoningGym",
     "Split",
     "Task",

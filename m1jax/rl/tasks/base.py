@@ -1,12 +1,17 @@
 """What a verifiable task is: problems made from seeds, and the form of a response."""
 
 import dataclasses
+import math
 import re
 import zlib
+from collections import Counter
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Literal, Protocol
 
 import numpy as np
+
+from m1jax.errors import UserError
 
 Split = Literal["train", "heldout"]
 
@@ -24,6 +29,11 @@ class Problem:
     thinking: str | None = None
     """a correct chain of thought, where the task knows one"""
     family: str = ""
+    """what its accuracy is counted under, together with many others"""
+    id: str = ""
+    """which one it is within its task, where the task must find it again"""
+    source: str = ""
+    """name of the task it is from, in a mixture of several"""
 
     def demonstration(self, think: bool) -> str:
         """A correct response, with its chain of thought or straight away."""
@@ -48,8 +58,7 @@ class Family:
     """A generated family: a subclass draws problems, this class keeps train and held-out apart.
 
     The split is decided by a hash of the prompt, not by the seed alone: small families repeat themselves, and a
-        held-out problem
-    must never have been trained on.
+    held-out problem must never have been trained on.
     """
 
     name = ""
@@ -69,19 +78,54 @@ class Family:
         return answer.strip() == problem.answer
 
 
+class Turns:
+    """Whose turn it is among several sources of which each is to come up in proportion to its weight.
+
+    The order repeats itself after as few turns as make the proportions whole, and is spread evenly within.
+    """
+
+    def __init__(self, weights: Sequence[float]):
+        smallest = min(weights)
+        shares = [Fraction(weight / smallest).limit_denominator(100) for weight in weights]
+        whole = math.lcm(*(share.denominator for share in shares))
+        self._counts = [int(share * whole) for share in shares]
+        # Occurrence i of n stands at (i + 1/2) / n of the way; equals in the order of the sources.
+        places = [((i + 0.5) / n, source) for source, n in enumerate(self._counts) for i in range(n)]
+        self._order = [source for _, source in sorted(places)]
+        seen: Counter[int] = Counter()
+        self._before = []
+        for source in self._order:
+            self._before.append(seen[source])
+            seen[source] += 1
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        """(which source, how often it has come up before) at a turn."""
+        lap, place = divmod(index, len(self._order))
+        source = self._order[place]
+        return source, lap * self._counts[source] + self._before[place]
+
+
 class Mixture:
-    """Several tasks in turn."""
+    """Several tasks in turn.
+
+    Raises:
+        UserError: the same task twice.
+    """
 
     def __init__(self, tasks: Sequence[Task]):
-        self.tasks = {task.name: task for task in tasks}
-        self.name = "+".join(self.tasks)
+        self.name = "+".join(task.name for task in tasks)
+        self._tasks = {task.name: task for task in tasks}
+        if len(self._tasks) < len(tasks):
+            raise UserError(f"task {self.name!r} names one task twice")
+        self._turns = Turns([1.0] * len(tasks))
 
     def problem(self, split: Split, seed: int, index: int) -> Problem:
-        turn = list(self.tasks.values())
-        return turn[index % len(turn)].problem(split, seed, index // len(turn))
+        source, number = self._turns[index]
+        task = list(self._tasks.values())[source]
+        return dataclasses.replace(task.problem(split, seed, number), source=task.name)
 
     def correct(self, problem: Problem, answer: str) -> bool:
-        return self.tasks[problem.family].correct(problem, answer)
+        return self._tasks[problem.source].correct(problem, answer)
 
 
 def split_response(text: str) -> tuple[str, str] | None:

@@ -12,7 +12,7 @@ class ReasoningGym:
     """One family by its name there, e.g. `chain_sum`; a response is right where the family's score reaches 0.99.
 
     Raises:
-        UserError: the extra is not installed, or there is no family of this name.
+        UserError: the extra is not installed, there is no family of this name, or it cannot be constructed.
     """
 
     def __init__(self, family: str):
@@ -31,7 +31,10 @@ class ReasoningGym:
                 f"the nearest are {', '.join(near)}"
             )
         self.name = family
-        self._scorer = self._dataset(0)
+        try:
+            self._scorer = self._dataset(0)
+        except Exception as error:  # its generators are many people's work
+            raise UserError(f"task {family!r}: reasoning-gym cannot make problems of this family ({error})") from error
 
     def _dataset(self, seed: int) -> Any:
         return self._gym.create_dataset(self.name, size=1, seed=seed)
@@ -40,8 +43,8 @@ class ReasoningGym:
         # Odd seeds are held out: their generators share no problem by construction, only (rarely) by chance.
         number = 2 * (seed * 1_000_003 + index) + (split == "heldout")
         entry = self._dataset(number)[0]
-        return Problem(entry["question"], str(entry["answer"]), None, f"{self.name}:{number}")
+        return Problem(entry["question"], str(entry["answer"]), family=self.name, id=str(number))
 
     def correct(self, problem: Problem, answer: str) -> bool:
-        entry = self._dataset(int(problem.family.rpartition(":")[2]))[0]
+        entry = self._dataset(int(problem.id))[0]
         return self._scorer.score_answer(answer=answer, entry=entry) >= 0.99

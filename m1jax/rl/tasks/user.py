@@ -2,44 +2,69 @@
 
 import zlib
 from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from m1jax.errors import UserError
 from m1jax.rl.math_judge import MathJudge
-from m1jax.rl.tasks.base import HELDOUT_SHARE, Problem, Split
+from m1jax.rl.tasks.base import HELDOUT_SHARE, Problem, Split, Turns
+
+
+class ProblemFile(NamedTuple):
+    """Problems from one file."""
+
+    path: str
+    pairs: Sequence[tuple[str, str]]
+    """(prompt, answer)"""
+    weight: float = 1.0
+    """how many problems are taken from it, in proportion to the other files' weights"""
 
 
 class UserProblems:
-    """Problems from a file, visited in an order shuffled anew for every pass.
+    """Problems from files, each gone through in an order shuffled anew for every pass.
 
-    About one in eight (by a hash of the prompt) is held out for evaluation and never trained on.
+    About one different prompt in eight (by a hash of it) is held out for evaluation and never trained on, whichever
+    files it is in.
 
-    Args:
-        pairs: (prompt, answer), at least two different prompts.
-        name: shown in messages, e.g. the path.
+    Raises:
+        UserError: fewer than two different prompts, or a file whose prompts are all held out.
     """
 
-    def __init__(self, pairs: Sequence[tuple[str, str]], name: str):
-        self.name = name
-        problems = {prompt: Problem(prompt, answer, None, name) for prompt, answer in pairs}
-        if len(problems) < 2:
-            raise UserError(f"{name}: {len(problems)} different prompts; at least 2 are needed (one is held out)")
+    def __init__(self, files: Sequence[ProblemFile]):
+        self.name = "+".join(file.path for file in files)
+        prompts = {prompt for file in files for prompt, _ in file.pairs}
+        if len(prompts) < 2:
+            raise UserError(f"{self.name}: {len(prompts)} different prompts; at least 2 are needed (one is held out)")
         # The smallest hash is always held out, so that a short file has a held-out problem too.
-        ranked = sorted(problems.values(), key=lambda p: (zlib.crc32(p.prompt.encode()), p.prompt))
-        heldout = max(1, len(ranked) // HELDOUT_SHARE)
-        self._splits = {"heldout": ranked[:heldout], "train": ranked[heldout:]}
+        ranked = sorted(prompts, key=lambda prompt: (zlib.crc32(prompt.encode()), prompt))
+        rank = {prompt: number for number, prompt in enumerate(ranked)}
+        last = max(1, len(ranked) // HELDOUT_SHARE)
+        heldout: dict[str, Problem] = {}
+        self._train: list[list[Problem]] = []
+        for file in files:
+            problems = {prompt: Problem(prompt, answer, family=Path(file.path).stem) for prompt, answer in file.pairs}
+            ordered = sorted(problems.values(), key=lambda problem: rank[problem.prompt])
+            heldout |= {problem.prompt: problem for problem in ordered if rank[problem.prompt] < last}
+            self._train.append([problem for problem in ordered if rank[problem.prompt] >= last])
+            if not self._train[-1]:
+                raise UserError(f"{file.path}: all its {len(problems)} prompts are held out; it needs more")
+        self._heldout = [heldout[prompt] for prompt in ranked[:last]]
+        self._turns = Turns([file.weight for file in files])
         self._judge = MathJudge()
-        self._order_of: tuple[Split, int, int] | None = None
-        self._order = np.arange(0)
+        self._orders: dict[tuple[int, int], tuple[int, np.ndarray]] = {}
 
     def problem(self, split: Split, seed: int, index: int) -> Problem:
-        problems = self._splits[split]
-        epoch, place = divmod(index, len(problems))
-        if self._order_of != (split, seed, epoch):
-            self._order_of = (split, seed, epoch)
-            self._order = np.random.default_rng([seed, epoch]).permutation(len(problems))
-        return problems[self._order[place]]
+        source, number = (-1, index) if split == "heldout" else self._turns[index]
+        problems = self._heldout if split == "heldout" else self._train[source]
+        epoch, place = divmod(number, len(problems))
+        known = self._orders.get((source, seed))
+        if known is None or known[0] != epoch:
+            entropy = [seed, epoch] if source < 1 else [seed, epoch, source]
+            known = epoch, np.random.default_rng(entropy).permutation(len(problems))
+            self._orders[source, seed] = known
+        return problems[known[1][place]]
 
     def correct(self, problem: Problem, answer: str) -> bool:
         return self._judge.equal(problem.answer, answer)

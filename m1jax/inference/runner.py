@@ -1,0 +1,304 @@
+"""The model on its device: a handful of programs, all compiled before the first request.
+
+Rows of the programs are rows of the scheduler, and row b has state b of the pool; behind the rows' states lie those of
+kept prefixes. The pool is donated to every program and comes back renewed.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence as Several
+from typing import Generic, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Int, UInt8
+
+from m1jax import parameters
+from m1jax.inference.capacity import Capacity
+from m1jax.inference.engine import Decoded
+from m1jax.inference.sampling import sample
+from m1jax.inference.scheduler import Chunk, Copy
+from m1jax.inference.sequence import Sequence
+from m1jax.inference.stopping import END_IDS, NEVER, Stops, ended
+from m1jax.model import Cache, MiniMaxM1, head
+from m1jax.sharding import ambient_mesh
+from pallas_kernels._compat import target_platform
+
+COPIES = 16
+"""Copies that one call carries out."""
+
+
+A = TypeVar("A", np.ndarray, jax.Array)
+
+
+class Rows(NamedTuple, Generic[A]):
+    """What the decode program must know of each row: numpy's arrays are filled on the host, JAX's read on the device.
+
+    Each is [rows] or [rows, ...], int32 where nothing else is said.
+    """
+
+    tokens: A
+    lengths: A
+    """tokens that states and keys have seen"""
+    allowances: A
+    """tokens to write at most; 0: the row is at rest"""
+    numbers: A
+    """of the next token in its completion"""
+    samples: A
+    keys: A
+    """[rows, words] uint32"""
+    temperature: A
+    """float32"""
+    top_p: A
+    """float32"""
+    end_ids: A
+    """[rows, END_IDS]; this and the rest are those of `Stops`"""
+    certain: A
+    """float32"""
+    patience: A
+    run: A
+    pages: A
+    """[rows, pages]; -1: none"""
+
+    @classmethod
+    def at_rest(cls, capacity: Capacity, key_words: int) -> Rows[np.ndarray]:
+        rows, pages = capacity.rows, capacity.pages_for(capacity.max_length)
+        tokens, lengths, allowances, numbers, samples, patience, run = np.zeros((7, rows), np.int32)
+        temperature, top_p, certain = np.ones((3, rows), np.float32)
+        keys = np.zeros((rows, key_words), np.uint32)
+        end_ids, pages = np.full((rows, END_IDS), -1, np.int32), np.full((rows, pages), -1, np.int32)
+        return Rows(
+            tokens,
+            lengths,
+            allowances,
+            numbers,
+            samples,
+            keys,
+            temperature,
+            top_p,
+            end_ids,
+            certain,
+            patience,
+            run,
+            pages,
+        )
+
+
+class Prompts(NamedTuple, Generic[A]):
+    """What the prefill program must know of each row, likewise."""
+
+    tokens: A
+    """[rows, time]"""
+    counts: A
+    """of the row's tokens that are real"""
+    lengths: A
+    slots: A
+    pages: A
+
+
+def settle(rows: Rows[np.ndarray], sequence: Sequence) -> None:
+    """Write down what stays as it is while a sequence has its row and its pages."""
+    row, sampling, stop = sequence.row, sequence.request.sampling, sequence.request.sampling.repetition_stop
+    rows.keys[row], rows.samples[row] = sequence.key, sequence.sample
+    rows.temperature[row], rows.top_p[row] = sampling.temperature, sampling.top_p
+    rows.end_ids[row] = -1
+    rows.end_ids[row, : len(sampling.end_ids)] = sampling.end_ids
+    rows.certain[row] = 0.0 if stop is None else np.log(np.maximum(stop.probability, 1e-30))
+    rows.patience[row] = NEVER if stop is None else stop.tokens
+    rows.pages[row] = -1
+    rows.pages[row, : len(sequence.pages)] = sequence.pages
+
+
+def advance(rows: Rows[np.ndarray], sequence: Sequence, allowance: int) -> None:
+    """Write down what every decode step changes."""
+    row = sequence.row
+    rows.tokens[row], rows.lengths[row] = sequence.tokens[-1], sequence.computed
+    rows.allowances[row], rows.numbers[row], rows.run[row] = allowance, sequence.new, sequence.certain
+
+
+class ModelRunner:
+    """`engine.Runner` of a MiniMax-M1.
+
+    Args:
+        model: its weights are the first; they are prepared for decoding, which leaves the model itself alone.
+        capacity: sizes of memory and programs.
+        record_routes: whether requests may ask for routes.
+    """
+
+    def __init__(self, model: MiniMaxM1, capacity: Capacity, *, record_routes: bool = False) -> None:
+        self.capacity, self.records_routes = capacity, record_routes
+        self.vocab_size = model.config.vocab_size
+        self._graph, params = nnx.split(model)
+        self._cache = Cache.pool(
+            model.config,
+            slots=capacity.slots,
+            pages=capacity.pages,
+            page_size=capacity.page_size,
+            dtype=model.dtype,
+        )
+        self._rows = Rows.at_rest(capacity, jax.random.key_data(jax.random.key(0)).shape[-1])
+        self._settled: list[tuple[list[int], int] | None] = [None] * capacity.rows
+        self.load(params)
+        self._compile()
+
+    def load(self, params: nnx.State) -> None:
+        """Take other weights, as `nnx.split(model)` gives them."""
+        self._model = prepared(nnx.merge(self._graph, params))
+
+    def copy(self, copies: Several[Copy]) -> None:
+        for start in range(0, len(copies), COPIES):
+            some = copies[start : start + COPIES]
+            numbers = np.full((COPIES, 4), -1, np.int32)
+            numbers[: len(some)] = [(c.slot_from, c.slot_to, c.page_from, c.page_to) for c in some]
+            self._cache = _copy(self._cache, numbers, np.int32(len(some)))
+
+    def prefill(self, shape: tuple[int, int], chunks: Several[Chunk]) -> list[UInt8[np.ndarray, "n layers k"]]:
+        rows, time = shape
+        tokens, pages = np.zeros((rows, time), np.int32), np.full((rows, self._rows.pages.shape[1]), -1, np.int32)
+        counts, lengths, slots = np.zeros(rows, np.int32), np.zeros(rows, np.int32), np.full(rows, -1, np.int32)
+        for i, chunk in enumerate(chunks):
+            sequence, start = chunk.sequence, chunk.sequence.computed
+            tokens[i, : chunk.count] = sequence.tokens[start : start + chunk.count]
+            counts[i], lengths[i], slots[i] = chunk.count, start, sequence.row
+            pages[i, : len(sequence.pages)] = sequence.pages
+        work = Prompts(tokens, counts, lengths, slots, pages)
+        self._cache, routes = _prefill(self._model, self._cache, work, self.records_routes)
+        if routes is None:
+            return []
+        return [found[: chunk.count] for found, chunk in zip(jax.device_get(routes), chunks)]
+
+    def decode(self, sequences: Several[Sequence], allowances: Several[int]) -> Decoded[np.ndarray]:
+        self._rows.allowances[:] = 0
+        for sequence, allowance in zip(sequences, allowances):
+            row = sequence.row
+            settled = self._settled[row]
+            if settled is None or settled[0] is not sequence.pages or settled[1] != len(sequence.pages):
+                settle(self._rows, sequence)
+                self._settled[row] = (sequence.pages, len(sequence.pages))
+            advance(self._rows, sequence, allowance)
+        at = np.array([sequence.row for sequence in sequences])
+        out = self._decode(next(rows for rows in self.capacity.decode if rows > at.max()))
+        return jax.tree.map(lambda x: x[at], jax.device_get(out))
+
+    def _decode(self, rows: int) -> Decoded[jax.Array]:
+        some = jax.tree.map(lambda x: x[:rows], self._rows)
+        self._cache, out = _decode(self._model, self._cache, some, self.capacity.steps, self.records_routes)
+        return out
+
+    def _compile(self) -> None:
+        """Run every program once, with no work to do."""
+        self.copy([Copy(-1, -1)])
+        for shape in self.capacity.prefill:
+            self.prefill(shape, [])
+        for rows in self.capacity.decode:
+            self._decode(rows)
+
+
+def prepared(model: MiniMaxM1) -> MiniMaxM1:
+    """A model whose weights are as decoding reads them: in the compute dtype where the forward pass would cast them
+    anyway, and on a CPU each layer's in arrays of their own."""
+    apart = target_platform() == "cpu" and ambient_mesh() is None
+    cast = any(leaf.dtype != model.dtype for path, leaf in jax.tree.leaves_with_path(model) if _is_cast(path))
+    return _prepare(model, apart, cast) if apart or cast else model
+
+
+@functools.partial(jax.jit, static_argnames=("apart", "cast"))
+def _prepare(model: MiniMaxM1, apart: bool, cast: bool) -> MiniMaxM1:
+    if cast:
+        model = jax.tree.map_with_path(lambda path, x: x.astype(model.dtype) if _is_cast(path) else x, model)
+    return model.unstacked() if apart else model
+
+
+def _is_cast(path: tuple[object, ...]) -> bool:
+    """Whether the forward pass casts a parameter to the compute dtype, rather than computing in float32."""
+    parameter, _ = parameters.find(path)
+    return not parameter.router and parameter.name not in ("lm_head", "coefficient")
+
+
+def _pool(cache: Cache) -> Cache:
+    """The memory without rows, the same tree whatever it was used for."""
+    return cache._replace(lengths=jnp.zeros(0, jnp.int32), slots=None, pages=None)
+
+
+@functools.partial(jax.jit, donate_argnames="cache")
+def _copy(cache: Cache, copies: Int[Array, "COPIES 4"], count: Int[Array, ""]) -> Cache:
+    def one(i: jax.Array, cache: Cache) -> Cache:
+        slot_from, slot_to, page_from, page_to = copies[i][:, None]
+        cache = cache.copy_state(slot_from, jnp.where(slot_from < 0, -1, slot_to))
+        cache = cache.clear_state(jnp.where(slot_from < 0, slot_to, -1))
+        return cache.copy_pages(page_from, page_to)
+
+    return jax.lax.fori_loop(0, count, one, cache)
+
+
+@functools.partial(jax.jit, static_argnames="record_routes", donate_argnames="cache")
+def _prefill(
+    model: MiniMaxM1,
+    cache: Cache,
+    prompts: Prompts[jax.Array],
+    record_routes: bool,
+) -> tuple[Cache, UInt8[Array, "rows time layers k"] | None]:
+    view = cache.with_rows(prompts.lengths, prompts.slots, prompts.pages)
+    out = model.forward(prompts.tokens, view, lengths=prompts.counts, record_routes=record_routes)
+    assert out.cache is not None
+    return _pool(out.cache), out.routes
+
+
+@functools.partial(jax.jit, static_argnames=("steps", "record_routes"), donate_argnames="cache")
+def _decode(
+    model: MiniMaxM1, cache: Cache, rows: Rows[jax.Array], steps: int, record_routes: bool
+) -> tuple[Cache, Decoded[jax.Array]]:
+    """Up to `steps` tokens for each row, until nobody may write any more."""
+    fold_in = jax.vmap(jax.random.fold_in)
+    keys = fold_in(jax.random.wrap_key_data(rows.keys), rows.samples)
+    stops = Stops(rows.end_ids, rows.certain, rows.patience, rows.run)
+    slots, shape = jnp.arange(len(rows.tokens), dtype=jnp.int32), (len(rows.tokens), steps)
+    routes = (*shape, model.config.num_layers, model.config.experts_per_token)
+    out = Decoded(
+        counts=jnp.zeros_like(slots),
+        tokens=jnp.zeros(shape, jnp.int32),
+        logp=jnp.zeros(shape, jnp.float32),
+        nucleus_logp=jnp.zeros(shape, jnp.float32),
+        reasons=jnp.zeros_like(slots),
+        certain=rows.run,
+        routes=jnp.zeros(routes, jnp.uint8) if record_routes else None,
+    )
+
+    def alive(out: Decoded[jax.Array]) -> Bool[Array, " rows"]:
+        return (out.counts < rows.allowances) & (out.reasons == 0)
+
+    def advance(
+        carry: tuple[jax.Array, Cache, jax.Array, Decoded[jax.Array]],
+    ) -> tuple[jax.Array, Cache, jax.Array, Decoded[jax.Array]]:
+        step, cache, tokens, out = carry
+        writing = alive(out)
+        view = cache.with_rows(rows.lengths + out.counts, jnp.where(writing, slots, -1), rows.pages)
+        seen = model.forward(tokens[:, None], view, record_routes=record_routes)
+        assert seen.cache is not None
+        drawn = sample(
+            head.logits(seen.hidden[:, 0], model.lm_head[...]),
+            fold_in(keys, rows.numbers + out.counts),
+            temperature=rows.temperature,
+            top_p=rows.top_p,
+        )
+        after, reasons = ended(stops._replace(run=out.certain), drawn.tokens, drawn.logp, writing)
+        out = Decoded(
+            counts=out.counts + writing,
+            tokens=out.tokens.at[:, step].set(drawn.tokens),
+            logp=out.logp.at[:, step].set(drawn.logp),
+            nucleus_logp=out.nucleus_logp.at[:, step].set(drawn.nucleus_logp),
+            reasons=jnp.where(writing, reasons, out.reasons),
+            certain=after.run,
+            routes=None if out.routes is None or seen.routes is None else out.routes.at[:, step].set(seen.routes[:, 0]),
+        )
+        return step + 1, _pool(seen.cache), drawn.tokens, out
+
+    def unfinished(carry: tuple[jax.Array, Cache, jax.Array, Decoded[jax.Array]]) -> jax.Array:
+        step, _, _, out = carry
+        return (step < steps) & jnp.any(alive(out))
+
+    _, cache, _, out = jax.lax.while_loop(unfinished, advance, (jnp.int32(0), cache, rows.tokens, out))
+    return cache, out

@@ -1,0 +1,279 @@
+"""Who runs next: admission, chunks of prompts between decode steps, preemption. Knows neither model nor device.
+
+Oldest first, always: a sequence that was preempted comes before all younger ones, so the oldest gets done whatever
+happens, and everybody becomes the oldest.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+
+import numpy as np
+from jaxtyping import Int32
+
+from m1jax.inference.capacity import Capacity
+from m1jax.inference.pool import Pool
+from m1jax.inference.prefixes import Node, Prefixes
+from m1jax.inference.sequence import Sequence
+
+WORTH = 16
+"""Tokens that a prefix found by chance must spare its followers."""
+FIXED = 64
+"""What a prefill costs besides its tokens (reading the weights, starting), in tokens."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Copy:
+    """States to be copied from a slot to another, and one page likewise. Copies are carried out in their order."""
+
+    slot_from: int
+    """-1: zeros"""
+    slot_to: int
+    page_from: int = -1
+    """-1: no page"""
+    page_to: int = -1
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """The next tokens of a sequence to be prefilled."""
+
+    sequence: Sequence
+    count: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is to be run now: chunks first, then decode steps of those whose prompts are through."""
+
+    shape: tuple[int, int]
+    """which prefill program"""
+    chunks: list[Chunk]
+    decode: list[Sequence]
+
+
+@dataclasses.dataclass
+class Counts:
+    """What the scheduler did so far."""
+
+    prefilled: int = 0
+    """tokens"""
+    reused: int = 0
+    """tokens that a kept prefix spared"""
+    admitted: int = 0
+    preempted: int = 0
+
+
+class Scheduler:
+    """Keeps the books of rows, pages and prefixes.
+
+    `plan` says what to run; `advanced` and `finish` are told what has been run; after each of them `copies` says what
+    must be copied before anything else runs. A sequence in `running` has a row, whose number is also the slot of its
+    states, and pages for what it will compute next.
+    """
+
+    def __init__(self, capacity: Capacity) -> None:
+        self.capacity = capacity
+        self.rows = Pool(range(capacity.rows))
+        self.pages = Pool(range(capacity.pages))
+        self.prefixes = Prefixes(self.pages, range(capacity.rows, capacity.slots))
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self.counts = Counts()
+        self._copies: list[Copy] = []
+
+    def submit(self, sequence: Sequence) -> None:
+        bisect.insort(self.waiting, sequence, key=lambda s: s.order)
+
+    def cancel(self, sequence: Sequence) -> None:
+        if sequence.row < 0:
+            self.waiting.remove(sequence)
+        else:
+            self._release(sequence)
+
+    def plan(self) -> Plan:
+        self._grow()
+        self._admit()
+        shape, chunks = self._chunks()
+        read = {chunk.sequence: chunk.count for chunk in chunks}
+        decode = [s for s in self.running if s.pending == read.get(s, 0)]
+        self._compact(decode)
+        return Plan(shape, chunks, decode)
+
+    def copies(self) -> list[Copy]:
+        """Those that have become due; they are told once."""
+        copies, self._copies = self._copies, []
+        return copies
+
+    def advanced(self, sequence: Sequence, count: int) -> None:
+        """So many more tokens of a sequence have gone through the model."""
+        sequence.computed += count
+        if node := sequence.junctions.pop(sequence.computed, None):
+            self._keep(sequence, node)
+
+    def finish(self, sequence: Sequence) -> None:
+        """A running sequence has ended."""
+        if sequence.request.keep:
+            self.snapshot(sequence)
+        self._release(sequence)
+
+    def snapshot(self, sequence: Sequence) -> None:
+        """Keep what a running sequence has computed, where it can be kept."""
+        if not sequence.stale and (node := self.prefixes.promise(sequence.known()[: sequence.computed])):
+            self._keep(sequence, node)
+
+    def forget(self) -> None:
+        """The weights have changed: nothing kept is of use, and who has not begun to write starts afresh."""
+        for sequence in reversed(self.running.copy()):
+            self._withdraw(sequence)
+            sequence.stale = True
+            if not sequence.new:
+                self._preempt(sequence)
+        self.prefixes.clear()
+
+    def _grow(self) -> None:
+        """Pages for what the running will write; where there are none, the youngest must go."""
+        for sequence in self.running.copy():
+            if sequence.row < 0:  # preempted a moment ago
+                continue
+            need = self._pages_ahead(sequence) - len(sequence.pages)
+            while not self._make_room(need):
+                self._preempt(self.running[-1])
+                if sequence.row < 0:
+                    break
+            else:
+                sequence.pages += self.pages.take(max(0, need))
+
+    def _pages_ahead(self, sequence: Sequence) -> int:
+        """Pages for its tokens and those that the next decode steps may write."""
+        return self.capacity.pages_for(len(sequence.tokens) - 1 + sequence.allowance(self.capacity.steps))
+
+    def _make_room(self, need: int, spare: int = 0) -> bool:
+        """Whether so many pages are free, or could be made so by forgetting prefixes, which is then done."""
+        if self.pages.free >= need + spare:
+            return True
+        if self.pages.free + self.prefixes.reclaimable() < need + spare:
+            return False
+        while self.pages.free < need:
+            self.prefixes.evict()
+        return True
+
+    def _admit(self) -> None:
+        for sequence in self.waiting.copy():
+            if not self.rows.free:
+                break
+            if sequence.waits_for is not None and sequence.waits_for.promised:
+                continue
+            if not self._place(sequence):
+                break  # nobody overtakes: pages will be free for it some day
+
+    def _place(self, sequence: Sequence) -> bool:
+        """Give a waiting sequence its row, or let it wait for a prefix in the making. False: there are no pages."""
+        tokens = sequence.known()
+        path, known = self.prefixes.find(tokens)
+        hit = next((node for node in reversed(path) if node.snapshot is not None), self.prefixes.root)
+        promised = next((node for node in reversed(path) if node.promised), None)
+        if promised is not None and promised.depth > hit.depth:
+            sequence.waits_for = promised
+            return True
+        parting = known if known - hit.depth >= WORTH else None
+        if parting is not None and (node := self._ask(tokens[:parting])):
+            sequence.waits_for = node
+            return True
+
+        snapshot = hit.snapshot
+        whole, part = divmod(hit.depth, self.capacity.page_size)
+        shared = () if snapshot is None else snapshot.pages[:whole]
+        self.pages.share(shared)
+        need = self._pages_ahead(sequence) - whole
+        if not self._make_room(need, spare=len(self.running)):
+            self.pages.release(shared)
+            return False
+
+        self.waiting.remove(sequence)
+        bisect.insort(self.running, sequence, key=lambda s: s.order)
+        (sequence.row,) = self.rows.take(1)
+        own = self.pages.take(need)
+        sequence.pages = [*shared, *own]
+        sequence.computed = hit.depth
+        sequence.waits_for, sequence.stale = None, False
+        if snapshot is None:
+            self._copies.append(Copy(-1, sequence.row))
+        else:
+            # Its last page is partly full, and others may go on from it too.
+            page = (snapshot.pages[whole], own[0]) if part else (-1, -1)
+            self._copies.append(Copy(snapshot.slot, sequence.row, *page))
+            sequence.routes = list(snapshot.routes)
+            self.prefixes.touch(hit)
+        self.counts.admitted += 1
+        self.counts.reused += hit.depth
+        for length in {*sequence.request.junctions, sequence.prompt - 1, parting or 0}:
+            if hit.depth < length <= len(tokens) and (node := self.prefixes.promise(tokens[:length])):
+                sequence.junctions[length] = node
+        return True
+
+    def _ask(self, tokens: Int32[np.ndarray, " n"]) -> Node | None:
+        """The promise of a snapshot after these tokens, from somebody who is on the way there."""
+        for other in self.running:
+            ahead = other.computed < len(tokens) <= other.computed + other.pending
+            if ahead and not other.stale and np.array_equal(other.known()[: len(tokens)], tokens):
+                node = self.prefixes.promise(tokens)
+                if node is not None:
+                    other.junctions[len(tokens)] = node
+                return node
+        return None
+
+    def _chunks(self) -> tuple[tuple[int, int], list[Chunk]]:
+        """The prefill program that does the most for its cost, and its work."""
+        pending = [s for s in self.running if s.pending]
+        shapes = self.capacity.prefill
+        if len(pending) < len(self.running):
+            shapes = [(rows, tokens) for rows, tokens in shapes if rows * tokens <= self.capacity.stall]
+
+        def work(shape: tuple[int, int]) -> list[Chunk]:
+            rows, most = shape
+            return [
+                Chunk(s, min(most, min([*s.junctions, s.computed + s.pending]) - s.computed)) for s in pending[:rows]
+            ]
+
+        def rate(shape: tuple[int, int]) -> float:
+            return sum(chunk.count for chunk in work(shape)) / (FIXED + shape[0] * shape[1])
+
+        best = max(shapes, key=rate)
+        return best, work(best)
+
+    def _compact(self, decode: list[Sequence]) -> None:
+        """Move those who decode to the first rows, so that a smaller program can serve them."""
+        batch = next(rows for rows in self.capacity.decode if rows >= len(decode))
+        for sequence in decode:
+            if sequence.row >= batch and self.rows.free:
+                (row,) = self.rows.take(1)
+                if row < batch:
+                    self._copies.append(Copy(sequence.row, row))
+                    row, sequence.row = sequence.row, row
+                self.rows.release([row])
+
+    def _keep(self, sequence: Sequence, node: Node) -> None:
+        pages = sequence.pages[: self.capacity.pages_for(sequence.computed)]
+        slot = self.prefixes.keep(node, pages, sequence.routes)
+        if slot is not None:
+            self._copies.append(Copy(sequence.row, slot))
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Take everything away from a running sequence; it will be computed again."""
+        self._release(sequence)
+        self.submit(sequence)
+        self.counts.preempted += 1
+
+    def _release(self, sequence: Sequence) -> None:
+        self._withdraw(sequence)
+        self.running.remove(sequence)
+        self.rows.release([sequence.row])
+        self.pages.release(sequence.pages)
+        sequence.row, sequence.pages, sequence.computed, sequence.routes = -1, [], 0, []
+
+    def _withdraw(self, sequence: Sequence) -> None:
+        for node in sequence.junctions.values():
+            self.prefixes.withdraw(node)
+        sequence.junctions = {}

@@ -1,0 +1,110 @@
+"""`m1jax train rl`."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from m1jax.chat import Tokenizer
+from m1jax.errors import UserError, require_seed
+from m1jax.model import MiniMaxM1
+from m1jax.rl.recipe import RLRecipe
+from m1jax.rl.rewards import FunctionJudge
+from m1jax.rl.rollout import Prompts
+from m1jax.rl.tasks import ProblemFile, Task, UserProblems, get_task
+from m1jax.rl.trainer import PHASE, Trainer
+from m1jax.train import placement
+from m1jax.train.data import load_tokenizer, read_problems, weighted
+from m1jax.train.metrics import draw_curves
+from m1jax.train.run import Branch, Run, run_directory
+from m1jax.train.sft import export
+
+CURVES = [
+    ("reward", PHASE, ["reward", "heldout_reward"]),
+    ("response length (tokens)", PHASE, ["length", "length_p99"]),
+    ("entropy (nats per token)", PHASE, ["entropy"]),
+    ("importance weight: maximum before clipping", PHASE, ["ratio_max"]),
+    ("share of clipped tokens", PHASE, ["clipped"]),
+    ("gradient norm", PHASE, ["grad_norm"]),
+]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Train a model by reinforcement learning on problems whose answers can be verified.
+
+    m1jax train rl models/my-model --data problems.jsonl --name my-run
+
+    m1jax train rl models/my-model --task chain_sum --name my-run
+    """
+
+    model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    """Directory of the model to start from: config.json, *.safetensors, tokenizer.json."""
+    data: tuple[str, ...] = ()
+    """Your problems, JSON lines {"prompt": "...", "answer": "..."}; one in eight is held out. Mathematical answers
+    count as right when they are equal as mathematics. Several files are mixed: a.jsonl=3 b.jsonl=1 takes three problems
+    of the first for one of the second."""
+    task: str | None = None
+    """Or a task: sums, board, both as sums+board, or a family of reasoning-gym (extra `tasks`)."""
+    reward: str | None = None
+    """Your own reward, FILE.py:function, instead of right and wrong: a function of any of prompt, response, answer
+    (turns, finished), by these names, that returns a number."""
+    name: str = "rl"
+    """The run's results go to RUNS/NAME; a run that was interrupted goes on where it was."""
+    runs: Path = Path("runs")
+    branch: Annotated[str | None, tyro.conf.arg(name="from", metavar="RUN[:STEP]")] = None
+    """Begin a new run at another one's newest checkpoint, or at that of a step; any option of training may differ."""
+    seed: int = 0
+    """Order of the problems, and sampling."""
+    mesh: str = ""
+    """How the devices share the work, for example fsdp=4,tensor=2 (docs/multihost.md); one device without it."""
+    profile: bool = False
+    """Trace three updates into RUNS/NAME/profile, for xprof or TensorBoard."""
+    recipe: tyro.conf.OmitArgPrefixes[RLRecipe] = dataclasses.field(default_factory=RLRecipe)
+
+
+def main(config: Config) -> None:
+    """Trains; RUNS/NAME then holds checkpoints, metrics.jsonl, tensorboard/, curves.png, samples and the model
+    (export/)."""
+    if bool(config.data) == (config.task is not None):
+        raise UserError("train rl: give either --data FILE.jsonl or --task NAME")
+    require_seed(config.seed)
+    directory, recipe = run_directory(config.runs, config.name), config.recipe
+    branch = None if config.branch is None else Branch.parse(config.branch)
+    judge = None if config.reward is None else FunctionJudge(config.reward)
+    with placement.use_mesh(config.mesh):
+        tokenizer = load_tokenizer(config.model)
+        files = weighted(config.data) if config.data else []
+        task = _problems(files, tokenizer, recipe) if files else get_task(config.task or "")
+        model = placement.load_model(config.model, [(recipe.update.rows, recipe.update.row_length)])
+        settings = {
+            "command": "train rl",
+            "model_config": model.config,
+            "model": config.model,
+            "data": [(Path(path), weight) for path, weight in files],
+            "task": config.task,
+            "reward": config.reward,
+            "seed": config.seed,
+            "recipe": recipe,
+        }
+        run = Run(directory, settings, branch=branch)
+        trainer = Trainer(run, model, task, tokenizer, recipe, config.seed, judge=judge, profile=config.profile)
+        finish(run, trainer.train(), tokenizer)
+
+
+def _problems(files: list[tuple[str, float]], tokenizer: Tokenizer, recipe: RLRecipe) -> Task:
+    prompts = Prompts(tokenizer, recipe.generation.chat)
+
+    def encode(prompt: str) -> list[int]:
+        return prompts.first([{"role": "user", "content": prompt}])
+
+    longest = recipe.generation.max_prompt_tokens
+    return UserProblems([ProblemFile(path, read_problems(path, encode, longest), weight) for path, weight in files])
+
+
+def finish(run: Run, model: MiniMaxM1, tokenizer: Tokenizer) -> None:
+    """Draws the curves and exports the model."""
+    if placement.writes():
+        draw_curves(run.log.records, CURVES, run.directory / "curves.png")
+    export(run, model, tokenizer)

@@ -1,0 +1,8 @@
+"""What a response earns: judges, and what shapes their rewards."""
+
+from m1jax.rl.rewards.function import FunctionJudge
+from m1jax.rl.rewards.judge import Judge, Unjudged, Verdict
+from m1jax.rl.rewards.rules import RuleJudge
+from m1jax.rl.rewards.scoring import RewardRecipe, score
+
+__all__ = ["FunctionJudge", "Judge", "RewardRecipe", "RuleJudge", "Unjudged", "Verdict", "score"]

@@ -1,0 +1,113 @@
+"""What passes between the phases of reinforcement learning: problems -> groups -> scored groups -> updates."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Literal
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Float, Int, UInt8
+
+from m1jax.rl.tasks.base import Problem
+from m1jax.train import packing
+from m1jax.train.batch import Batch, column
+
+Finish = Literal["stop", "length"]
+"""why a response ended: by its end token, or at the limit"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Episode:
+    """One attempt at a problem: what stood in the context, token by token, and who wrote it."""
+
+    prompt: Int[np.ndarray, " prompt"]
+    """int32, at least one"""
+    tokens: Int[np.ndarray, " time"]
+    """int32, what followed, end tokens included"""
+    written: Bool[np.ndarray, " time"]
+    """by the model, hence trained on; the rest is the environment's"""
+    logp: Float[np.ndarray, " time"]
+    """float32, of the policy that sampled; zero where it did not write"""
+    version: Int[np.ndarray, " time"]
+    """int32, of the parameters that wrote the token; -1 where none did"""
+    turns: tuple[str, ...]
+    """the texts that the model wrote, without end tokens"""
+    finish: Finish
+    """why the last turn ended"""
+    routes: UInt8[np.ndarray, "time layers k"] | None = None
+    """the experts that each token went to, where they were recorded"""
+
+    @property
+    def length(self) -> int:
+        """Tokens that the model wrote."""
+        return int(self.written.sum())
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """A problem and the policy's attempts at it."""
+
+    problem: Problem
+    episodes: tuple[Episode, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scored:
+    """A group after it was judged; G episodes."""
+
+    group: Group
+    raw: Float[np.ndarray, " G"]
+    """float32, what the judge gave; dynamic sampling looks at this"""
+    rewards: Float[np.ndarray, " G"]
+    """float32, raw plus what shapes it (penalties); advantages come from this"""
+    parts: Mapping[str, Float[np.ndarray, " G"]]
+    """name -> its part in the reward, float32"""
+    correct: Bool[np.ndarray, " G"]
+
+    @property
+    def lengths(self) -> Int[np.ndarray, " G"]:
+        """Tokens that the model wrote in each episode."""
+        return np.array([episode.length for episode in self.group.episodes])
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RLBatch(Batch):
+    """Tokens that the policy wrote, with what became of them."""
+
+    old_logp: Float[jax.Array, "*batch time"] = column(np.float32)
+    """log-probability of the target when it was sampled"""
+    advantage: Float[jax.Array, "*batch time"] = column(np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Updates:
+    """What a generation batch serves: the micro-batches of all its updates.
+
+    Fields [updates, micro-batches, rows, time]. No updates: there was nothing to learn.
+    """
+
+    batch: RLBatch
+
+    def __len__(self) -> int:
+        return len(self.batch.tokens)
+
+    def remaining(self, made: int) -> Iterator[RLBatch]:
+        """Those that come after the first `made`, fields [micro-batches, rows, time]."""
+        for update in range(made, len(self)):
+            yield self.batch.map(lambda x, update=update: x[update])
+
+    def cut(self, rows: int, micro_batches: int) -> "Updates":
+        """The same with so many rows in a micro-batch; at least so many micro-batches."""
+        here = self.batch.tokens.shape[1:3]
+        if here == (micro_batches, rows):
+            return self
+        used = [update.map(lambda x: x.reshape(-1, x.shape[-1])) for update in self.remaining(0)]
+        used = [rows.map(lambda x, rows=rows: x[rows.mask.any(axis=1)]) for rows in used]
+        count = max(micro_batches, *(-(-len(update.tokens) // rows) for update in used))
+        return Updates(stacked([packing.micro_batches(update, rows, count) for update in used]))
+
+
+def stacked(updates: list[RLBatch]) -> RLBatch:
+    """Fields with one axis more in front."""
+    return jax.tree.map(lambda *parts: np.stack(parts), *updates)
