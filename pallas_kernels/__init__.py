@@ -4,7 +4,12 @@ Imports JAX alone and knows nothing of M1: it takes mathematics (log decays, sta
 """
 
 from pallas_kernels.experts import expert_mlp
-from pallas_kernels.lightning import PADDING, lightning_attention, lightning_attention_decode
+from pallas_kernels.lightning import (
+    PADDING,
+    lightning_attention,
+    lightning_attention_decode,
+    lightning_attention_decode_ring,
+)
 from pallas_kernels.softmax import softmax_attention, softmax_attention_decode
 from pallas_kernels.target import target_platform
 from pallas_kernels.vocabulary import vocabulary_scores, vocabulary_statistics
@@ -14,6 +19,7 @@ __all__ = [
     "expert_mlp",
     "lightning_attention",
     "lightning_attention_decode",
+    "lightning_attention_decode_ring",
     "softmax_attention",
     "softmax_attention_decode",
     "target_platform",

@@ -1,6 +1,6 @@
 """The kernels for decoding on a Hopper GPU: right on fresh random inputs, and how near they come to the copy rate.
 
-    python experiments/gpu_model/check_decode.py [--seconds 90] [--only experts,attention,states]
+    python experiments/gpu_model/check_decode.py [--seconds 90] [--only experts,attention,states,ring]
 
 Prints a line per case, then one line of JSON. Times are wall clock per call inside one compiled loop.
 """
@@ -183,10 +183,79 @@ def states_in_place(rate, sequences=64, heads=16, layers=8, size=128):
     return {"us": best / layers * 1e6, "of_copy": 2 * nbytes / best / rate, "temporaries": memory.temp_size_in_bytes}
 
 
+def tokens(sequences, heads, size):
+    q, k, v = (random(i, (sequences, heads, size), size**-0.5) for i in range(3))
+    return q, k, v, jnp.asarray(-np.geomspace(0.5, 1e-4, heads), jnp.float32)
+
+
+def ring_right(sequences=9, heads=4, size=128, room=16, steps=40):
+    """Forty steps of sequences that fold at different times, one of them idle, beside the states written every step."""
+    q, k, v, log_decay = tokens(steps * sequences, heads, size)
+    q, k, v = (x.reshape(steps, sequences, heads, size) for x in (q, k, v))
+    pool = random(3, (sequences + 1, heads, size, size), dtype="float32")
+    slots = jnp.arange(sequences, dtype=jnp.int32)[::-1].at[2].set(-1)
+    pools = [jnp.zeros((sequences + 1, heads, room, size), jnp.bfloat16)] * 2
+
+    @jax.jit
+    def both(pool, keys, values):
+        def step(carry, token):
+            q, k, v = token
+            plain, pool, keys, values, counts = carry
+            want, plain = pallas_kernels.lightning_attention_decode(q, k, v, log_decay, plain, slots)
+            got, pool, keys, values = pallas_kernels.lightning_attention_decode_ring(
+                q, k, v, log_decay, pool, keys, values, counts, slots, implementation="hopper"
+            )
+            return (plain, pool, keys, values, (counts + 1) % room), (got, want)
+
+        # The first tokens of a sequence, before its state: zeros, which only let it decay.
+        counts = jnp.arange(sequences, dtype=jnp.int32) % room
+        aged = jnp.exp(log_decay[None] * counts[:, None])[..., None, None]
+        plain = pool.at[jnp.where(slots < 0, sequences + 1, slots)].multiply(aged, mode="drop")
+        (plain, pool, *_, counts), outputs = jax.lax.scan(step, (plain, pool, keys, values, counts), (q, k, v))
+        return outputs, plain, pool, counts
+
+    (got, want), plain, pool, counts = both(pool, *pools)
+    assert not np.asarray(got, np.float32)[:, 2].any(), "the idle sequence's output is not zero"
+    full = [int(slots[n]) for n in range(sequences) if counts[n] == 0 and slots[n] >= 0]
+    return {"error": error(got, want), "state": error(pool[np.array(full)], plain[np.array(full)])}
+
+
+def ring_time(rate, sequences, heads, size=128, room=32, ring=True, together=False):
+    """A step, the mean of `room` of them. All sequences fold in the same step, or as many in each."""
+    q, k, v, log_decay = tokens(sequences, heads, size)
+    pool = jnp.zeros((sequences, heads, size, size), jnp.float32)
+    pools = [jnp.zeros((sequences, heads, room, size), jnp.bfloat16)] * 2
+    slots = jnp.arange(sequences, dtype=jnp.int32)
+    counts = jnp.zeros_like(slots) if together else slots % room
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1, 2))
+    def steps(pool, keys, values, q, k, v):
+        def step(_, carry):
+            q, pool, keys, values, counts = carry
+            if ring:
+                o, pool, keys, values = pallas_kernels.lightning_attention_decode_ring(
+                    q, k, v, log_decay, pool, keys, values, counts, slots, implementation="hopper"
+                )
+            else:
+                o, pool = pallas_kernels.lightning_attention_decode(q, k, v, log_decay, pool, slots)
+            return (q + 1e-3 * o).astype(q.dtype), pool, keys, values, (counts + 1) % room
+
+        return jax.lax.fori_loop(0, room, step, (q, pool, keys, values, counts))[:4]
+
+    pools = [jnp.array(x) for x in pools]
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        out, pool, *pools = jax.block_until_ready(steps(pool, *pools, q, k, v))
+        best = min(best, (time.perf_counter() - start) / room)
+    moved = sequences * heads * size * size * 4 * 2
+    return {"us": best * 1e6, "of_copy_if_written": moved / best / rate}
+
+
 def main():
     arguments = argparse.ArgumentParser()
     arguments.add_argument("--seconds", type=float, default=90)
-    arguments.add_argument("--only", default="experts,attention,states")
+    arguments.add_argument("--only", default="experts,attention,states,ring")
     given = arguments.parse_args()
     device = jax.devices()[0]
     rate = copy_rate()
@@ -201,6 +270,11 @@ def main():
         "experts m1-1b, 64 tokens": lambda: small(64),
         "attention 1 x 1M": lambda: attention(1, 1 << 20, page_size=1 << 20),
         "attention 64 x 8k": lambda: attention(64, 8192, page_size=256),
+        "ring right": ring_right,
+        "ring 64 x 64 heads": lambda: ring_time(rate, 64, 64),
+        "ring 64 x 64 heads, without": lambda: ring_time(rate, 64, 64, ring=False),
+        "ring 256 x 64 heads": lambda: ring_time(rate, 256, 64),
+        "ring 256 x 64 heads, without": lambda: ring_time(rate, 256, 64, ring=False),
         "experts right, 5 tokens": lambda: experts_right(5),
         "attention right, pages of 64": lambda: attention_right(5, 8, 2, 128, 64, 9, [1, 0, 576, 65, 300]),
         "experts wide, 256 tokens": lambda: wide(256),
@@ -213,6 +287,9 @@ def main():
         "experts m1-1b, 1 token": lambda: small(1),
         "experts m1-1b, 64 tokens, old": lambda: small(64, few=False),
         "attention m1-1b, 64 x 2k": lambda: attention_time(rate, 64, 2048, heads=16, kv_heads=4, page_size=64, size=64),
+        "ring 64 x 64 heads, all fold together": lambda: ring_time(rate, 64, 64, together=True),
+        "ring 64 x 16 heads of 64": lambda: ring_time(rate, 64, 16, size=64),
+        "ring 64 x 16 heads of 64, without": lambda: ring_time(rate, 64, 16, size=64, ring=False),
         "experts M1, 64 tokens": lambda: m1(64),
         "attention 64 x 8k, old": lambda: attention(64, 8192, page_size=256, old=True),
         "experts M1, 1 token": lambda: m1(1),

@@ -79,9 +79,9 @@ def lightning_attention(
 
 def check(q, k, v, log_decay, initial_state, segment_ids):
     """Raises what `lightning_attention` says it raises about its arrays."""
-    _check_tokens("B,T,H", q, k, v)
+    check_tokens("B,T,H", q, k, v)
     batch, length, heads, key_size = q.shape
-    _check_log_decay(log_decay, heads)
+    check_log_decay(log_decay, heads)
     if initial_state is not None:
         check_array("initial_state", initial_state, (batch, heads, key_size, v.shape[-1]), "[B,H,K,V]", "float32")
     if segment_ids is not None:
@@ -120,9 +120,9 @@ def lightning_attention_decode(
         values are known), an unknown implementation, or a named one that cannot run here.
       TypeError: a dtype other than those above.
     """
-    _check_tokens("N,H", q, k, v)
+    check_tokens("N,H", q, k, v)
     sequences, heads, key_size = q.shape
-    _check_log_decay(log_decay, heads)
+    check_log_decay(log_decay, heads)
     if slots is None:
         check_array(
             "pool", pool, (sequences, heads, key_size, v.shape[-1]), "[N,H,K,V] (no slots are given)", "float32"
@@ -192,7 +192,8 @@ def _folded(name: str, options: tuple[tuple[str, float], ...], direction: str):
     return function
 
 
-def _check_tokens(axes: str, q, k, v):
+def check_tokens(axes: str, q, k, v):
+    """Raises what the ops say they raise about q, k and v, whose first axes these are."""
     key, value = f"[{axes},K]", f"[{axes},V]"
     if q.ndim != len(key.split(",")) or 0 in q.shape:
         raise ValueError(f"q must be {key}, no axis empty: got {q.shape}")
@@ -204,7 +205,8 @@ def _check_tokens(axes: str, q, k, v):
     )
 
 
-def _check_log_decay(log_decay, heads):
+def check_log_decay(log_decay, heads):
+    """Raises what the ops say they raise about log_decay."""
     check_array("log_decay", log_decay, (heads,), "[H]", "float32")
     if is_known(log_decay) and not ((np.asarray(log_decay) <= 0) & np.isfinite(log_decay)).all():
         raise ValueError(f"log_decay must be finite and <= 0 (minus the slope of each head): got {log_decay}")

@@ -10,9 +10,18 @@ import pallas_kernels
 from pallas_kernels import ladder, target
 from pallas_kernels.experts import api as experts
 from pallas_kernels.lightning import api as lightning
+from pallas_kernels.lightning.ring import api as ring
 from pallas_kernels.softmax import api as softmax
+from pallas_kernels.softmax.decode import api as pages
 
-LADDERS = [lightning.LADDER, lightning.DECODE_LADDER, softmax.LADDER, experts.LADDER]
+LADDERS = [
+    lightning.LADDER,
+    lightning.DECODE_LADDER,
+    ring.LADDER,
+    softmax.LADDER,
+    pages.LADDER,
+    experts.LADDER,
+]
 
 
 @pytest.mark.parametrize("rungs", LADDERS, ids=lambda rungs: rungs.op)
