@@ -5,7 +5,7 @@ A mesh has five axes; one line says how large each is ("fsdp=4,tensor=2"), those
     data      rows of a batch; parameters are repeated
     fsdp      rows of a batch; parameters are cut, and gathered layer by layer when they are used
     expert    rows of a batch outside the expert layers; inside them each device keeps whole experts
-    tensor    heads, the width of experts, the vocabulary
+    tensor    heads, the width of experts, the vocabulary (or, where it does not divide it, the tables' columns)
     sequence  time
 
 ``DIMENSIONS`` is the one table of where parameters lie; what has their names (gradients, optimizer moments) follows
@@ -15,7 +15,7 @@ them. Activations are held in place by ``constrain``, which does nothing without
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -31,8 +31,11 @@ AXES = ("data", "fsdp", "expert", "tensor", "sequence")
 ROWS = ("data", "fsdp", "expert")  # what the rows of a batch are spread over
 CUT = ("fsdp", "expert")  # what a matrix that belongs to no expert is cut over, beside tensor
 
+COLUMNS = ("tensor", *CUT)  # what the hidden dimension of a table of words is cut over if tensor cannot cut its rows
+
 # What the dimensions of parameters (``m1jax.parameters``) are cut over. An axis cuts an array once: experts, which are
-# cut over expert already, have their hidden dimension over fsdp alone.
+# cut over expert already, have their hidden dimension over fsdp alone. A vocabulary that tensor does not divide (no
+# array is cut unevenly) stays whole, and COLUMNS are cut instead: files know nothing of it.
 DIMENSIONS: dict[str | None, tuple[str, ...]] = {
     "vocab": ("tensor",),
     "heads": ("tensor",),
@@ -116,7 +119,7 @@ def check_shardable(
     for axis in AXES[::-1]:
         problem = _problem(config, sizes, axis, batch, time) if sizes[axis] > 1 else None
         if problem is not None:
-            limit = 2 * max(config.hidden_size, config.vocab_size, batch or 1, time or 1)
+            limit = 2 * max(config.hidden_size, batch or 1, time or 1)
             works = [n for n in range(1, limit) if _problem(config, sizes | {axis: n}, axis, batch, time) is None]
             below = [n for n in works if n < sizes[axis]][-1:]
             above = [n for n in works if n > sizes[axis]][:1]
@@ -136,7 +139,7 @@ def is_shardable(
 
 def _problem(config: ModelConfig, sizes: dict[str, int], axis: str, batch: int | None, time: int | None) -> str | None:
     """The first thing that keeps ``axis`` from being cut at its size, the other axes as they are."""
-    for axes, name, value in _cuts(config, batch, time):
+    for axes, name, value in _cuts(config, sizes, batch, time):
         if axis in axes:
             cut = math.prod(sizes[a] for a in axes)
             if value % cut:
@@ -149,14 +152,15 @@ def _problem(config: ModelConfig, sizes: dict[str, int], axis: str, batch: int |
     return None
 
 
-def _cuts(config: ModelConfig, batch: int | None, time: int | None) -> Iterator[tuple[tuple[str, ...], str, int]]:
+def _cuts(
+    config: ModelConfig, sizes: dict[str, int], batch: int | None, time: int | None
+) -> Iterator[tuple[tuple[str, ...], str, int]]:
     yield ("tensor",), "num_heads", config.num_heads
     yield ("tensor",), "num_kv_heads", config.num_kv_heads
     yield ("tensor",), "intermediate_size", config.intermediate_size
-    yield ("tensor",), "vocab_size", config.vocab_size
     yield ("tensor",), "shared_intermediate_size", config.shared_intermediate_size
     yield ("expert",), "num_experts", config.num_experts
-    yield CUT, "hidden_size", config.hidden_size
+    yield CUT if vocabulary_is_cut(config.vocab_size, sizes) else COLUMNS, "hidden_size", config.hidden_size
     yield ("tensor", "sequence"), "num_heads", config.num_heads
     if batch is not None:
         yield ROWS, "the batch", batch
@@ -164,20 +168,29 @@ def _cuts(config: ModelConfig, batch: int | None, time: int | None) -> Iterator[
         yield ("sequence",), "the time", time
 
 
-def parameter_specs(tree: Any) -> Any:
+def vocabulary_is_cut(words: int, sizes: Mapping[str, int]) -> bool:
+    """Whether tensor cuts the rows of the tables of words; else it cuts their columns."""
+    return words % sizes["tensor"] == 0
+
+
+def parameter_specs(tree: Any, sizes: Mapping[str, int]) -> Any:
     """The PartitionSpec of every leaf, by the end of its path. Parameters, gradients and optimizer states alike.
 
     Scalars (step counters, random keys) are repeated everywhere.
 
+    Args:
+        tree: of arrays, or of anything with shapes.
+        sizes: axis -> size of the mesh.
+
     Raises:
         KeyError: a leaf that is no scalar has a name that ``m1jax.parameters`` does not know.
     """
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: _spec(path, len(leaf.shape)), tree)
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: _spec(path, leaf.shape, sizes), tree)
 
 
 def parameter_shardings(tree: Any, mesh: Mesh) -> Any:
     """``parameter_specs`` as shardings on a mesh, for ``jax.jit(..., out_shardings=)``, ``device_put`` or a restore."""
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), parameter_specs(tree), is_leaf=_is_spec)
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), parameter_specs(tree, mesh.shape), is_leaf=_is_spec)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -242,11 +255,12 @@ def gather_weights(block: Any, dtype: jax.typing.DTypeLike) -> Any:
     back cut. Experts stay as they are (they are gathered where they are used), and so do float32 routers. Nothing
     without an ambient mesh.
     """
-    if ambient_mesh() is None:
+    mesh = ambient_mesh()
+    if mesh is None:
         return block
 
     def gather(path: Any, weight: jax.Array) -> jax.Array:
-        cut = P(*_spec(path, weight.ndim + 1)[1:])
+        cut = P(*_spec(path, (1, *weight.shape), mesh.shape)[1:])
         whole = P(*(None if axes == CUT else axes for axes in cut))
         return weight if whole == cut else _gathered(weight, jax.numpy.dtype(dtype), cut, whole)
 
@@ -267,20 +281,22 @@ def _gathered(weight: jax.Array, dtype: jax.numpy.dtype, cut: PartitionSpec, who
 _hold = jax.lax.with_sharding_constraint
 
 
-def _spec(path: Any, ndim: int) -> PartitionSpec:
-    """Of a leaf with ``ndim`` dimensions; those of layers have the layers of a run in front."""
-    if ndim == 0:
+def _spec(path: Any, shape: tuple[int, ...], sizes: Mapping[str, int]) -> PartitionSpec:
+    """Of a leaf of this shape; those of layers have the layers of a run in front."""
+    if not shape:
         return P()
     parameter, in_layer = parameters.find(path)
+    if parameter.dimensions[0] == "vocab" and not vocabulary_is_cut(shape[0], sizes):
+        return P(None, COLUMNS)
     used: set[str] = set()
     entries: list[Any] = [None] * in_layer
     for dimension in parameter.dimensions:
         axes = tuple(axis for axis in DIMENSIONS[dimension] if axis not in used)
         used.update(axes)
         entries.append(axes if len(axes) > 1 else axes[0] if axes else None)
-    if len(entries) != ndim:
+    if len(entries) != len(shape):
         raise KeyError(
-            f"{'.'.join(parameters.path_names(path))} has {ndim} dimensions; {parameter.name} has {len(entries)}"
+            f"{'.'.join(parameters.path_names(path))} has {len(shape)} dimensions; {parameter.name} has {len(entries)}"
         )
     return P(*entries)
 

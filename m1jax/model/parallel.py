@@ -2,11 +2,11 @@
 
 Without an ambient mesh each is the plain operation. With one:
 
-    embed                 vocabulary over tensor
+    embed                 vocabulary over tensor (columns, where tensor does not divide it)
     lightning             heads over tensor, time over sequence: states are exchanged
     softmax               heads over tensor, time over sequence: exchanged for heads and back
     experts               tokens gathered over expert and tensor, each device does its experts, sums scattered back
-    log_probs             vocabulary over tensor, time over sequence
+    log_probs             vocabulary over tensor, time over sequence (time over both, where tensor does not divide it)
 
 Everything else in the model is left to the compiler, held in place by ``sharding.constrain``.
 """
@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 import pallas_kernels
-from m1jax.sharding import CUT, activation_axes, ambient_mesh
+from m1jax.sharding import COLUMNS, CUT, activation_axes, ambient_mesh, constrain, vocabulary_is_cut
 from pallas_kernels import target_platform
 from pallas_kernels.lightning import lightning_attention_sequence_parallel
 
@@ -33,10 +33,20 @@ def embed(
     table: Float[Array, "vocab hidden"], tokens: Int[Array, "batch time"], dtype: jax.typing.DTypeLike
 ) -> Float[Array, "batch time hidden"]:
     """Rows of the table, in the compute dtype."""
-    if ambient_mesh() is None:
+    mesh = ambient_mesh()
+    if mesh is None:
         return jnp.take(table, tokens, axis=0).astype(dtype)
     rows, time, residual = _token_axes(tokens)
     cut, gather = _gather(rows, 1, CUT)
+
+    def columns(table: jax.Array, tokens: jax.Array) -> jax.Array:
+        return jnp.take(gather(table.astype(dtype)), tokens, axis=0)
+
+    if not vocabulary_is_cut(len(table), mesh.shape):
+        found = jax.shard_map(
+            columns, in_specs=(P(None, ("tensor", *cut)), P(rows, time)), out_specs=P(rows, time, "tensor")
+        )(table, tokens)  # fmt: skip
+        return constrain(found, "batch", "residual", None)
 
     def local(table: jax.Array, tokens: jax.Array) -> jax.Array:
         table = gather(table.astype(dtype))
@@ -271,18 +281,23 @@ def log_probs(
     targets: Int[Array, "batch time"],
     temperature: Any,
 ) -> tuple[Float[Array, "batch time"], Float[Array, "batch time"]]:
-    """``function(hidden, lm_head, targets, temperature, vocab_axis)`` on the part of the vocabulary of each device."""
-    if ambient_mesh() is None:
+    """``function(hidden, lm_head, targets, temperature, vocab_axis)`` on the part of the vocabulary of each device; or,
+    where tensor does not divide the vocabulary, on all of it and a part of the tokens."""
+    mesh = ambient_mesh()
+    if mesh is None:
         return function(hidden, lm_head, targets, temperature, None)
-    rows, time, _ = _token_axes(hidden)
-    cut, gather = _gather(rows, 1, CUT)
+    rows, time, residual = _token_axes(hidden)
+    words, axes = "tensor", CUT
+    if not vocabulary_is_cut(len(lm_head), mesh.shape):
+        words, axes, time = None, COLUMNS, residual
+    cut, gather = _gather((*rows, *time), 1, axes)
 
     def local(hidden: Any, lm_head: Any, targets: Any, temperature: Any) -> Any:
-        return function(hidden, gather(lm_head), targets, temperature, "tensor")
+        return function(hidden, gather(lm_head), targets, temperature, words)
 
     tokens = P(rows, time)
     return jax.shard_map(
-        local, in_specs=(P(rows, time, None), P("tensor", cut), tokens, P()), out_specs=(tokens, tokens)
+        local, in_specs=(P(rows, time, None), P(words, cut), tokens, P()), out_specs=(tokens, tokens)
     )(hidden, lm_head, targets, jnp.asarray(temperature, jnp.float32))  # fmt: skip
 
 

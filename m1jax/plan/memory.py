@@ -19,7 +19,7 @@ from m1jax.model.cache import key_value_bytes, state_bytes
 from m1jax.model.head import CHUNK_ELEMENTS
 from m1jax.model.parallel import MOE_TOKENS
 from m1jax.plan.setup import Setup
-from m1jax.sharding import CUT, parameter_specs
+from m1jax.sharding import CUT, parameter_specs, vocabulary_is_cut
 
 Bytes = dict[str, float]
 ATTENTION_ARRAYS = 8  # [rows, time, hidden] alive in the backward pass of one attention layer
@@ -33,7 +33,7 @@ def memory(setup: Setup) -> Bytes:
 def elements(setup: Setup) -> tuple[float, float]:
     """Parameters on one device: (of the layers, of embedding, head and last norm)."""
     layers = other = 0.0
-    for in_layer, size, axes in _leaves(setup.model):
+    for in_layer, size, axes in _leaves(setup.model, setup.mesh["tensor"]):
         share = size / math.prod(setup.mesh[axis] for axis in axes)
         layers, other = (layers + share, other) if in_layer else (layers, other + share)
     return layers, other
@@ -60,8 +60,14 @@ def gathered_tokens(setup: Setup) -> int:
 
 
 def head_bytes(setup: Setup) -> float:
-    """The head in float32 on one device, gathered over fsdp and expert."""
-    return 4 * setup.model.vocab_size / setup.mesh["tensor"] * setup.model.hidden_size
+    """The head in float32 on one device, gathered for use."""
+    return 4 * setup.model.hidden_size * words(setup)
+
+
+def words(setup: Setup) -> float:
+    """Of the vocabulary, on one device."""
+    count = setup.model.vocab_size
+    return count / setup.mesh["tensor"] if vocabulary_is_cut(count, setup.mesh) else count
 
 
 def _training(setup: Setup) -> Bytes:
@@ -87,7 +93,7 @@ def _training(setup: Setup) -> Bytes:
         + 4 * head_bytes(setup)
         + 4 * count
     )
-    chunk = 4 * min(CHUNK_ELEMENTS, tokens * m.vocab_size / setup.mesh["tensor"])
+    chunk = 4 * min(CHUNK_ELEMENTS, tokens * m.vocab_size / setup.mesh["tensor"])  # of its words or of its tokens
     head = 5 * head_bytes(setup) + 2 * chunk
     peak = max(layer, head)  # the gradients of this micro-batch are there in the layers' backward pass only
     return {
@@ -121,10 +127,16 @@ def _generation(setup: Setup) -> Bytes:
 
 
 @functools.lru_cache(maxsize=8)
-def _leaves(config: ModelConfig) -> tuple[tuple[bool, int, tuple[str, ...]], ...]:
-    """(in a layer, number of elements, mesh axes it is cut over) of every parameter."""
-    params = nnx.split(nnx.eval_shape(lambda: MiniMaxM1(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)))[1]
-    specs = jax.tree.leaves(parameter_specs(params), is_leaf=lambda x: isinstance(x, jax.sharding.PartitionSpec))
+def _parameters(config: ModelConfig) -> nnx.State:
+    return nnx.split(nnx.eval_shape(lambda: MiniMaxM1(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)))[1]
+
+
+@functools.lru_cache(maxsize=64)
+def _leaves(config: ModelConfig, tensor: int) -> tuple[tuple[bool, int, tuple[str, ...]], ...]:
+    """(in a layer, number of elements, mesh axes it is cut over) of every parameter; of the mesh's sizes, only that of
+    tensor matters."""
+    params = _parameters(config)
+    specs = jax.tree.leaves(parameter_specs(params, {"tensor": tensor}), is_leaf=lambda x: isinstance(x, jax.sharding.PartitionSpec))
     found = []
     for (path, leaf), spec in zip(jax.tree_util.tree_leaves_with_path(params), specs):
         axes = [a for entry in spec if entry is not None for a in ((entry,) if isinstance(entry, str) else entry)]

@@ -10,7 +10,7 @@ from m1jax.flops import forward_flops
 from m1jax.plan.hardware import Chip
 from m1jax.plan.memory import attention_bytes, elements, expert_bytes, gathered_tokens, head_bytes
 from m1jax.plan.setup import Setup
-from m1jax.sharding import AXES, CUT
+from m1jax.sharding import AXES, COLUMNS, CUT, vocabulary_is_cut
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +62,7 @@ def exchanges(setup: Setup) -> list[Exchange]:
     train = setup.task != "generate"
     weights = layers * (2 + setup.remat if train else 1)  # gathered for each pass; gradients back
     steps = setup.micro_batches if train else 1
+    words_are_cut = vocabulary_is_cut(m.vocab_size, mesh)
     group = tuple(a for a in ("expert", "tensor") if mesh[a] > 1)
     inner = 2 * m.num_heads * m.head_dim / mesh["tensor"]
     softmax = m.num_layers - m.layer_types.count(LIGHTNING)
@@ -71,7 +72,7 @@ def exchanges(setup: Setup) -> list[Exchange]:
         ("time gathered for attention", ("tensor",), tokens * hidden, layers * (6 if train else 2)),
         ("expert weights", ("fsdp",), expert_bytes(setup), weights),
         ("other weights", CUT, attention_bytes(setup), weights),
-        ("embedding and head", CUT, head_bytes(setup), 4 if train else 0.5),
+        ("embedding and head", CUT if words_are_cut else COLUMNS, head_bytes(setup), 4 if train else 0.5),
         ("heads for time", ("sequence",), tokens * inner, softmax * (8 if train else 2)),
         ("gradients", ("data",), 4 * sum(elements(setup)), 2 if train else 0),
     ]

@@ -10,15 +10,15 @@ from m1jax.config import ModelConfig
 from m1jax.model import MiniMaxM1
 from pallas_kernels import PADDING
 
-B, T, VOCAB = 8, 32, 64
+B, T = 8, 32
 
 
 class Problem:
     """A model, a packed batch, and what one device makes of them."""
 
-    def __init__(self, periods: int):
+    def __init__(self, periods: int, words: int = 64):
         self.config = ModelConfig(
-            vocab_size=VOCAB,
+            vocab_size=words,
             hidden_size=32,
             intermediate_size=16,
             layer_types=("lightning", "softmax") * periods,
@@ -36,8 +36,8 @@ class Problem:
         segments = np.sort(rng.integers(0, 3, (B, T)), axis=1).astype(np.int32)
         segments[0, -5:] = segments[3, -1:] = PADDING
         self.batch = {
-            "tokens": rng.integers(0, VOCAB, (B, T)).astype(np.int32),
-            "targets": rng.integers(0, VOCAB, (B, T)).astype(np.int32),
+            "tokens": rng.integers(0, words, (B, T)).astype(np.int32),
+            "targets": rng.integers(0, words, (B, T)).astype(np.int32),
             "segment_ids": segments,
         }
         self.loss, self.grads = jax.jit(jax.value_and_grad(self.loss_fn))(self.params, self.batch)
@@ -60,3 +60,9 @@ def small():
 @pytest.fixture(scope="session")
 def deep():
     return Problem(periods=2)
+
+
+@pytest.fixture(scope="session")
+def prime():
+    """The tiny tokenizer's vocabulary, which no axis divides."""
+    return Problem(periods=1, words=263)

@@ -53,6 +53,11 @@ def test_gradients(small, spec):
     check_gradients(small, spec)
 
 
+@pytest.mark.parametrize("spec", ["tensor=4,fsdp=2", "sequence=2,expert=2,tensor=2"])
+def test_gradients_of_a_vocabulary_that_tensor_does_not_divide(prime, spec):
+    check_gradients(prime, spec)
+
+
 @slow
 @pytest.mark.parametrize("spec", MESHES)
 def test_gradients_of_several_periods(deep, spec):
@@ -88,6 +93,10 @@ def test_generated_tokens(small):
     check_tokens(small, "fsdp=2,expert=2,tensor=2")
 
 
+def test_generated_tokens_of_a_vocabulary_that_tensor_does_not_divide(prime):
+    check_tokens(prime, "tensor=4,data=2")
+
+
 @slow
 @pytest.mark.parametrize("spec", MESHES)
 def test_generated_tokens_of_several_periods(deep, spec):
@@ -95,13 +104,15 @@ def test_generated_tokens_of_several_periods(deep, spec):
 
 
 @slow
-def test_a_batch_too_small_for_the_mesh(deep):
-    """Rows that cannot be shared out are computed by all; gradients must not be counted more than once."""
-    step = jax.jit(jax.value_and_grad(deep.loss_fn))
-    batch = {name: value[:2] for name, value in deep.batch.items()}
-    loss, grads = step(deep.params, batch)
+@pytest.mark.parametrize(("name", "time"), [("deep", 32), ("prime", 32), ("prime", 31)])
+def test_a_batch_too_small_for_the_mesh(request, name, time):
+    """What cannot be shared out is computed by all; gradients must not be counted more than once."""
+    problem = request.getfixturevalue(name)
+    step = jax.jit(jax.value_and_grad(problem.loss_fn))
+    batch = {name: value[:2, :time] for name, value in problem.batch.items()}
+    loss, grads = step(problem.params, batch)
     mesh = sharding.make_mesh("fsdp=4,tensor=2")
     with jax.set_mesh(mesh):
-        got_loss, got = step(jax.device_put(deep.params, sharding.parameter_shardings(deep.params, mesh)), batch)
+        got_loss, got = step(jax.device_put(problem.params, sharding.parameter_shardings(problem.params, mesh)), batch)
     np.testing.assert_allclose(got_loss, loss, rtol=1e-5)
     assert max(relative_errors(got, grads).values()) <= 1e-5

@@ -76,10 +76,11 @@ def test_what_can_shard_passes():
 def test_every_parameter_and_moment_has_a_spec(name, shared):
     config = dataclasses.replace(PRESETS[name], shared_intermediate_size=shared)
     params = nnx.split(nnx.eval_shape(lambda: MiniMaxM1(config, rngs=nnx.Rngs(0))))[1]
-    specs = sharding.parameter_specs(params)
+    sizes = dict.fromkeys(sharding.AXES, 1)
+    specs = sharding.parameter_specs(params, sizes)
     leaves = jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, P))
     assert [len(spec) for spec in leaves] == [leaf.ndim for leaf in jax.tree.leaves(params)]
-    moments = sharding.parameter_specs(jax.eval_shape(optax.adamw(1e-3).init, params))
+    moments = sharding.parameter_specs(jax.eval_shape(optax.adamw(1e-3).init, params), sizes)
     assert moments[0].count == P()
     assert moments[0].mu == specs
     assert moments[0].nu == specs
@@ -87,7 +88,20 @@ def test_every_parameter_and_moment_has_a_spec(name, shared):
 
 def test_an_unknown_parameter_is_an_error():
     with pytest.raises(KeyError, match=r"layers\.0\.mystery is no parameter"):
-        sharding.parameter_specs({"layers": [{"mystery": np.zeros((2, 2))}]})
+        sharding.parameter_specs({"layers": [{"mystery": np.zeros((2, 2))}]}, {})
+
+
+def test_a_vocabulary_that_tensor_does_not_divide_is_cut_by_columns():
+    config = dataclasses.replace(M1, vocab_size=200_063)
+    mesh = jax.sharding.AbstractMesh((1, 16, 8, 4, 1), sharding.AXES)
+    sharding.check_shardable(config, dict(mesh.shape))
+    table = {"embed_tokens": jax.ShapeDtypeStruct((config.vocab_size, config.hidden_size), np.float32)}
+    spec = sharding.parameter_specs(table, mesh.shape)["embed_tokens"]
+    assert jax.sharding.NamedSharding(mesh, spec).shard_shape(table["embed_tokens"].shape) == (200_063, 6144 // 512)
+    with pytest.raises(UserError, match=r"tensor = 2.*hidden_size = 6 \(tensor x fsdp = 4\)"):
+        sharding.check_shardable(
+            dataclasses.replace(config, hidden_size=6), dict.fromkeys(sharding.AXES, 1) | {"fsdp": 2, "tensor": 2}
+        )
 
 
 def test_456b_is_cut_evenly_over_a_pod():
@@ -97,7 +111,7 @@ def test_456b_is_cut_evenly_over_a_pod():
     held = whole = 0
     for leaf, spec in zip(
         jax.tree.leaves(params),
-        jax.tree.leaves(sharding.parameter_specs(params), is_leaf=lambda x: isinstance(x, P)),
+        jax.tree.leaves(sharding.parameter_specs(params, mesh.shape), is_leaf=lambda x: isinstance(x, P)),
     ):
         held += np.prod(jax.sharding.NamedSharding(mesh, spec).shard_shape(leaf.shape), dtype=float)
         whole += np.prod(leaf.shape, dtype=float)
