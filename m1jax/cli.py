@@ -66,6 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run, config = parse(arguments)
         if COMMANDS[name].devices:
             _require_devices()
+            _keep_compiled()
         run(config)
     except UserError as error:
         _stop(str(error))
@@ -155,6 +156,26 @@ def _require_devices() -> None:
         ) from error
     finally:
         logger.removeFilter(keep)
+
+
+def _keep_compiled() -> None:
+    """Keeps compiled programs in a folder of the user's, so that the next start need not compile them again.
+
+    JAX's own persistent cache, whose keys hold the program, the versions, the flags and the chip; of a CPU its name and
+    every feature, so that a home shared by different machines does no harm. JAX_COMPILATION_CACHE_DIR names another
+    folder, JAX_ENABLE_COMPILATION_CACHE=0 turns it off.
+    """
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is not None:
+        return
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "m1jax" / "xla"
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # no home, or none to write to: JAX would complain of every program
+        return
+    if os.access(folder, os.W_OK):
+        jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 def _stop(message: str) -> typing.NoReturn:

@@ -108,6 +108,47 @@ def test_help_of_a_command_that_wraps(run):
     assert "usage: m1jax wrap" in out
 
 
+COMPILES = """
+import sys, types, jax
+from m1jax import cli
+assert jax.config.jax_compilation_cache_dir == (sys.argv[1] or None), "the library leaves JAX alone"
+def main(config: cli.Command) -> None:
+    print(jax.jit(lambda x: x + 1)(1))
+sys.modules["fake_command"] = module = types.ModuleType("fake_command")
+module.main = main
+cli.parse = lambda arguments: (main, None)
+cli.COMMANDS["thing"] = cli.Command("fake_command:main", "compiles", devices=True)
+cli.main(["thing"])
+"""
+
+
+@pytest.mark.parametrize(
+    ("environment", "kept"),
+    [
+        ({}, "cache/m1jax/xla"),
+        ({"JAX_COMPILATION_CACHE_DIR": "other"}, "other"),
+        ({"JAX_ENABLE_COMPILATION_CACHE": "0"}, None),
+        ({"XDG_CACHE_HOME": "file"}, None),
+    ],
+)
+def test_what_is_compiled_is_kept(tmp_path, environment, kept):
+    (tmp_path / "file").touch()
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("JAX_COMPILATION_CACHE")}
+    clean |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "XDG_CACHE_HOME": "cache", "PYTHONPATH": os.getcwd()}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILES, environment.get("JAX_COMPILATION_CACHE_DIR", "")],
+        cwd=tmp_path,
+        env=clean | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stdout) == (0, "2\n"), done.stderr
+    assert "Warning" not in done.stderr
+    files = {str(path.parent.relative_to(tmp_path)) for path in tmp_path.rglob("*-cache")}
+    assert files == ({kept} if kept else set())
+
+
 def test_the_overview_waits_for_nothing():
     """Half a second, of which most went to imports: no clock is needed to see them."""
     code = (
