@@ -23,7 +23,7 @@ class Config:
     """
 
     preset: Annotated[str, tyro.conf.Positional]
-    """Shape of the model: m1-tiny, m1-demo, m1-100m, m1-1b, m1-2b, m1-456b. Its vocabulary becomes that of the tokenizer."""
+    """Shape of the model: m1-tiny, m1-demo, m1-100m, m1-1b, m1-2b, m1-456b. Its vocabulary becomes the tokenizer's."""
     directory: Annotated[Path, tyro.conf.Positional]
     """Where to: a directory that does not exist, or is empty."""
     tokenizer: str = TINY

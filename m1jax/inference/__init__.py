@@ -1,7 +1,7 @@
 """One engine for chat, agents and rollouts, and `m1jax.generate` on it."""
 
 from m1jax.inference.engine import Engine
-from m1jax.inference.generate import Generation, generate
+from m1jax.inference.generation import Generation, generate
 from m1jax.inference.types import (
     Completion,
     Event,

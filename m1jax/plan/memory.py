@@ -136,7 +136,8 @@ def _leaves(config: ModelConfig, tensor: int) -> tuple[tuple[bool, int, tuple[st
     """(in a layer, number of elements, mesh axes it is cut over) of every parameter; of the mesh's sizes, only that of
     tensor matters."""
     params = _parameters(config)
-    specs = jax.tree.leaves(parameter_specs(params, {"tensor": tensor}), is_leaf=lambda x: isinstance(x, jax.sharding.PartitionSpec))
+    specs = parameter_specs(params, {"tensor": tensor})
+    specs = jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, jax.sharding.PartitionSpec))
     found = []
     for (path, leaf), spec in zip(jax.tree_util.tree_leaves_with_path(params), specs):
         axes = [a for entry in spec if entry is not None for a in ((entry,) if isinstance(entry, str) else entry)]

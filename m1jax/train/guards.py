@@ -5,7 +5,6 @@ the statistics, there would be nothing left to go back to. What happens next is 
 """
 
 import itertools
-import json
 import os
 import signal
 import threading
@@ -20,6 +19,7 @@ import numpy as np
 from m1jax import processes
 from m1jax.errors import UserError
 from m1jax.train.batch import Batch
+from m1jax.train.metrics import line
 
 OnNonFinite = Literal["stop", "skip"]
 
@@ -81,7 +81,7 @@ class NonFiniteGuard:
         arrays: dict[str, Any] = {name: processes.own_rows(value) for name, value in batch.fields().items()}
         np.savez_compressed(path, **arrays)
         if processes.writes():
-            (self._directory / f"step-{step}.json").write_text(json.dumps(dict(figures), indent=1) + "\n")
+            (self._directory / f"step-{step}.json").write_text(line(figures) + "\n")
         return path
 
 

@@ -84,7 +84,7 @@ class MetricsLog:
                     "Checkpoints are whole, training goes on",
                     *(self._path, missing, count, phase, step),
                 )
-            write_atomically(self._path, "".join(map(_line, self.records)))
+            write_atomically(self._path, "".join(line(record) + "\n" for record in self.records))
         # TensorBoard keeps what it once read from an event file: only fresh files are free of the dropped steps.
         self.close()
         shutil.rmtree(self._directory / "tensorboard", ignore_errors=True)
@@ -102,7 +102,7 @@ class MetricsLog:
             return
         self._place.check()
         with writing(self._path), open(self._path, "a") as file:
-            file.write(_line(record))
+            file.write(line(record) + "\n")
             file.flush()
             os.fsync(file.fileno())
         self._to_tensorboard([record])
@@ -136,8 +136,8 @@ class MetricsLog:
         self._events.flush()
 
 
-def _line(record: Record) -> str:
-    """A record as it stands in the file."""
+def line(record: Mapping[str, Any]) -> str:
+    """A record as it stands in the file: JSON, whatever was measured (`NON_FINITE`)."""
     values, marks = {}, {}
 
     def finite(name: str, value: Any) -> Any:
@@ -151,13 +151,13 @@ def _line(record: Record) -> str:
             values[name] = [finite(f"{name}[{i}]", element) for i, element in enumerate(value)]
         else:
             values[name] = finite(name, value)
-    return json.dumps(values | ({NON_FINITE: marks} if marks else {}), allow_nan=False) + "\n"
+    return json.dumps(values | ({NON_FINITE: marks} if marks else {}), allow_nan=False)
 
 
-def _record(line: bytes) -> Record | None:
-    """The inverse of `_line`; None if that is no record."""
+def _record(content: bytes) -> Record | None:
+    """The inverse of `line`; None if that is no record."""
     try:
-        record = json.loads(line.decode())
+        record = json.loads(content.decode())
         for mark, value in record.pop(NON_FINITE, {}).items():
             name, _, index = mark.partition("[")
             if index:
@@ -176,9 +176,9 @@ def _lines(path: Path) -> Iterator[tuple[int, Record | None]]:
     if not path.exists():
         return
     *lines, last = path.read_bytes().split(b"\n")
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            yield number, _record(line)
+    for number, content in enumerate(lines, 1):
+        if content.strip():
+            yield number, _record(content)
     if (record := _record(last)) is not None:
         yield len(lines) + 1, record
 

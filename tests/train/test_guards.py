@@ -35,7 +35,8 @@ def test_stop_keeps_the_batch(tmp_path):
     with pytest.raises(UserError, match=r"update 2.*not finite \(loss nan\).*step-2\.npz"):
         guard.check(2, 1.0, BATCH, {"loss": np.nan})
     np.testing.assert_array_equal(np.load(tmp_path / "nonfinite/step-2.npz")["tokens"], BATCH.tokens)
-    assert np.isnan(json.loads((tmp_path / "nonfinite/step-2.json").read_text())["loss"])
+    figures = json.loads((tmp_path / "nonfinite/step-2.json").read_text(), parse_constant=pytest.fail)
+    assert figures == {"loss": None, "nonfinite": {"loss": "nan"}}
 
 
 def test_skip_goes_on_until_its_patience_ends(tmp_path):
