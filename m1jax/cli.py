@@ -61,15 +61,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         name = find(arguments)
         if name is None:
-            print(_overview(arguments))
+            print(_overview(arguments), flush=True)
             return
         run, config = parse(arguments)
         if COMMANDS[name].devices:
             _require_devices()
             _keep_compiled()
         run(config)
+        sys.stdout.flush()
     except UserError as error:
         _stop(str(error))
+    except BrokenPipeError:  # whoever read the output has seen enough (`| head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to be flushed, too
+        sys.exit(1)
     except OSError as error:
         if error.errno not in (*FULL, *NOT_PERMITTED):
             raise

@@ -77,6 +77,15 @@ def test_overview(run, arguments):
     assert "does more" in out
 
 
+def test_a_reader_that_leaves_is_no_error():
+    with subprocess.Popen(
+        [sys.executable, "-m", "m1jax.cli", "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        process.stdout.close()
+        assert process.wait(timeout=60) == 1
+        assert process.stderr.read() == b""
+
+
 @pytest.mark.parametrize("flag", ["--help", "-h"])
 def test_overview_of_a_group(run, flag):
     status, out, err = run("group", flag)

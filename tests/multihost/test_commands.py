@@ -21,7 +21,7 @@ from m1jax.train.meter import MEASURED
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ModelConfig(
-    vocab_size=264,
+    vocab_size=263,  # no axis divides it
     hidden_size=16,
     intermediate_size=16,
     layer_types=("lightning", "softmax"),
