@@ -113,16 +113,16 @@ def _generation(setup: Setup) -> Bytes:
     states = rows / tensor * state_bytes(m)
     kv = rows * setup.context / tensor * key_value_bytes(m, jnp.bfloat16)
     softmax = m.num_layers - m.layer_types.count(LIGHTNING)
-    keys = kv / (2 * max(softmax, 1))  # one layer's; its values are as large
+    layer = kv / max(softmax, 1) if setup.piece > 1 else 0.0  # its keys and values; decoding takes those of all layers
     routed = m.experts_per_token * min(MOE_TOKENS, gathered_tokens(setup))
-    experts = routed * (8 * m.hidden_size + 4 * m.intermediate_size / tensor) + expert_bytes(setup)
-    head = head_bytes(setup) / 2 if math.prod(setup.mesh[axis] for axis in CUT) > 1 and setup.piece > 1 else 0.0
+    experts = routed * (8 * m.hidden_size + 4 * m.intermediate_size / tensor)
+    experts += expert_bytes(setup) / 3  # w1, w3 and w2 are cut out, or gathered, one after the other
+    table = head_bytes(setup) / 2 if math.prod(setup.mesh[axis] for axis in CUT) > 1 else 0.0  # of words, gathered
     return {
         "parameters": 2 * (layers + other) + 2 * m.num_layers * m.num_experts * m.hidden_size,  # float32 routers
         "states": states,
         "KV cache": kv,
-        "new cache": states + kv,  # the scan over layers writes another, which then takes the place of the old one
-        "temporaries": max(3 * keys, experts) + head,
+        "temporaries": max(layer, experts, table),
     }
 
 
