@@ -21,7 +21,7 @@ from pallas_kernels import target_platform
 
 Tree = Any  # a pytree of arrays
 Layer = Callable[[int, Tree, jax.Array, Tree, jax.Array | int], tuple[tuple[jax.Array, Tree], Tree]]
-"""(run, the layer's weights, h, constants, the layer's number in its run) -> ((new h, what has a gradient), the rest)"""
+"""(run, the layer's weights, h, constants, its number in the run) -> ((new h, what has a gradient), the rest)"""
 
 
 def over_layers(

@@ -95,7 +95,7 @@ class Block(nnx.Module):
         call: Call,
         place: Place,
         replayed: Integer[Array, "batch time k"] | None = None,
-        experts_of_run: bool | Experts = False,
+        experts_of_run: bool | Experts | None = None,
     ) -> tuple[Float[Array, "batch time hidden"], LightningCache | SoftmaxCache | None, Routing]:
         """The new residual stream, the run's memory with this layer's part renewed, and the routing.
 
@@ -347,7 +347,7 @@ def _stack(
     replayed = _by_run(config, None if routes is None else jnp.moveaxis(routes, 2, 0))
 
     def layer(
-        block: Block, carry: Any, call: Call, place: Place, replayed: jax.Array | None, experts_of_run: Any = False
+        block: Block, carry: Any, call: Call, place: Place, replayed: jax.Array | None, experts_of_run: Any = None
     ) -> Any:
         h, memory = carry
         h, memory, routing = block(h, memory, call, place, replayed, experts_of_run)
@@ -391,7 +391,7 @@ def _trained(
     config = model.config
     graphs, weights = zip(*(nnx.split(block) for block in model.runs))
     weights = [_products_in(model.dtype, w) for w in weights]
-    stacks = [_stacks(w) if ambient_mesh() is None else False for w in weights]
+    stacks = [_stacks(w) if ambient_mesh() is None else None for w in weights]
 
     def one_layer(run: int, weights: Any, h: jax.Array, constants: Any, number: jax.Array | int) -> Any:
         call, places, replayed, stacks = constants

@@ -76,7 +76,7 @@ def _forward(interpret, x, w1, w3, w2, routes, weights, stacks, layer):
 
 
 def _products(interpret, keep, *arrays, count, layer):
-    """y, and if they are to be kept the products with w1 and w3, [P,F]; weights may be those of layers of `count` experts."""
+    """y, and if to be kept the products with w1 and w3, [P,F]; weights may be many layers' of `count` experts."""
 
     @sequential_vmap
     def run(x, w1, w3, w2, routes, weights, layer):
