@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,7 @@ def main() -> None:
     if chosen.case is not None:
         print(json.dumps(case(chosen.preset, chosen.rows, chosen.tokens, chosen.case)), flush=True)
         return
-    lock = Path(os.environ.get(LOCK, chosen.out.with_suffix(".lock")))  # several runs may share one
+    lock = Path(os.environ.get(LOCK) or chosen.out.with_suffix(".lock"))  # several runs may share one
     processes = {}
     for mesh in ["", *chosen.meshes]:
         visible = ",".join(map(str, range(cards_of(mesh))))
@@ -134,9 +135,12 @@ def main() -> None:
         command = [sys.executable, "-m", "experiments.scaling.scaling", *same, "--case", mesh]
         processes[mesh] = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
     found = {}
-    for mesh, process in processes.items():
-        output, _ = process.communicate()
-        found[mesh or "one card"] = json.loads(output.splitlines()[-1]) if process.returncode == 0 else None
+    with ThreadPoolExecutor(len(processes)) as pool:
+        answers = {pool.submit(process.communicate): mesh for mesh, process in processes.items()}
+        for answer in as_completed(answers):
+            mesh, lines = answers[answer] or "one card", answer.result()[0].splitlines()
+            found[mesh] = json.loads(lines[-1]) if processes[answers[answer]].returncode == 0 else None
+            print(mesh, lines[-1] if lines else "failed", flush=True)
     lock.unlink(missing_ok=True)
     one = found["one card"]
     for name, row in found.items():
