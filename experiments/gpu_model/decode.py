@@ -88,7 +88,7 @@ def case(preset: str, rows: int, rate: float, profile: bool) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as directory:
             with jax.profiler.trace(directory):
                 jax.block_until_ready(compiled(model, token, cache))
-            kernels(Path(directory), f"decode-{preset}-{rows}")
+            kernels(Path(directory), f"decode-{preset}-{rows}", compiled.as_text() or "")
     return {
         "case": f"{preset}:{rows}",
         "ms a step": ms,

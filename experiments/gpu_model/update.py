@@ -84,12 +84,12 @@ def case(preset: str, rows: int, tokens: int, remat: Any, profile: bool) -> dict
             with jax.profiler.trace(directory):
                 state, stats = compiled(state, batch)
                 jax.block_until_ready(stats)
-            kernels(Path(directory), f"{preset}-{rows}x{tokens}")
+            kernels(Path(directory), f"{preset}-{rows}x{tokens}", compiled.as_text() or "")
     return row
 
 
-def kernels(directory: Path, name: str) -> None:
-    """Prints what ran on the GPU, summed by name, longest first."""
+def kernels(directory: Path, name: str, program: str) -> None:
+    """Prints what ran on the GPU, summed by name, longest first; with OUT set, all of it and the program go there."""
     from jax.profiler import ProfileData
 
     total: collections.Counter[str] = collections.Counter()
@@ -111,6 +111,7 @@ def kernels(directory: Path, name: str) -> None:
     lines += [f"{ms:9.3f} ms {calls[label]:6d} x {label[:110]}" for label, ms in total.most_common(45)]
     print("\n".join(lines), flush=True)
     if out := os.environ.get("OUT"):
+        Path(out, f"program-{name}.txt").write_text(program)
         Path(out, f"kernels-{name}.txt").write_text(
             "\n".join(f"{ms:9.3f} ms {calls[label]:6d} x {label}" for label, ms in total.most_common())
         )

@@ -77,6 +77,7 @@ class MoE(nnx.Module):
         segment_ids: Int[Array, "batch time"] | None = None,
         replayed: Integer[Array, "batch time k"] | None = None,
         layer: int | Int[Array, ""] | None = None,
+        stacks: tuple[jax.Array, ...] | None = None,
     ) -> tuple[Float[Array, "batch time hidden"], Routing]:
         """The experts' output and the routing, in which PADDING is assigned to an expert that does not exist.
 
@@ -84,13 +85,14 @@ class MoE(nnx.Module):
             x: the normed residual stream.
             segment_ids: marks PADDING, which costs nothing.
             replayed: experts chosen before, instead of the router's choice.
-            layer: the number of this layer, where ``w1``, ``w3`` and ``w2`` are still those of the whole run.
+            layer: the number of this layer, where ``w1``, ``w3`` and ``w2`` are still those of the whole run, or
+            stacks: are given beside them.
         """
         routing = self.route(x, replayed)
         if segment_ids is not None:
             padding = segment_ids[..., None] == PADDING
             routing = routing._replace(experts=jnp.where(padding, self.num_experts, routing.experts))
-        out = experts(x, self.w1[...], self.w3[...], self.w2[...], routing.experts, routing.weights, layer)
+        out = experts(x, self.w1[...], self.w3[...], self.w2[...], routing.experts, routing.weights, layer, stacks)
         if self.shared_mlp is not None and self.coefficient is not None:
             share = jax.nn.sigmoid(linear(x.astype(jnp.float32), self.coefficient[...]))
             mixed = out.astype(jnp.float32) * (1 - share) + self.shared_mlp(x).astype(jnp.float32) * share

@@ -223,19 +223,21 @@ def experts(
     routes: Int[Array, "batch time k"],
     weights: Float[Array, "batch time k"],
     layer: int | Int[Array, ""] | None = None,
+    stacks: tuple[jax.Array, ...] | None = None,
 ) -> Float[Array, "batch time hidden"]:
     """``pallas_kernels.expert_mlp`` on all tokens; weights are cast to x's dtype. Dropless on any mesh.
 
     Every device sees the tokens of all devices that share its experts, computes those routed to its own experts (the
     others cost nothing) on its part of their width, and gets the sum for its own tokens back.
 
-    Given ``layer``, the weights are those of all layers of a run, from which the kernel picks without a copy.
+    Given ``layer``, the weights are those of all layers of a run, from which the kernel picks without a copy; or, where
+    gradients are wanted, the layer's own beside the ``stacks`` of all (not on a mesh).
     """
     weights = weights.astype(x.dtype)
     if ambient_mesh() is None:
         tokens, routes, weights = (a.reshape(-1, a.shape[-1]) for a in (x, routes, weights))
         w1, w3, w2 = (w.astype(x.dtype) for w in (w1, w3, w2))
-        return _expert_mlp(tokens, routes, weights, w1, w3, w2, layer).reshape(x.shape)
+        return _expert_mlp(tokens, routes, weights, w1, w3, w2, layer, stacks).reshape(x.shape)
     rows, _, residual = _token_axes(x)
     shared = tuple(axis for axis in ("expert", "tensor") if axis in rows + residual)
     repeated = tuple(axis for axis in ("expert", "tensor") if axis not in shared)
@@ -301,8 +303,10 @@ def log_probs(
     )(hidden, lm_head, targets, jnp.asarray(temperature, jnp.float32))  # fmt: skip
 
 
-def _expert_mlp(x: Any, routes: Any, weights: Any, w1: Any, w3: Any, w2: Any, layer: Any) -> jax.Array:
-    return pallas_kernels.expert_mlp(x, w1, w3, w2, routes, weights, layer=layer)
+def _expert_mlp(
+    x: Any, routes: Any, weights: Any, w1: Any, w3: Any, w2: Any, layer: Any, stacks: Any = None
+) -> jax.Array:
+    return pallas_kernels.expert_mlp(x, w1, w3, w2, routes, weights, layer=layer, stacks=stacks)
 
 
 def _in_pieces(function: Any, size: int, *arrays: jax.Array) -> jax.Array:

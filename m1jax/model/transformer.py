@@ -24,11 +24,12 @@ from m1jax.config import LIGHTNING, ModelConfig, Run
 from m1jax.model import head, parallel
 from m1jax.model.cache import Cache, LightningCache, SoftmaxCache
 from m1jax.model.checks import check_forward, check_vocabulary
+from m1jax.model.depth import over_layers
 from m1jax.model.layers import Call, Place, Weights, rms_norm
 from m1jax.model.lightning import LightningAttention, log_decays
 from m1jax.model.moe import MoE, Routing, balancing_loss
 from m1jax.model.softmax import SoftmaxAttention
-from m1jax.sharding import constrain, gather_weights
+from m1jax.sharding import ambient_mesh, constrain, gather_weights
 from pallas_kernels import PADDING, target_platform
 from pallas_kernels.kept import KEPT
 
@@ -60,6 +61,14 @@ class Seen(NamedTuple):
     aux: Float[Array, "*layers batch time"] | None
 
 
+class Experts(NamedTuple):
+    """The experts of all layers of a run."""
+
+    w1: Float[Array, "layers experts inner hidden"]
+    w3: Float[Array, "layers experts inner hidden"]
+    w2: Float[Array, "layers experts hidden inner"]
+
+
 class Block(nnx.Module):
     """Attention of a kind, then experts, each with its norm and its pair (alpha, beta): the layers of one run.
 
@@ -86,11 +95,12 @@ class Block(nnx.Module):
         call: Call,
         place: Place,
         replayed: Integer[Array, "batch time k"] | None = None,
-        experts_of_run: bool = False,
+        experts_of_run: bool | Experts | None = None,
     ) -> tuple[Float[Array, "batch time hidden"], LightningCache | SoftmaxCache | None, Routing]:
         """The new residual stream, the run's memory with this layer's part renewed, and the routing.
 
-        ``experts_of_run``: the experts' weights are those of the whole run (see ``MoE.__call__``).
+        ``experts_of_run``: the experts' weights are those of the whole run, or those of the run beside the layer's own
+        (see ``MoE.__call__``).
         """
         x = rms_norm(h, self.input_layernorm[...], self.eps)
         if isinstance(self.attention, LightningAttention):
@@ -103,7 +113,8 @@ class Block(nnx.Module):
         h = alpha * x + beta * out
 
         y = rms_norm(h, self.post_attention_layernorm[...], self.eps)
-        out, routing = self.moe(y, call.segment_ids, replayed, place.layer if experts_of_run else None)
+        stacks = experts_of_run if isinstance(experts_of_run, Experts) else None
+        out, routing = self.moe(y, call.segment_ids, replayed, place.layer if experts_of_run else None, stacks)
         alpha, beta = self.mlp_scales
         h = alpha * y + beta * out
         return constrain(h, "batch", "residual", None), memory, routing
@@ -335,31 +346,29 @@ def _stack(
     places = [x._replace(layer=jnp.arange(x.layer.size, dtype=jnp.int32).reshape(x.layer.shape)) for x in places]
     replayed = _by_run(config, None if routes is None else jnp.moveaxis(routes, 2, 0))
 
-    def layer(block: Block, carry: Any, place: Place, replayed: jax.Array | None, experts_of_run: bool) -> Any:
+    def layer(
+        block: Block, carry: Any, call: Call, place: Place, replayed: jax.Array | None, experts_of_run: Any = None
+    ) -> Any:
         h, memory = carry
         h, memory, routing = block(h, memory, call, place, replayed, experts_of_run)
         aux = None if aux_over is None else balancing_loss(routing, call.segment_ids, over=aux_over)
         return (h, memory), Seen(routing.experts.astype(jnp.uint8) if record_routes else None, aux)
 
     if isinstance(model.runs[0], nnx.List):
-        return _unrolled(model, layer, h, memories, places, replayed)
+        return _unrolled(model, layer, h, call, memories, places, replayed)
+    if memories[0] is None:
+        h, seen = _trained(model, layer, h, call, places, replayed, remat)
+        return h, memories, seen
 
     # Decoding is bound by reading weights. A slice of a stack that enters a kernel would be a copy, so experts, which
     # are most of the weights, stay whole and their kernel is told the layer; all else is cut out by the scan.
-    whole_experts = memories[0] is not None and model.runs[0].moe.w1.dtype == model.dtype
+    whole_experts = model.runs[0].moe.w1.dtype == model.dtype
     parts = [nnx.split(block, _is_expert if whole_experts else False, ...) for block in model.runs]
 
     def one_layer(run: int, carry: Any, x: Any) -> Any:
         (graph, experts, _), (weights, place, replayed) = parts[run], x
         block = nnx.merge(graph, experts, gather_weights(weights, model.dtype))
-        return layer(block, carry, place, replayed, whole_experts)
-
-    if remat == "auto":
-        remat = "none" if target_platform() == "cpu" else "cheap"
-    if remat != "none":
-        policy = jax.checkpoint_policies.save_only_these_names(KEPT) if remat == "cheap" else None
-        scanned = config.num_layers > len(config.runs)
-        one_layer = jax.checkpoint(one_layer, static_argnums=0, policy=policy, prevent_cse=not scanned)
+        return layer(block, carry, call, place, replayed, whole_experts)
 
     def one_period(carry: Any, xs: Any) -> Any:
         h, memories = carry
@@ -375,8 +384,55 @@ def _stack(
     return h, memories, jax.tree.map(lambda x: x.reshape(config.num_layers, *x.shape[2:]), seen)
 
 
+def _trained(
+    model: MiniMaxM1, layer: Any, h: jax.Array, call: Call, places: list[Place], replayed: list[Any], remat: Remat
+) -> tuple[jax.Array, Seen]:
+    """``_stack`` without memories, made for its gradient (see ``depth.over_layers``)."""
+    config = model.config
+    graphs, weights = zip(*(nnx.split(block) for block in model.runs))
+    weights = [_products_in(model.dtype, w) for w in weights]
+    stacks = [_stacks(w) if ambient_mesh() is None else None for w in weights]
+
+    def one_layer(run: int, weights: Any, h: jax.Array, constants: Any, number: jax.Array | int) -> Any:
+        call, places, replayed, stacks = constants
+        block = nnx.merge(graphs[run], gather_weights(weights, model.dtype))
+        place, chosen = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[number], (places[run], replayed[run]))
+        (h, _), seen = layer(block, (h, None), call, place._replace(layer=number), chosen, stacks[run])
+        return (h, seen.aux), seen.routes
+
+    if remat == "auto":
+        remat = "none" if target_platform() == "cpu" else "cheap"
+    if remat != "none":
+        policy = jax.checkpoint_policies.save_only_these_names(KEPT) if remat == "cheap" else None
+        scanned = config.num_layers > len(config.runs)
+        one_layer = jax.checkpoint(one_layer, static_argnums=0, policy=policy, prevent_cse=not scanned)
+
+    counts = [run.count for run in config.runs]
+    h, found = over_layers(
+        one_layer, config.num_periods, counts, weights, h, (call, places, replayed, jax.lax.stop_gradient(stacks))
+    )
+    seen = [_by_period(config, Seen(routes, aux)) for aux, routes in found]
+    seen = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *seen)
+    return h, jax.tree.map(lambda x: x.reshape(config.num_layers, *x.shape[2:]), seen)
+
+
+def _products_in(dtype: jnp.dtype, weights: Any) -> Any:
+    """A run's matrices in the compute dtype, cast once for forward and backward pass; routers and norms stay.
+
+    On a mesh nothing: there each layer's weights are cast where they are gathered.
+    """
+    if ambient_mesh() is not None:
+        return weights
+
+    def cast(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
+        parameter, _ = parameters.find(path)
+        return x.astype(dtype) if len(parameter.shape) > 1 and any(parameter.dimensions) else x
+
+    return jax.tree_util.tree_map_with_path(cast, weights)
+
+
 def _unrolled(
-    model: MiniMaxM1, layer: Any, h: jax.Array, memories: tuple[Memory, ...], places: Any, replayed: Any
+    model: MiniMaxM1, layer: Any, h: jax.Array, call: Call, memories: tuple[Memory, ...], places: Any, replayed: Any
 ) -> tuple[jax.Array, tuple[Memory, ...], Seen]:
     """``_stack`` layer by layer, for ``MiniMaxM1.unstacked``."""
     blocks: Any = model.runs  # lists of blocks here, not stacks
@@ -389,7 +445,7 @@ def _unrolled(
     ]
     for run, number, (place, chosen) in order:
         carry = h, renewed[run]
-        (h, renewed[run]), found = layer(blocks[run][number], carry, place._replace(layer=number), chosen, False)
+        (h, renewed[run]), found = layer(blocks[run][number], carry, call, place._replace(layer=number), chosen)
         seen.append(found)
     return h, tuple(renewed), jax.tree.map(lambda *x: jnp.stack(x), *seen)
 
@@ -415,6 +471,10 @@ def _scan(body: Any, carry: Any, xs: Any) -> Any:
         return jax.lax.scan(body, carry, xs)
     carry, y = body(carry, jax.tree.map(lambda x: x[0], xs))
     return carry, jax.tree.map(lambda x: x[None], y)
+
+
+def _stacks(weights: Any) -> Experts:
+    return Experts(*(weights["moe"][name].get_value() for name in Experts._fields))
 
 
 def _is_expert(path: tuple[Any, ...], _: Any) -> bool:

@@ -27,6 +27,7 @@ def expert_mlp(
     weights: jax.Array,
     *,
     layer: jax.Array | int | None = None,
+    stacks: tuple[jax.Array, jax.Array, jax.Array] | None = None,
     implementation: str = "auto",
 ) -> jax.Array:
     """Every token through its experts: y = sum_k weights_k * (silu(x w1^T) * (x w3^T)) w2^T, no token dropped.
@@ -41,21 +42,23 @@ def expert_mlp(
         weights: [N, k] float, how much of each expert's output the token takes.
         layer: int32 scalar, may be traced: w1, w3 and w2 are then stacks [L,E,F,D] and [L,E,D,F], of which this layer's
             weights are taken, 0 <= layer < L; a scan over layers need not slice them ("hopper" reads them where they
-            lie, the others slice). For inference: gradients are refused.
+            lie, the others slice). For inference: gradients are refused, unless
+        stacks: (w1, w3, w2) of all layers are given beside this layer's own, w1 == stacks[0][layer] and so on. Kernels
+            read the former, so that the latter, if they are slices, need never be made; gradients are the latter's.
         implementation: "auto" takes "grouped" on CPU, "hopper" where it can run, and "ragged" elsewhere. "reference" is
             the oracle of the tests, "ragged" sorts and uses `jax.lax.ragged_dot`, "grouped" loops over the experts in
             use (any platform; made for CPU), "hopper" are Pallas kernels for H100 and H200: bfloat16, D and F
             multiples of 128.
 
     Returns:
-        y [N, D] in x's dtype. Differentiable in x, w1, w3, w2 and weights (without `layer`). Works under jit, vmap,
-        shard_map and meshes with Auto axes.
+        y [N, D] in x's dtype. Differentiable in x, w1, w3, w2 and weights (not with `layer` alone). Works under jit,
+        vmap, shard_map and meshes with Auto axes.
 
     Raises:
         ValueError: shapes or dtypes that do not fit (the argument is named), or an implementation that is unknown or
             cannot run here; or a gradient is wanted with `layer`.
     """
-    _check(x, w1, w3, w2, routes, weights, layer)
+    _check(x, w1, w3, w2, routes, weights, layer, stacks)
     if x.shape[0] == 0 or routes.shape[1] == 0:
         return jnp.zeros_like(x)
     name = LADDER.choose(implementation, x, w1, w3, w2)
@@ -64,7 +67,10 @@ def expert_mlp(
     layer = None if layer is None else jnp.asarray(layer, jnp.int32)
     axes = varying_axes(x, w1, w3, w2, routes, weights, layer)
     x, w1, w3, w2, weights = (vary_over(a, axes) for a in (x, w1, w3, w2, weights))
-    if layer is not None:
+    if stacks is not None and name == "hopper":
+        lying = tuple(vary_over(jax.lax.stop_gradient(a), axes) for a in stacks)
+        return LADDER.module(name).forward(x, w1, w3, w2, routes, weights, stacks=lying, layer=layer)
+    if layer is not None and stacks is None:
         return _of_layer(name, x, w1, w3, w2, routes, weights, layer)
     return LADDER.module(name).forward(x, w1, w3, w2, routes, weights)
 
@@ -82,7 +88,17 @@ def _no_gradient(name, primals, tangents):
     raise ValueError("expert_mlp: with `layer` there are no gradients; give the layer's own weights, w1[layer], ...")
 
 
-def _check(x, w1, w3, w2, routes, weights, layer) -> None:
+def _check(x, w1, w3, w2, routes, weights, layer, stacks) -> None:
+    if stacks is not None:
+        if layer is None:
+            raise ValueError("expert_mlp: with stacks, layer must say which of their layers is meant")
+        for name, own, stack in zip(("w1", "w3", "w2"), (w1, w3, w2), stacks, strict=True):
+            if stack.shape[1:] != own.shape or stack.dtype != own.dtype:
+                raise ValueError(
+                    f"expert_mlp: the stack of {name} must be [L, *{own.shape}] {own.dtype}, "
+                    f"got {stack.shape} {stack.dtype}"
+                )
+        w1, w3, w2 = stacks
     if x.ndim != 2:
         raise ValueError(f"expert_mlp: x must be [N, D], got {x.shape}")
     stack = "" if layer is None else "L, "

@@ -7,6 +7,7 @@ layer is rematerialised, its gradient then computes nothing a third time.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,35 +38,48 @@ def unsupported(x: jax.Array, w1: jax.Array, w3: jax.Array, w2: jax.Array) -> st
 
 
 def forward(
-    x: jax.Array, w1: jax.Array, w3: jax.Array, w2: jax.Array, routes: jax.Array, weights: jax.Array, interpret=False
+    x: jax.Array,
+    w1: jax.Array,
+    w3: jax.Array,
+    w2: jax.Array,
+    routes: jax.Array,
+    weights: jax.Array,
+    *,
+    stacks: tuple[jax.Array, ...] | None = None,
+    layer: jax.Array | int | None = None,
+    interpret=False,
 ) -> jax.Array:
     """Shapes as in `api.expert_mlp`; y [N,D] bfloat16."""
-    return _mlp(interpret, x, w1, w3, w2, routes, weights)
+    if stacks is None:
+        return _mlp(interpret, x, w1, w3, w2, routes, weights, None, None)
+    return _mlp(interpret, x, w1, w3, w2, routes, weights, tuple(map(_flat, stacks)), layer)
 
 
 def forward_of_layer(x, w1, w3, w2, routes, weights, layer, interpret=False) -> jax.Array:
     """The same with stacks of weights, [L,E,F,D] and [L,E,D,F], which are read where they lie."""
-    experts = w1.shape[1]
-    w1, w3, w2 = (w.reshape(-1, *w.shape[2:]) for w in (w1, w3, w2))
-    return _products(interpret, False, x, w1, w3, w2, routes, weights, experts=experts, layer=layer)[0]
+    count = w1.shape[1]
+    w1, w3, w2 = map(_flat, (w1, w3, w2))
+    return _products(interpret, False, x, w1, w3, w2, routes, weights, count=count, layer=layer)[0]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _mlp(interpret, *arrays):
-    return _products(interpret, False, *arrays)[0]
+def _mlp(interpret, x, w1, w3, w2, routes, weights, stacks, layer):
+    """`stacks` are those of `api.expert_mlp`, the experts of all layers on one axis."""
+    return _products(interpret, False, x, *(stacks or (w1, w3, w2)), routes, weights, count=len(w1), layer=layer)[0]
 
 
-def _forward(interpret, *arrays):
-    y, *inside = _products(interpret, True, *arrays)
-    return y, (*arrays, *(checkpoint_name(a, KEPT) for a in inside))
+def _forward(interpret, x, w1, w3, w2, routes, weights, stacks, layer):
+    matrices = stacks or (w1, w3, w2)
+    y, *inside = _products(interpret, True, x, *matrices, routes, weights, count=len(w1), layer=layer)
+    kept = (checkpoint_name(a, KEPT) for a in inside)
+    return y, (x, *matrices, routes, weights, _number(layer), *kept, _Experts(len(w1)))
 
 
-def _products(interpret, keep, *arrays, experts=None, layer=0):
-    """y, and if they are to be kept the products with w1 and w3, [P,F]; weights may be a stack of layers' `experts`."""
+def _products(interpret, keep, *arrays, count, layer):
+    """y, and if to be kept the products with w1 and w3, [P,F]; weights may be many layers' of `count` experts."""
 
     @sequential_vmap
     def run(x, w1, w3, w2, routes, weights, layer):
-        count = experts or w1.shape[0]
         if not keep and x.shape[0] <= hopper_few.TOKENS:
             return (hopper_few.forward(x, w1, w3, w2, routes, weights, layer, count, interpret=interpret),)
         rows, by_rows = _sorted(routes, count)
@@ -84,13 +98,17 @@ def _products(interpret, keep, *arrays, experts=None, layer=0):
         y = jnp.sum(share * rows.gather(out).astype(jnp.float32), axis=1).astype(x.dtype)
         return y, *kept
 
-    return run(*arrays, jnp.asarray(layer, jnp.int32))
+    return run(*arrays, _number(layer))
 
 
 def _backward(interpret, saved, dy):
+    *saved, experts = saved
+    count = experts.count
+
     @sequential_vmap
-    def run(x, w1, w3, w2, routes, weights, up, gate, dy):
-        rows, by_rows = _sorted(routes, w1.shape[0])
+    def run(x, w1, w3, w2, routes, weights, layer, up, gate, dy):
+        rows, by_rows = _sorted(routes, count)
+        by_rows["experts"] += layer * count
         multiply = functools.partial(hopper_matmul.rows_product, transpose_rhs=False, interpret=interpret, **by_rows)
         sums = functools.partial(hopper_matmul.weights_product, first=rows.start, count=rows.size, interpret=interpret)
         x_rows, dy_rows = rows.rows(x), rows.rows(dy)
@@ -109,10 +127,26 @@ def _backward(interpret, saved, dy):
         return dx, sums(d_up, x_rows), sums(d_gate, x_rows), dw2, rows.gather(d_share).astype(weights.dtype)
 
     dx, dw1, dw3, dw2, d_weights = run(*saved, dy)
-    return dx, dw1, dw3, dw2, None, d_weights
+    return dx, dw1, dw3, dw2, None, d_weights, None, None
 
 
 _mlp.defvjp(_forward, _backward)
+
+
+@jax.tree_util.register_static
+class _Experts(NamedTuple):
+    """How many a layer has, on its way to the backward pass."""
+
+    count: int
+
+
+def _number(layer) -> jax.Array:
+    return jnp.asarray(0 if layer is None else layer, jnp.int32)
+
+
+def _flat(stack: jax.Array) -> jax.Array:
+    """[L,E,...] -> [L E,...]"""
+    return stack.reshape(-1, *stack.shape[2:])
 
 
 def _sorted(routes: jax.Array, experts: int) -> tuple[Plan, dict[str, jax.Array]]:

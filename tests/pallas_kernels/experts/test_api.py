@@ -226,6 +226,37 @@ def test_refuses_layers(layer, message):
         expert_mlp(x, w1, w3, w2, routes, weights, layer=layer)
 
 
+def beside(own, op, *arrays):
+    """`op`, whose weights are also the last of three layers."""
+    x, w1, w3, w2, weights = arrays
+    return op(x, w1, w3, w2, own, weights, layer=jnp.int32(2), stacks=stacked(arrays)[1:4])
+
+
+@pytest.mark.parametrize("implementation", ["reference", *FAST])
+def test_gradients_beside_the_stacks(implementation):
+    arrays, routes = problem(13, 5)
+    op = functools.partial(expert_mlp, implementation=implementation)
+    got = jax.jit(jax.grad(lambda a: jnp.sum(beside(routes, op, *a) ** 2)))(arrays)
+    want = jax.grad(lambda a: jnp.sum(op(*a[:4], routes, a[4]) ** 2))(arrays)
+    assert_close((want[0], *got), (want[0], *want), tolerance=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("layer", "cut", "message"),
+    [
+        (None, slice(None), "with stacks, layer must say which"),
+        (1, np.s_[:, 1:], r"the stack of w1 must be \[L, "),
+        (3, slice(None), r"layer must be in 0\.\.2, got 3"),
+    ],
+)
+def test_refuses_stacks(layer, cut, message):
+    arrays, routes = problem(4, 3)
+    x, w1, w3, w2, weights = arrays
+    stacks = tuple(w[cut] for w in stacked(arrays)[1:4])
+    with pytest.raises(ValueError, match=message):
+        expert_mlp(x, w1, w3, w2, routes, weights, layer=layer, stacks=stacks)
+
+
 def test_unknown_implementation():
     arrays, routes = problem(5, 3)
     with pytest.raises(ValueError, match=r"'auto' or one of \('reference', 'ragged', 'grouped', 'hopper'\)"):

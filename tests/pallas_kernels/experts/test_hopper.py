@@ -9,7 +9,7 @@ import pytest
 
 from pallas_kernels import _hopper, expert_mlp
 from pallas_kernels.experts import hopper, hopper_few, hopper_matmul, reference
-from tests.pallas_kernels.experts.test_api import assert_close, problem, run, stacked
+from tests.pallas_kernels.experts.test_api import assert_close, beside, problem, run, stacked
 
 needs_newer_interpreter = pytest.mark.skipif(
     jax.__version_info__ < (0, 11), reason="JAX 0.10.2 interprets no transposed operands"
@@ -78,6 +78,30 @@ def test_vmap(on_hopper):
     got = jax.vmap(lambda x, r, w: expert_mlp(x, w1, w3, w2, r, w, implementation="hopper"))(*batched)
     want = reference.forward(*(a.astype(jnp.float32) for a in (x, w1, w3, w2)), routes, weights)
     assert_close([got.reshape(want.shape).astype(jnp.float32)] * 6, [want] * 6, tolerance=5e-3)
+
+
+@needs_newer_interpreter
+def test_reads_the_stacks(on_hopper):
+    """This layer's own weights are zeros: they are what gradients belong to, and are not read."""
+    arrays, routes = problem(37, 3, 2, 128, 128)
+    arrays = low(arrays)
+    op = functools.partial(expert_mlp, implementation="hopper")
+
+    def loss(arrays):
+        x, w1, w3, w2, weights = arrays
+        unread = (jnp.zeros_like(w) for w in (w1, w3, w2))
+        stacks = stacked(arrays)[1:4]
+        return jnp.sum(op(x, *unread, routes, weights, layer=jnp.int32(2), stacks=stacks).astype(jnp.float32) ** 2)
+
+    x, w1, w3, w2, weights = arrays
+    found = jax.grad(lambda own: loss((own[0], w1, w3, w2, own[1])))((x, weights))
+    want = jax.grad(lambda own: jnp.sum(op(own[0], w1, w3, w2, routes, own[1]).astype(jnp.float32) ** 2))((x, weights))
+    for a, b in zip(found, want):
+        np.testing.assert_array_equal(a, b)
+    got = jax.grad(lambda a: jnp.sum(beside(routes, op, *a).astype(jnp.float32) ** 2))(arrays)
+    wanted = jax.grad(lambda a: jnp.sum(op(*a[:4], routes, a[4]).astype(jnp.float32) ** 2))(arrays)
+    for a, b in zip(got, wanted):
+        np.testing.assert_array_equal(a, b)
 
 
 def forward_is_right(arrays, routes, layer=None):

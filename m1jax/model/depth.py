@@ -1,0 +1,212 @@
+"""The loop over a model's layers in training: what a layer keeps for its gradient, and the gradient of its weights, is
+written once and stays where it was written.
+
+``jax.lax.scan`` computes the same. But what a scan inside a scan keeps is copied from the inner stack into the outer,
+the stacks begin as zeros, and all weights of a layer are cut out of their stacks although a kernel could read them
+there: together an eighth of an update of `m1-2b` on a GPU, a quarter of one of `m1-1b` (docs/gpu.md).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import jaxpr_as_fun
+
+from m1jax.sharding import ambient_mesh
+from pallas_kernels import target_platform
+
+Tree = Any  # a pytree of arrays
+Layer = Callable[[int, Tree, jax.Array, Tree, jax.Array | int], tuple[tuple[jax.Array, Tree], Tree]]
+"""(run, the layer's weights, h, constants, its number in the run) -> ((new h, what has a gradient), the rest)"""
+
+
+def over_layers(
+    layer: Layer, periods: int, counts: Sequence[int], weights: Sequence[Tree], h: jax.Array, constants: Tree
+) -> tuple[jax.Array, list[tuple[Tree, Tree]]]:
+    """``periods`` times all runs, each run ``counts[run]`` times ``layer``.
+
+    Args:
+        layer: one layer of a run; it closes over no arrays.
+        periods, counts: run ``r`` has ``periods * counts[r]`` layers.
+        weights: of each run, arrays [layers of the run, ...]. Differentiable, as is
+        h: what enters the first layer.
+        constants: any arrays that layers read; they have no gradient.
+
+    Returns:
+        The last layer's h, and of each run what its layers returned beside it, [layers of the run, ...].
+    """
+    loop = _Loop(layer, periods, tuple(counts))
+    return _over_layers(loop, list(weights), h, constants)
+
+
+class _Loop(NamedTuple):
+    layer: Layer
+    periods: int
+    counts: tuple[int, ...]
+
+    def forward(self, body: Callable[[int, Any, Any], Any], carry: Any) -> Any:
+        """``carry = body(run, number, carry)`` for every layer, from the first to the last."""
+
+        def period(p: Any, carry: Any) -> Any:
+            for run, count in enumerate(self.counts):
+                carry = _repeat(count, lambda j, carry, run=run, count=count: body(run, p * count + j, carry), carry)
+            return carry
+
+        return _repeat(self.periods, period, carry)
+
+    def backward(self, body: Callable[[int, Any, Any], Any], carry: Any) -> Any:
+        """The same from the last to the first."""
+
+        def period(p: Any, carry: Any) -> Any:
+            for run, count in reversed(list(enumerate(self.counts))):
+                last = (self.periods - p) * count - 1
+                carry = _repeat(count, lambda j, carry, run=run, last=last: body(run, last - j, carry), carry)
+            return carry
+
+        return _repeat(self.periods, period, carry)
+
+    def stacks(self, shapes: Sequence[Tree]) -> list[Tree]:
+        """Room for what every layer of every run writes; ``shapes`` are one layer's."""
+        return [
+            jax.tree.map(lambda x, n=self.periods * count: _room((n, *x.shape), x.dtype), tree)
+            for tree, count in zip(shapes, self.counts, strict=True)
+        ]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _over_layers(loop: _Loop, weights: list[Tree], h: jax.Array, constants: Tree) -> tuple[jax.Array, list[Any]]:
+    def one(run: int, number: Any, carry: Any) -> Any:
+        h, seen = carry
+        (h, aux), rest = loop.layer(run, _at(weights[run], number), h, constants, number)
+        return h, _put(seen, run, number, (aux, rest))
+
+    def shape(run: int) -> Tree:
+        (_, aux), rest = jax.eval_shape(
+            lambda w, h, constants: loop.layer(run, _at(w, 0), h, constants, 0), weights[run], h, constants
+        )
+        return aux, rest
+
+    return loop.forward(one, (h, loop.stacks([shape(run) for run in range(len(weights))])))
+
+
+def _forward(loop: _Loop, weights: list[Tree], h: jax.Array, constants: Tree) -> Any:
+    pieces = [_Piece.of(loop.layer, run, w, h, constants) for run, w in enumerate(weights)]
+
+    def one(run: int, number: Any, carry: Any) -> Any:
+        h, seen, kept = carry
+        h, found, new = pieces[run].forward(_at(weights[run], number), h, constants, number)
+        return h, _put(seen, run, number, found), _put(kept, run, number, new)
+
+    start = h, loop.stacks([p.seen for p in pieces]), loop.stacks([p.kept for p in pieces])
+    h, seen, kept = loop.forward(one, start)
+    return (h, seen), (weights, constants, kept, _Static(pieces))
+
+
+def _backward(loop: _Loop, saved: Any, given: Any) -> Any:
+    (weights, constants, kept, static), (dh, d_seen) = saved, given
+
+    def one(run: int, number: Any, carry: Any) -> Any:
+        dh, grads = carry
+        d_aux = _at(d_seen[run][0], number)
+        dw, dh = static.value[run].backward(
+            _at(weights[run], number), constants, number, _at(kept[run], number), (dh, d_aux)
+        )
+        return dh, _put(grads, run, number, dw)
+
+    grads = loop.stacks([jax.eval_shape(lambda w: _at(w, 0), w) for w in weights])
+    dh, grads = loop.backward(one, (dh, grads))
+    return grads, dh, None
+
+
+_over_layers.defvjp(_forward, _backward)
+
+
+class _Piece(NamedTuple):
+    """A layer's forward and backward pass, and what goes from one to the other."""
+
+    program: Callable[..., list[jax.Array]]
+    """(weights, h, constants, number), flat -> (h, seen, leaves of the pullback), flat"""
+    outputs: Any
+    """tree of (h, seen)"""
+    pullback: Any
+    """tree of the pullback"""
+    sources: list[int | None]
+    """of each of the pullback's leaves: which argument it is, or None where it must be kept"""
+    seen: Tree
+    kept: list[jax.ShapeDtypeStruct]
+
+    @staticmethod
+    def of(layer: Layer, run: int, weights: Tree, h: jax.Array, constants: Tree) -> _Piece:
+        trees = {}
+
+        def program(weights: Tree, h: jax.Array, constants: Tree, number: jax.Array) -> Any:
+            (h, aux), pullback, rest = jax.vjp(
+                lambda w, h: layer(run, w, h, constants, number), weights, h, has_aux=True
+            )
+            leaves, trees["pullback"] = jax.tree.flatten(pullback)
+            outputs, trees["outputs"] = jax.tree.flatten((h, (aux, rest)))
+            trees["seen"] = jax.eval_shape(lambda: (aux, rest))
+            return *outputs, *leaves
+
+        one = jax.eval_shape(lambda w: _at(w, 0), weights)
+        arguments = (one, h, constants, jax.ShapeDtypeStruct((), jnp.int32))
+        closed = jax.make_jaxpr(program)(*arguments)
+        _, leaves = _split(closed.jaxpr.outvars, trees["outputs"])
+        places = {variable: i for i, variable in enumerate(closed.jaxpr.invars)}
+        own = len(jax.tree.leaves(one))  # the argument behind the weights is h, another in each layer
+        sources = [places.get(v) if not hasattr(v, "val") and places.get(v) != own else None for v in leaves]
+        kept = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v, s in zip(leaves, sources) if s is None]
+        return _Piece(
+            lambda *flat: list(jaxpr_as_fun(closed)(*flat)),
+            trees["outputs"], trees["pullback"], sources, trees["seen"], kept,
+        )  # fmt: skip
+
+    def forward(self, weights: Tree, h: jax.Array, constants: Tree, number: Any) -> tuple[Any, Tree, list[jax.Array]]:
+        flat = self.program(*jax.tree.leaves((weights, h, constants)), jnp.asarray(number, jnp.int32))
+        outputs, leaves = _split(flat, self.outputs)
+        h, seen = jax.tree.unflatten(self.outputs, outputs)
+        return h, seen, [x for x, source in zip(leaves, self.sources) if source is None]
+
+    def backward(self, weights: Tree, constants: Tree, number: Any, kept: list[jax.Array], given: Any) -> Any:
+        arguments = *jax.tree.leaves(weights), None, *jax.tree.leaves(constants), jnp.asarray(number, jnp.int32)
+        remaining = iter(kept)
+        leaves = [next(remaining) if source is None else arguments[source] for source in self.sources]
+        return jax.tree.unflatten(self.pullback, leaves)(given)
+
+
+@jax.tree_util.register_static
+class _Static:
+    """What is no array, on its way from the forward to the backward pass."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+def _split(flat: Sequence[Any], outputs: Any) -> tuple[list[Any], list[Any]]:
+    return list(flat[: outputs.num_leaves]), list(flat[outputs.num_leaves :])
+
+
+def _repeat(count: int, body: Callable[[Any, Any], Any], carry: Any) -> Any:
+    return body(0, carry) if count == 1 else jax.lax.fori_loop(0, count, body, carry)
+
+
+def _at(tree: Tree, number: Any) -> Tree:
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, number, keepdims=False), tree)
+
+
+def _put(stacks: list[Tree], run: int, number: Any, tree: Tree) -> list[Tree]:
+    def put(stack: jax.Array, x: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_index_in_dim(stack, x, number, 0)
+
+    return [jax.tree.map(put, s, tree) if i == run else s for i, s in enumerate(stacks)]
+
+
+def _room(shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """Every element of it will be written: on a GPU it need not be filled before."""
+    if target_platform() == "gpu" and ambient_mesh() is None:
+        return jax.lax.empty(shape, dtype)
+    return jnp.zeros(shape, dtype)
