@@ -164,20 +164,21 @@ def _cuts(config: ModelConfig, batch: int | None, time: int | None) -> Iterator[
         yield ("sequence",), "the time", time
 
 
-def parameter_specs(tree: Any) -> Any:
+def parameter_specs(tree: Any, *, whole: bool = False) -> Any:
     """The PartitionSpec of every leaf, by the end of its path. Parameters, gradients and optimizer states alike.
 
-    Scalars (step counters, random keys) are repeated everywhere.
+    Scalars (step counters, random keys) are repeated everywhere. ``whole``: what is cut over ``CUT`` for training is
+    repeated instead, as `MiniMaxM1.whole` says.
 
     Raises:
         KeyError: a leaf that is no scalar has a name that ``m1jax.parameters`` does not know.
     """
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: _spec(path, len(leaf.shape)), tree)
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: _spec(path, len(leaf.shape), whole), tree)
 
 
-def parameter_shardings(tree: Any, mesh: Mesh) -> Any:
+def parameter_shardings(tree: Any, mesh: Mesh, *, whole: bool = False) -> Any:
     """``parameter_specs`` as shardings on a mesh, for ``jax.jit(..., out_shardings=)``, ``device_put`` or a restore."""
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), parameter_specs(tree), is_leaf=_is_spec)
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), parameter_specs(tree, whole=whole), is_leaf=_is_spec)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -267,7 +268,7 @@ def _gathered(weight: jax.Array, dtype: jax.numpy.dtype, cut: PartitionSpec, who
 _hold = jax.lax.with_sharding_constraint
 
 
-def _spec(path: Any, ndim: int) -> PartitionSpec:
+def _spec(path: Any, ndim: int, whole: bool = False) -> PartitionSpec:
     """Of a leaf with ``ndim`` dimensions; those of layers have the layers of a run in front."""
     if ndim == 0:
         return P()
@@ -276,6 +277,7 @@ def _spec(path: Any, ndim: int) -> PartitionSpec:
     entries: list[Any] = [None] * in_layer
     for dimension in parameter.dimensions:
         axes = tuple(axis for axis in DIMENSIONS[dimension] if axis not in used)
+        axes = () if whole and DIMENSIONS[dimension] == CUT else axes
         used.update(axes)
         entries.append(axes if len(axes) > 1 else axes[0] if axes else None)
     if len(entries) != ndim:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Several
 
@@ -19,7 +20,7 @@ from m1jax.inference.runner import ModelRunner
 from m1jax.inference.scheduler import Counts, Scheduler
 from m1jax.inference.sequence import Sequence
 from m1jax.inference.stopping import REASONS
-from m1jax.inference.types import Completion, Event, Finish, Finished, Request, Ticket, Wrote
+from m1jax.inference.types import Completion, Event, Finish, Finished, Loaded, Request, Ticket, Wrote
 from m1jax.model import MiniMaxM1
 
 FIXED = 256
@@ -114,13 +115,15 @@ class Engine:
             self._add(source.fork(self._arrivals, fork), self._home[source])
         return tickets
 
-    def load(self, params: nnx.State, version: int) -> None:
+    def load(self, params: nnx.State, version: int) -> Loaded:
         """Go on with other weights. A sample that has written nothing yet is computed by them alone; one that has keeps
         its states and keys, and its completion says which weights wrote which token. Kept prefixes are forgotten."""
-        self._runner.load(params)
+        begin = time.perf_counter()
+        received = self._runner.load(params)
         self._version = version
         for part in self._parts:
             part.forget()
+        return Loaded(version, received, time.perf_counter() - begin)
 
     def rest(self) -> None:
         """Give the device's memory back, weights and all, until `load`. Nobody may be in work."""

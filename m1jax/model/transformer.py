@@ -133,6 +133,9 @@ class MiniMaxM1(nnx.Module):
     ) -> None:
         self.config = config
         self.dtype = jnp.dtype(default_dtype() if dtype is None else dtype)
+        self.whole = False
+        """On a mesh: matrices that belong to no expert are cut over tensor alone. Else over fsdp and expert too, and
+        gathered layer by layer when they are used: right for training, for each token of decoding too much."""
         draw = functools.partial(initial, rngs=rngs, std=config.initializer_range, dtype=jnp.dtype(param_dtype))
         embed_tokens, norm, lm_head = parameters.of_model(config)
         self.embed_tokens = nnx.Param(draw(embed_tokens))
@@ -302,7 +305,7 @@ def _forward(
     else:
         call = Call(steps)
 
-    h = parallel.embed(model.embed_tokens[...], tokens, model.dtype)
+    h = parallel.embed(model.embed_tokens[...], tokens, model.dtype, model.whole)
     memories = (None,) * len(model.runs) if cache is None else cache.runs
     h, memories, seen = _stack(
         model, h, call, memories, routes, record_routes, None if cache is not None else aux_over, remat
@@ -351,7 +354,7 @@ def _stack(
 
     def one_layer(run: int, carry: Any, x: Any) -> Any:
         (graph, experts, _), (weights, place, replayed) = parts[run], x
-        block = nnx.merge(graph, experts, gather_weights(weights, model.dtype))
+        block = nnx.merge(graph, experts, weights if model.whole else gather_weights(weights, model.dtype))
         return layer(block, carry, place, replayed, whole_experts)
 
     if remat == "auto":
