@@ -190,30 +190,22 @@ def test_on_a_mesh(alone, spec):
         loaded = engine.load(jax.tree.map(jnp.zeros_like, params), version=5)
         ((_, completion),) = engine.run([asked([1, 2, 3])])
     assert loaded.version == 5 and loaded.seconds > 0
-    # What training has cut is received by those that lacked it: all matrices but the experts, and experts over fsdp.
-    assert loaded.bytes == expected_bytes(params, make_mesh(spec))
+    assert loaded.bytes == held(runner._model) - held(params)
     np.testing.assert_allclose(completion.logp, -np.log(64), rtol=1e-6)
     assert set(completion.version) == {5}
 
 
-def expected_bytes(params, mesh):
-    total = 0
-    for path, leaf in jax.tree.leaves_with_path(params):
-        expert, vector = any(name in jax.tree_util.keystr(path) for name in ("w1", "w2", "w3")), leaf.ndim < 3
-        if "norm" in jax.tree_util.keystr(path) and vector:
-            continue
-        cut = mesh.shape["fsdp"] * (1 if expert else mesh.shape["expert"])
-        held = leaf.nbytes * mesh.size / mesh.shape["tensor"] / (mesh.shape["expert"] if expert else 1)
-        total += held * (1 - 1 / cut)
-    return total
+def held(tree):
+    """Bytes on all devices together."""
+    return sum(shard.data.nbytes for leaf in jax.tree.leaves(tree) for shard in leaf.addressable_shards)
 
 
-@pytest.mark.parametrize(("spec", "most"), [("fsdp=8", 0), ("fsdp=4,tensor=2", 0.2), ("fsdp=2,expert=4", 0.2)])
-def test_no_weights_are_gathered_for_a_token(spec, most):
+@pytest.mark.parametrize("spec", ["fsdp=8", "fsdp=4,tensor=2", "fsdp=2,expert=4", "tensor=2,expert=4"])
+def test_no_weights_are_gathered_for_a_token(spec, monkeypatch):
+    monkeypatch.setattr(ModelRunner, "_compile", lambda self: None)
     runner, params = mesh_runner(spec)
-    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     with on(spec), runner._on_mesh():
         arguments = runner._model, runner._cache, runner._rows, np.int32(1), runner.capacity, False
         program = runner_module._decode.lower(*arguments).compile()
     moved = sum(c.bytes for c in collectives(program))  # the loop over steps counts once
-    assert moved <= most * weights
+    assert moved < 0.1 * sum(leaf.nbytes for leaf in jax.tree.leaves(params))  # activations; gathered weights: 0.3 up
