@@ -173,10 +173,11 @@ def vocabulary_is_cut(words: int, sizes: Mapping[str, int]) -> bool:
     return words % sizes["tensor"] == 0
 
 
-def parameter_specs(tree: Any, sizes: Mapping[str, int]) -> Any:
+def parameter_specs(tree: Any, sizes: Mapping[str, int], *, whole: bool = False) -> Any:
     """The PartitionSpec of every leaf, by the end of its path. Parameters, gradients and optimizer states alike.
 
-    Scalars (step counters, random keys) are repeated everywhere.
+    Scalars (step counters, random keys) are repeated everywhere. ``whole``: what is cut over ``CUT`` for training is
+    repeated instead, as `MiniMaxM1.whole` says.
 
     Args:
         tree: of arrays, or of anything with shapes.
@@ -185,12 +186,13 @@ def parameter_specs(tree: Any, sizes: Mapping[str, int]) -> Any:
     Raises:
         KeyError: a leaf that is no scalar has a name that ``m1jax.parameters`` does not know.
     """
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: _spec(path, leaf.shape, sizes), tree)
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: _spec(path, leaf.shape, sizes, whole), tree)
 
 
-def parameter_shardings(tree: Any, mesh: Mesh) -> Any:
+def parameter_shardings(tree: Any, mesh: Mesh, *, whole: bool = False) -> Any:
     """``parameter_specs`` as shardings on a mesh, for ``jax.jit(..., out_shardings=)``, ``device_put`` or a restore."""
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), parameter_specs(tree, mesh.shape), is_leaf=_is_spec)
+    specs = parameter_specs(tree, mesh.shape, whole=whole)
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=_is_spec)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -281,17 +283,18 @@ def _gathered(weight: jax.Array, dtype: jax.numpy.dtype, cut: PartitionSpec, who
 _hold = jax.lax.with_sharding_constraint
 
 
-def _spec(path: Any, shape: tuple[int, ...], sizes: Mapping[str, int]) -> PartitionSpec:
+def _spec(path: Any, shape: tuple[int, ...], sizes: Mapping[str, int], whole: bool = False) -> PartitionSpec:
     """Of a leaf of this shape; those of layers have the layers of a run in front."""
     if not shape:
         return P()
     parameter, in_layer = parameters.find(path)
     if parameter.dimensions[0] == "vocab" and not vocabulary_is_cut(shape[0], sizes):
-        return P(None, COLUMNS)
+        return P(None, "tensor" if whole else COLUMNS)
     used: set[str] = set()
     entries: list[Any] = [None] * in_layer
     for dimension in parameter.dimensions:
         axes = tuple(axis for axis in DIMENSIONS[dimension] if axis not in used)
+        axes = () if whole and DIMENSIONS[dimension] == CUT else axes
         used.update(axes)
         entries.append(axes if len(axes) > 1 else axes[0] if axes else None)
     if len(entries) != len(shape):

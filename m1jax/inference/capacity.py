@@ -28,7 +28,7 @@ class Capacity:
     prefill: tuple[tuple[int, int], ...]
     """(rows, tokens) of the prefill programs, by ascending product"""
     stall: int
-    """rows x tokens that may be prefilled between decode steps: how long those who decode may have to wait"""
+    """rows x tokens that may be prefilled between decode steps, however few decode: how long those may have to wait"""
     parts: int = 1
     """with several, the only decode program is that of all rows"""
 

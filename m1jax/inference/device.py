@@ -56,8 +56,9 @@ class Runner(Protocol):
         them have ended or written what they may."""
         ...
 
-    def load(self, params: nnx.State) -> None:
-        """Take other weights, as `nnx.split(model)` gives them."""
+    def load(self, params: nnx.State) -> int:
+        """Take other weights, as `nnx.split(model)` gives them, wherever they lie. Returns when they are in place: the
+        bytes that all devices together took over from others."""
         ...
 
     def rest(self) -> None:

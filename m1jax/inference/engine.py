@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Several
 
@@ -15,14 +17,16 @@ from m1jax.inference.checks import check_request
 from m1jax.inference.device import Decoded, Runner
 from m1jax.inference.memory import capacity_for
 from m1jax.inference.runner import ModelRunner
-from m1jax.inference.scheduler import Chunk, Counts, Scheduler
+from m1jax.inference.scheduler import Counts, Scheduler
 from m1jax.inference.sequence import Sequence
 from m1jax.inference.stopping import REASONS
-from m1jax.inference.types import Completion, Event, Finish, Finished, Request, Ticket, Wrote
+from m1jax.inference.types import Completion, Event, Finish, Finished, Loaded, Request, Ticket, Wrote
 from m1jax.model import MiniMaxM1
 
-FIXED = 64
+FIXED = 256
 """What a prefill costs besides its tokens (reading the weights, starting), in tokens."""
+PATIENCE = 4
+"""Tokens that may be prefilled for each one that is decoded, which takes about as long."""
 
 
 class Engine:
@@ -111,13 +115,15 @@ class Engine:
             self._add(source.fork(self._arrivals, fork), self._home[source])
         return tickets
 
-    def load(self, params: nnx.State, version: int) -> None:
+    def load(self, params: nnx.State, version: int) -> Loaded:
         """Go on with other weights. A sample that has written nothing yet is computed by them alone; one that has keeps
         its states and keys, and its completion says which weights wrote which token. Kept prefixes are forgotten."""
-        self._runner.load(params)
+        begin = time.perf_counter()
+        received = self._runner.load(params)
         self._version = version
         for part in self._parts:
             part.forget()
+        return Loaded(version, received, time.perf_counter() - begin)
 
     def rest(self) -> None:
         """Give the device's memory back, weights and all, until `load`. Nobody may be in work."""
@@ -130,12 +136,8 @@ class Engine:
         """Run what is to be run next (a piece of prefill, some decode steps) and tell what came of it."""
         for part in self._parts:
             part.admit()
-        shape = self._prefill_shape()
-        chunks = [part.chunks(shape) for part in self._parts]
-        decode = [s for part, some in zip(self._parts, chunks) for s in part.decoding(some)]
-        self._copy()
-        self._prefill(shape, [chunk for some in chunks for chunk in some])
-        self._decode(decode)
+        self._prefill()
+        self._decode([sequence for part in self._parts for sequence in part.decoding()])
         events, self._events = self._events, []
         return events
 
@@ -170,31 +172,39 @@ class Engine:
         self._home[sequence] = part
         part.submit(sequence)
 
-    def _prefill_shape(self) -> tuple[int, int]:
-        """The prefill program that does the most for its cost, of those for which decoders need not wait too long."""
-        shapes, stall = self._runner.capacity.prefill, self._runner.capacity.stall
-        if any(not s.pending for part in self._parts for s in part.running):
-            shapes = [(rows, tokens) for rows, tokens in shapes if rows * tokens <= stall]
+    def _prefill(self) -> None:
+        """Read prompts, so many of their tokens that those who decode need not wait too long."""
+        self._copy()
+        capacity, running = self._runner.capacity, [s for part in self._parts for s in part.running]
+        left = max(FIXED + capacity.stall, PATIENCE * capacity.steps * len(running) // capacity.parts)
+        if all(sequence.pending for sequence in running):  # nobody waits
+            left = max(left, FIXED + math.prod(capacity.prefill[-1]))
+        while shape := self._prefill_shape(left):
+            chunks = [chunk for part in self._parts for chunk in part.chunks(shape)]
+            for chunk, routes in zip(chunks, self._runner.prefill(shape, chunks)):
+                chunk.sequence.routes.append(routes)
+            for chunk in chunks:
+                self._home[chunk.sequence].advanced(chunk.sequence, chunk.count)
+                self._home[chunk.sequence].counts.prefilled += chunk.count
+            self._copy()
+            left -= FIXED + math.prod(shape)
+
+    def _prefill_shape(self, most: int) -> tuple[int, int] | None:
+        """The prefill program that does the most for its cost, of those that cost no more; None: there is none, or
+        nothing to do."""
 
         def rate(shape: tuple[int, int]) -> float:
             tokens = sum(chunk.count for part in self._parts for chunk in part.chunks(shape))
-            return tokens / (FIXED + shape[0] * shape[1])
+            return tokens / (FIXED + math.prod(shape))
 
-        return max(shapes, key=rate)
-
-    def _prefill(self, shape: tuple[int, int], chunks: list[Chunk]) -> None:
-        if not chunks:
-            return
-        for chunk, routes in zip(chunks, self._runner.prefill(shape, chunks)):
-            chunk.sequence.routes.append(routes)
-        for chunk in chunks:
-            self._home[chunk.sequence].advanced(chunk.sequence, chunk.count)
-            self._home[chunk.sequence].counts.prefilled += chunk.count
-        self._copy()
+        shapes = [shape for shape in self._runner.capacity.prefill if FIXED + math.prod(shape) <= most]
+        best = max(shapes, key=rate, default=None)
+        return best if best is not None and rate(best) else None
 
     def _decode(self, sequences: list[Sequence]) -> None:
         if not sequences:
             return
+        self._copy()
         allowances = [s.allowance(self._runner.capacity.steps) for s in sequences]
         # Rows that fall idle are worth a look only where somebody waits for them.
         waiting = any(part.waiting for part in self._parts)

@@ -71,10 +71,10 @@ def capacity_for(
         page_size=PAGE_SIZE,
         pages=pages,
         snapshots=snapshots,
-        steps=4 if cpu else 16,
+        steps=8 if cpu else 16,
         decode=_powers(each),
-        prefill=((1, 32), (1, 256)) if cpu else ((1, 128), (8, 128), (1, 1024), (4, 1024)),
-        stall=64 if cpu else 1024,
+        prefill=((1, 32), (1, 256), (8, 64)) if cpu else ((1, 128), (8, 128), (1, 1024), (4, 1024)),
+        stall=32 if cpu else 1024,
         parts=several,
     )
 

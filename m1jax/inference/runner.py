@@ -3,8 +3,8 @@
 Rows of the programs are rows of the scheduler. The states of a part's rows come first in its part of the pool, behind
 them lie those of kept prefixes. The pool is donated to every program and comes back renewed.
 
-On a mesh, rows are spread over the devices that training cuts weights over by fsdp: each has weights whole (but for
-tensor and expert), gathered once when they are loaded and not again for every token.
+On a mesh, rows are spread over the devices that training cuts weights over by fsdp: each has weights whole (experts but
+for expert and tensor, all others but for tensor), gathered once when they are loaded and not again for every token.
 """
 
 from __future__ import annotations
@@ -151,14 +151,18 @@ class ModelRunner:
         self.load(params)
         self._compile()
 
-    def load(self, params: nnx.State) -> None:
-        """Take other weights, as `nnx.split(model)` gives them."""
-        if self._mesh is not None:
-            params = jax.device_put(params, parameter_shardings(params, self._mesh))
+    def load(self, params: nnx.State) -> int:
+        received = 0
         with self._on_mesh():
-            self._model = prepared(nnx.merge(self._graph, params))
+            model = prepared(nnx.merge(self._graph, params))
+            if self._mesh is not None:
+                placed = jax.device_put(model, parameter_shardings(model, self._mesh, whole=True))
+                received, model = received_bytes(model, placed), placed
+            self._model = model
             if self._cache is None:
-                self._cache = _empty(self._model.config, self.capacity, self._model.dtype)
+                self._cache = _empty(model.config, self.capacity, model.dtype)
+        jax.block_until_ready(self._model)
+        return received
 
     def rest(self) -> None:
         self._model = self._cache = None
@@ -241,9 +245,30 @@ def decoding_mesh() -> Mesh | None:
     return Mesh(mesh.devices.reshape(data * fsdp, 1, *others), mesh.axis_names, axis_types=mesh.axis_types)
 
 
+def received_bytes(before: MiniMaxM1, after: MiniMaxM1) -> int:
+    """What all devices together took over from others when arrays were laid out anew."""
+    total = 0
+    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after)):
+        had = old.sharding.devices_indices_map(old.shape)
+        for device, needs in new.sharding.devices_indices_map(new.shape).items():
+            total += new.dtype.itemsize * (_elements(new.shape, needs) - _elements(new.shape, needs, had.get(device)))
+    return total
+
+
+def _elements(shape: tuple[int, ...], *parts: tuple[slice, ...] | None) -> int:
+    """That all these parts of an array have in common; None has nothing."""
+    if any(part is None for part in parts):
+        return 0
+    bounds = [[s.indices(n) for s, n in zip(part, shape)] for part in parts if part is not None]
+    return math.prod(max(0, min(b[1] for b in of) - max(b[0] for b in of)) for of in zip(*bounds))
+
+
 def prepared(model: MiniMaxM1) -> MiniMaxM1:
     """A model whose weights are as decoding reads them: in the compute dtype where the forward pass would cast them
     anyway, and on a CPU each layer's in arrays of their own."""
+    if ambient_mesh() is not None:
+        model = jax.tree.map(lambda x: x, model)
+        model.whole = True
     apart = target_platform() == "cpu" and ambient_mesh() is None
     cast = any(leaf.dtype != model.dtype for path, leaf in jax.tree.leaves_with_path(model) if _is_cast(path))
     return _prepare(model, apart, cast) if apart or cast else model

@@ -105,10 +105,9 @@ class Scheduler:
         pending = [s for s in self.running if s.pending][:rows]
         return [Chunk(s, min(most, min([*s.junctions, s.computed + s.pending]) - s.computed)) for s in pending]
 
-    def decoding(self, chunks: list[Chunk]) -> list[Sequence]:
-        """Who can decode once these chunks are read."""
-        read = {chunk.sequence: chunk.count for chunk in chunks}
-        decode = [s for s in self.running if s.pending == read.get(s, 0)]
+    def decoding(self) -> list[Sequence]:
+        """Who can decode."""
+        decode = [s for s in self.running if not s.pending]
         if self.capacity.parts == 1:
             self._compact(decode)
         return decode

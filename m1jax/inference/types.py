@@ -117,3 +117,14 @@ class Finished:
 
 
 Event = Wrote | Finished
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """What `Engine.load` did."""
+
+    version: int
+    bytes: int
+    """that all devices together took over from others; 0 where weights lie on one device"""
+    seconds: float
+    """until the weights were in place"""

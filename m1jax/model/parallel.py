@@ -30,14 +30,14 @@ MOE_TOKENS = 16_384  # tokens a device has gathered at once in `experts`: bounds
 
 
 def embed(
-    table: Float[Array, "vocab hidden"], tokens: Int[Array, "batch time"], dtype: jax.typing.DTypeLike
+    table: Float[Array, "vocab hidden"], tokens: Int[Array, "batch time"], dtype: jax.typing.DTypeLike, whole: bool
 ) -> Float[Array, "batch time hidden"]:
-    """Rows of the table, in the compute dtype."""
+    """Rows of the table, in the compute dtype; ``whole`` as in ``MiniMaxM1``."""
     mesh = ambient_mesh()
     if mesh is None:
         return jnp.take(table, tokens, axis=0).astype(dtype)
     rows, time, residual = _token_axes(tokens)
-    cut, gather = _gather(rows, 1, CUT)
+    cut, gather = _gather(rows, 1, () if whole else CUT)
 
     def columns(table: jax.Array, tokens: jax.Array) -> jax.Array:
         return jnp.take(gather(table.astype(dtype)), tokens, axis=0)

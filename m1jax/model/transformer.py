@@ -144,6 +144,9 @@ class MiniMaxM1(nnx.Module):
     ) -> None:
         self.config = config
         self.dtype = jnp.dtype(default_dtype() if dtype is None else dtype)
+        self.whole = False
+        """On a mesh: matrices that belong to no expert are cut over tensor alone. Else over fsdp and expert too, and
+        gathered layer by layer when they are used: right for training, for each token of decoding too much."""
         draw = functools.partial(initial, rngs=rngs, std=config.initializer_range, dtype=jnp.dtype(param_dtype))
         embed_tokens, norm, lm_head = parameters.of_model(config)
         self.embed_tokens = nnx.Param(draw(embed_tokens))
@@ -313,7 +316,7 @@ def _forward(
     else:
         call = Call(steps)
 
-    h = parallel.embed(model.embed_tokens[...], tokens, model.dtype)
+    h = parallel.embed(model.embed_tokens[...], tokens, model.dtype, model.whole)
     memories = (None,) * len(model.runs) if cache is None else cache.runs
     h, memories, seen = _stack(
         model, h, call, memories, routes, record_routes, None if cache is not None else aux_over, remat
@@ -367,7 +370,7 @@ def _stack(
 
     def one_layer(run: int, carry: Any, x: Any) -> Any:
         (graph, experts, _), (weights, place, replayed) = parts[run], x
-        block = nnx.merge(graph, experts, gather_weights(weights, model.dtype))
+        block = nnx.merge(graph, experts, weights if model.whole else gather_weights(weights, model.dtype))
         return layer(block, carry, call, place, replayed, whole_experts)
 
     def one_period(carry: Any, xs: Any) -> Any:
@@ -395,7 +398,7 @@ def _trained(
 
     def one_layer(run: int, weights: Any, h: jax.Array, constants: Any, number: jax.Array | int) -> Any:
         call, places, replayed, stacks = constants
-        block = nnx.merge(graphs[run], gather_weights(weights, model.dtype))
+        block = nnx.merge(graphs[run], weights if model.whole else gather_weights(weights, model.dtype))
         place, chosen = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[number], (places[run], replayed[run]))
         (h, _), seen = layer(block, (h, None), call, place._replace(layer=number), chosen, stacks[run])
         return (h, seen.aux), seen.routes

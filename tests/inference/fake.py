@@ -52,6 +52,7 @@ class FakeRunner:
 
     def load(self, params):
         self.weights = params
+        return 0
 
     def rest(self):
         self.weights = None

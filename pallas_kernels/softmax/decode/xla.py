@@ -27,14 +27,17 @@ def decode(q: jax.Array, keys: jax.Array, values: jax.Array, pages: jax.Array, l
     capacity = pages.shape[1] * page_size
     block = min(KEYS, capacity)
     grouped = q.reshape(batch, kv_heads, heads // kv_heads, size)
+    # Tokens in rows: the order in memory that the products below would like does not reach the pool, which XLA would
+    # copy into it for every token.
+    keys, values = (x.reshape(-1, kv_heads * size) for x in (keys, values))
 
     def step(i, carry):
         top, total, acc = carry
         place = i * block + jnp.arange(block)
-        page = pages[:, jnp.minimum(place, capacity - 1) // page_size]
+        at = pages[:, jnp.minimum(place, capacity - 1) // page_size] * page_size + place % page_size
         seen = place < lengths[:, None]
         # What nobody wrote may be no number, even times zero.
-        k, v = (jnp.where(seen[..., None, None], x[page, place % page_size], 0) for x in (keys, values))
+        k, v = (jnp.where(seen[..., None], x[at], 0).reshape(*at.shape, kv_heads, size) for x in (keys, values))
         scores = jnp.where(seen[:, None, None], _dot("bhgd,bshd->bhgs", grouped, k) * size**-0.5, -jnp.inf)
         new = jnp.maximum(top, scores.max(-1))
         weights, shrink = jnp.exp(scores - new[..., None]), jnp.exp(top - new)

@@ -1,0 +1,211 @@
+"""The engine with a model: the same tokens whatever else is going on, on one device and on meshes."""
+
+import contextlib
+import dataclasses
+import functools
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from m1jax import MiniMaxM1, ModelConfig
+from m1jax.collectives import collectives
+from m1jax.inference import Engine, Finished, Request, Sampling
+from m1jax.inference import runner as runner_module
+from m1jax.inference.capacity import Capacity
+from m1jax.inference.runner import ModelRunner, parts
+from m1jax.sharding import make_mesh, parameter_shardings
+
+CONFIG = ModelConfig(
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=16,
+    layer_types=("lightning", "softmax"),
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    rotary_dim=4,
+    num_experts=4,
+    experts_per_token=2,
+    initializer_range=0.3,
+    max_position_embeddings=256,
+)
+SCARCE = Capacity(
+    rows=3, max_length=48, page_size=4, pages=15, snapshots=2, steps=3, decode=(3,), prefill=((1, 4), (2, 8)), stall=4
+)
+ROOMY = dataclasses.replace(SCARCE, rows=1, pages=40, snapshots=0, decode=(1,), prefill=((1, 16),), stall=16)
+key = functools.cache(jax.random.key)
+
+
+@functools.cache
+def model() -> MiniMaxM1:
+    return MiniMaxM1(CONFIG, rngs=nnx.Rngs(0))
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """What a sample of a request writes when nobody else is there, nothing is kept and nothing is scarce."""
+    runner = ModelRunner(*nnx.split(model()), ROOMY)
+
+    @functools.cache
+    def serve(tokens, seed, samples, new, junctions, keep):
+        request = asked(tokens, seed, samples, new, junctions, keep)
+        return {completion.sample: completion for _, completion in Engine(runner).run([request])}
+
+    return serve
+
+
+@pytest.fixture(scope="module")
+def scarce():
+    return ModelRunner(*nnx.split(model()), SCARCE)
+
+
+def asked(tokens, seed=0, samples=1, new=12, junctions=(), keep=True):
+    return Request(
+        np.array(tokens, np.int32), key(seed), Sampling(max_new_tokens=new), samples, junctions=junctions, keep=keep
+    )
+
+
+def same(completion, expected):
+    assert completion.tokens.tolist() == expected.tokens.tolist()
+    np.testing.assert_allclose(completion.logp, expected.logp, atol=1e-4)
+    assert completion.finish == expected.finish
+
+
+prompts = st.builds(
+    lambda family, length, tail: (*(np.arange(length) * (family + 3) % 61).tolist(), *tail),
+    st.integers(0, 1),
+    st.integers(0, 24),
+    st.lists(st.integers(0, 3), min_size=1, max_size=3),
+)
+requests = st.tuples(
+    prompts, st.integers(0, 2), st.integers(1, 3), st.sampled_from([5, 16]), st.sampled_from([(), (1,)]), st.booleans()
+)
+actions = st.one_of(
+    requests,
+    st.tuples(st.just("step"), st.integers(1, 4)),
+    st.tuples(st.just("cancel"), st.integers(0, 30)),
+    st.tuples(st.just("fork"), st.integers(0, 30)),
+)
+
+
+@hypothesis.settings(max_examples=25)
+@hypothesis.given(st.lists(actions, min_size=3, max_size=20))
+def test_random_schedules(alone, scarce, actions):
+    """Submit, cancel and fork at random, with pages for two sequences of three and room for two prefixes."""
+    engine, events, wanted, forked = Engine(scarce), [], {}, {}
+    for action in actions:
+        kind, number = action[:2]
+        live = [(t, s) for t, samples in engine._live.items() for s in samples]
+        if kind == "step":
+            for _ in range(number):
+                events += engine.step()
+        elif kind not in ("cancel", "fork"):
+            wanted[engine.submit(asked(*action))] = action
+        elif live:
+            ticket, sample = live[number % len(live)]
+            if kind == "cancel":
+                engine.cancel(ticket)
+            else:
+                begun = engine._live[ticket][sample].new
+                (fork,) = engine.fork(ticket, 1, sample)
+                wanted[fork], forked[fork] = wanted[ticket], (ticket, sample, begun)
+    while engine.busy:
+        events += engine.step()
+    done = {(e.ticket, e.sample): e.completion for e in events if isinstance(e, Finished)}
+    for (ticket, sample), completion in done.items():
+        if completion.finish == "cancelled":
+            continue
+        if ticket not in forked:
+            same(completion, alone(*wanted[ticket])[sample])
+            continue
+        teacher_forced(wanted[ticket][0], completion)
+        parent, of, begun = forked[ticket]
+        assert completion.tokens[:begun].tolist() == done[parent, of].tokens[:begun].tolist()
+
+
+def teacher_forced(prompt, completion):
+    """The log-probabilities are those of the plain forward pass over the whole sequence."""
+    tokens = np.zeros(SCARCE.max_length, np.int32)
+    row = [*prompt, *completion.tokens]
+    tokens[: len(row)] = row
+    log_probs = jax.nn.log_softmax(model()(jnp.asarray(tokens)[None])[0], axis=-1)
+    at = np.arange(len(prompt), len(row))
+    np.testing.assert_allclose(completion.logp, log_probs[at - 1, tokens[at]], atol=1e-4)
+
+
+def test_pages_run_out_and_prefixes_go(alone, scarce):
+    """The schedules above are hard enough: this one preempts, hits and evicts."""
+    engine = Engine(scarce)
+    requests = [(tuple(range(n, n + 12)), n, 1, 30, (), True) for n in range(6)]
+    requests += [((*range(12), 5, n), n, 2, 5, (), True) for n in range(3)]
+    for number, completion in engine.run([asked(*request) for request in requests]):
+        same(completion, alone(*requests[number])[completion.sample])
+    assert engine.counts.preempted > 0
+    assert engine.counts.reused > 0
+
+
+def test_nothing_is_compiled_for_a_request(scarce):
+    compiled = []
+    watching = [True]
+
+    def listen(event, duration_secs, **kwargs):
+        if watching[0] and event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(kwargs.get("fun_name"))
+
+    engine = Engine(scarce)
+    list(engine.run([asked([1, 2])]))  # what JAX itself compiles once, for keys
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    list(engine.run([asked(range(n, 20), n, 1 + n % 3, 4 + n) for n in range(8)]))
+    watching[0] = False
+    assert compiled == []
+
+
+def on(spec):
+    return contextlib.nullcontext() if spec is None else jax.set_mesh(make_mesh(spec))
+
+
+def mesh_runner(spec):
+    """On a mesh, from parameters that lie as training lays them out."""
+    graph, params = nnx.split(model())
+    with on(spec):
+        if spec is not None:
+            params = jax.device_put(params, parameter_shardings(params, jax.sharding.get_mesh()))
+        capacity = dataclasses.replace(SCARCE, parts=parts(), rows=2, pages=30, decode=(2,), prefill=((1, 8),), stall=8)
+        return ModelRunner(graph, params, capacity), params
+
+
+@pytest.mark.parametrize("spec", ["tensor=2,expert=4", "fsdp=4,tensor=2", "data=2,fsdp=2,expert=2"])
+def test_on_a_mesh(alone, spec):
+    requests = [(tuple(range(n, n + 5)), n, 2, 8, (), True) for n in range(6)]
+    runner, params = mesh_runner(spec)
+    with on(spec):
+        engine = Engine(runner)
+        for number, completion in engine.run([asked(*request) for request in requests]):
+            same(completion, alone(*requests[number])[completion.sample])
+        loaded = engine.load(jax.tree.map(jnp.zeros_like, params), version=5)
+        ((_, completion),) = engine.run([asked([1, 2, 3])])
+    assert loaded.version == 5 and loaded.seconds > 0
+    assert loaded.bytes == held(runner._model) - held(params)
+    np.testing.assert_allclose(completion.logp, -np.log(64), rtol=1e-6)
+    assert set(completion.version) == {5}
+
+
+def held(tree):
+    """Bytes on all devices together."""
+    return sum(shard.data.nbytes for leaf in jax.tree.leaves(tree) for shard in leaf.addressable_shards)
+
+
+@pytest.mark.parametrize("spec", ["fsdp=8", "fsdp=4,tensor=2", "fsdp=2,expert=4", "tensor=2,expert=4"])
+def test_no_weights_are_gathered_for_a_token(spec, monkeypatch):
+    monkeypatch.setattr(ModelRunner, "_compile", lambda self: None)
+    runner, params = mesh_runner(spec)
+    with on(spec), runner._on_mesh():
+        arguments = runner._model, runner._cache, runner._rows, np.int32(1), runner.capacity, False
+        program = runner_module._decode.lower(*arguments).compile()
+    moved = sum(c.bytes for c in collectives(program))  # the loop over steps counts once
+    assert moved < 0.1 * sum(leaf.nbytes for leaf in jax.tree.leaves(params))  # activations; gathered weights: 0.3 up
