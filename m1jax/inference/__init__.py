@@ -4,9 +4,11 @@ from m1jax.inference.engine import Engine
 from m1jax.inference.generate import Generation, generate
 from m1jax.inference.types import (
     Completion,
+    Constraint,
     Event,
     Finish,
     Finished,
+    Matcher,
     RepetitionStop,
     Request,
     Sampling,
@@ -17,11 +19,13 @@ from m1jax.inference.types import (
 
 __all__ = [
     "Completion",
+    "Constraint",
     "Engine",
     "Event",
     "Finish",
     "Finished",
     "Generation",
+    "Matcher",
     "RepetitionStop",
     "Request",
     "Sampling",
