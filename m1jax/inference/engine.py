@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 from m1jax.errors import UserError
+from m1jax.inference.capacity import Capacity
 from m1jax.inference.checks import check_request
 from m1jax.inference.device import Decoded, Runner
 from m1jax.inference.memory import capacity_for
@@ -68,6 +69,11 @@ class Engine:
     def counts(self) -> Counts:
         """What was done so far."""
         return sum((part.counts for part in self._parts), Counts())
+
+    @property
+    def capacity(self) -> Capacity:
+        """How much it holds."""
+        return self._runner.capacity
 
     @property
     def busy(self) -> bool:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 
@@ -75,7 +76,7 @@ def sample(
     return Drawn(tokens, logp, drawn_logp - jnp.log(mass), *likeliest)
 
 
-ALL = 0xFFFFFFFF
+ALL = np.uint32(0xFFFFFFFF)
 """A word of `allowed` that forbids nothing."""
 
 
