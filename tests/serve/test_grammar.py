@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from m1jax.chat import Tokenizer, as_tools, parse_message
+from m1jax.chat.tokens import BOS, EOS
 from m1jax.errors import UserError
 from m1jax.inference.thinking import thinking_budget
 from m1jax.serve.grammar import Grammars
@@ -18,14 +19,14 @@ from m1jax.serve.grammar import Grammars
 
 def letters() -> Tokenizer:
     """One whose tags are no tokens, and that has longer tokens, too."""
-    description = json.loads(Tokenizer.tiny().to_json())
-    description["added_tokens"] = [t for t in description["added_tokens"] if t["id"] < 259]
-    vocab = description["model"]["vocab"]
-    for merge in ["< t", "t h", '" }', "} }", '{ "', "th i", '" ,']:
-        first, second = merge.split()
-        vocab[first + second] = max(260, *vocab.values()) + 1
-        description["model"]["merges"].append([first, second])
-    return Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(description)))
+    model = json.loads(Tokenizer.tiny().to_json())["model"]
+    merges = [("<", "t"), ("t", "h"), ('"', "}"), ("}", "}"), ("{", '"'), ("th", "i"), ('"', ",")]
+    vocab = {**model["vocab"], **{first + second: 256 + i for i, (first, second) in enumerate(merges)}}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.add_special_tokens([BOS, EOS])
+    return Tokenizer(backend)
 
 
 TOKENIZERS = {"tags": Tokenizer.tiny(), "letters": letters()}
