@@ -7,7 +7,6 @@ import hmac
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
-from pathlib import Path
 from typing import Any
 
 import anyio.to_thread
@@ -16,11 +15,10 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Mount, Route
-from starlette.staticfiles import StaticFiles
+from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from m1jax.serve import openapi
+from m1jax.serve import openapi, pages
 from m1jax.serve.backend import Backend
 from m1jax.serve.chat import ChatFormat
 from m1jax.serve.completion import CompletionFormat
@@ -33,7 +31,6 @@ from m1jax.serve.stream import EventStream, unless_gone
 from m1jax.serve.writing import Writing, streamed, whole
 
 log = logging.getLogger("m1jax.serve")
-PAGE = Path(__file__).parent / "page"
 
 
 def make_app(backend: Backend, served: Served, api_key: str | None = None) -> ASGIApp:
@@ -56,7 +53,7 @@ def make_app(backend: Backend, served: Served, api_key: str | None = None) -> AS
             Route("/health", handlers.health),
             Route("/metrics", handlers.metrics_text),
             Route("/openapi.json", handlers.openapi),
-            Mount("/", StaticFiles(directory=PAGE, html=True)),
+            *pages.ROUTES,
         ],
         lifespan=lifespan,
         exception_handlers={ApiError: _failed, HTTPException: _http_failed, Exception: _crashed},

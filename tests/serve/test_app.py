@@ -101,7 +101,7 @@ def test_log_probabilities_are_the_models(live, tokenizer):
         )
         prompt, written = answer["prompt_token_ids"], answer["choices"][0]["token_ids"]
         tokens = np.array([prompt + written], np.int32)
-        logits = np.asarray(model(tokens)[0], np.float64)[0, len(prompt) - 1 : -1] / 0.7
+        logits = np.asarray(model(tokens), np.float64)[0, len(prompt) - 1 : -1] / 0.7
         expected = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         told = answer["choices"][0]["logprobs"]["content"]
         np.testing.assert_allclose([t["logprob"] for t in told], expected[np.arange(len(written)), written], atol=1e-3)
@@ -270,8 +270,7 @@ def test_too_long_by_how_much(live):
 
 def test_no_json_and_no_route(live):
     for body in (b"{", b"\xff", b"", b'{"a": "\\ud800"}'):
-        response = live.client.post(CHAT, content=body)
-        refused(response, 422 if b"ud800" in body and response.status_code == 422 else 400, "")
+        refused(live.client.post(CHAT, content=body), 400, "The body is no JSON")
     refused(live.client.get("/v1/nothing"), 404, "/v1/nothing")
     refused(live.client.get(CHAT), 405, "Method Not Allowed")
 
@@ -311,7 +310,7 @@ def test_a_client_that_leaves_frees_its_rows(live):
 def test_keys_limits_and_queue(make_engine, tokenizer):
     with running(make_engine, tokenizer, api_key="secret", body=2000, queue=2, seconds=0.5) as live:
         refused(live.client.post(CHAT, json={"messages": USER}, headers={"Authorization": "Bearer no"}), 401, "key")
-        refused(httpx.post(f"{live.client.base_url}{CHAT[1:]}", json={"messages": USER}), 401, "key")
+        refused(httpx.post(live.client.base_url.join(CHAT), json={"messages": USER}), 401, "key")
         assert live.client.get("/health", headers={"Authorization": ""}).status_code == 200
         refused(live.post(COMPLETE, prompt="a" * 3000), 413, "2000")
         refused(live.client.post(COMPLETE, content=(b"a" * 100 for _ in range(100))), 413, "2000")
@@ -376,4 +375,4 @@ def test_sigterm_ends_what_is_being_written(tmp_path, patience):
             httpx.get(f"http://{place}/health")
     finally:
         process.kill()
-        process.wait()
+        process.communicate()
