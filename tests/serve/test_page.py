@@ -7,6 +7,7 @@ import http.server
 import os
 import re
 import shutil
+import socket
 import threading
 from pathlib import Path
 
@@ -206,7 +207,7 @@ def test_the_gallery_works(page):
     picture(page, "particles")
     page.get_by_role("button", name="Typing speed").click()
     text = frame.locator("#text").text_content()
-    frame.locator("input").press_sequentially(text)
+    frame.locator("input").press_sequentially(text, delay=10)
     expect(frame.locator("input")).to_be_disabled()
     expect(frame.locator("#accuracy")).to_have_text("100 %")
     assert int(frame.locator("#speed").text_content()) > 0
@@ -237,19 +238,24 @@ def outside():
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
-    yield f"http://127.0.0.1:{server.server_port}", asked
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as datagrams:
+        datagrams.bind(server.server_address)
+        datagrams.setblocking(False)
+        yield f"http://127.0.0.1:{server.server_port}", asked, datagrams
     server.shutdown()
     thread.join()
     server.server_close()
 
 
 HOSTILE = """
-<!doctype html><meta http-equiv="Content-Security-Policy" content="default-src *">
+<!doctype html><meta http-equiv="Content-Security-Policy" content="default-src * 'unsafe-inline' 'unsafe-eval'">
 <link rel=stylesheet href=OUT/css><link rel=prefetch href=OUT/prefetch><link rel=preconnect href=OUT/preconnect>
 <img src=OUT/img><script src=OUT/script></script><iframe src=OUT/frame></iframe><object data=OUT/object></object>
 <video src=OUT/video></video><style>@import url(OUT/import); p { background: url(OUT/background) }</style><p>p
 <form action=OUT/form method=post id=form><input name=a></form><a id=a href=OUT/link target=_blank ping=OUT/ping>a</a>
 <base href=OUT/>
+<iframe srcdoc="<script>const p = new RTCPeerConnection({iceServers: [{urls: 'stun:OUT'.replace('http://', '')}]});
+p.createDataChannel('x'); p.createOffer().then(o => p.setLocalDescription(o));</script>"></iframe>
 <script>
 const seen = [];
 const attempt = (name, action) => { try { seen.push(name + ": " + action()); } catch (e) { seen.push(name + " failed"); } };
@@ -277,7 +283,7 @@ setTimeout(() => { location = "OUT/location"; }, 1600);
 
 
 def test_hostile_html_reaches_nothing(page, live, outside):
-    place, asked = outside
+    place, asked, datagrams = outside
     here, dialogs = str(live.client.base_url), []
     page.on("dialog", lambda dialog: (dialogs.append(dialog.message), dialog.dismiss()))
     requests = []
@@ -288,11 +294,13 @@ def test_hostile_html_reaches_nothing(page, live, outside):
     page.locator("#run").click()
     body = page.frame_locator("#frame iframe").locator("body[data-seen]")
     seen = body.get_attribute("data-seen")
-    for name in ("cookie", "storage", "parent", "top"):
+    for name in ("cookie", "storage", "parent", "peer"):
         assert f"{name} failed" in seen
     assert "fetched" not in seen
     page.wait_for_timeout(1500)
     assert asked == []
+    with pytest.raises(BlockingIOError):
+        datagrams.recv(100)
     assert not dialogs
     assert page.url.rstrip("/") == here.rstrip("/")
     assert len(page.context.pages) == 1

@@ -13,12 +13,13 @@ export function button(label, click, title = label) {
 // A text with its fenced blocks of code; `run` takes the HTML of one.
 export function rich(text, run) {
   const found = element("div");
-  const parts = text.split(/^```([^\n`]*)\n/m);
-  found.append(...plain(parts[0], run));
-  for (let i = 1; i < parts.length; i += 2) {
-    const [code, ...rest] = parts[i + 1].split(/^```[ \t]*$/m);
-    found.append(block(code, parts[i].trim(), run), ...plain(rest.join("```"), run));
+  let end = 0;
+  // A block that is still being written reaches to the end.
+  for (const match of text.matchAll(/^```([^\n`]*)\n([\s\S]*?)(?:^```[ \t]*$|$(?![\s\S]))/gm)) {
+    found.append(...plain(text.slice(end, match.index), run), block(match[2], match[1].trim(), run));
+    end = match.index + match[0].length;
   }
+  found.append(...plain(text.slice(end), run));
   return found;
 }
 
