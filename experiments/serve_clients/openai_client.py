@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from typing import Any
 
 import openai
 
@@ -22,7 +23,7 @@ TOOL = {
 ROUNDS = 32
 
 
-def protocol(client: openai.OpenAI, model: str) -> None:
+def protocol(client: Any, model: str) -> None:
     """Everything once, through the SDK's own types."""
     messages = [{"role": "user", "content": "hello"}]
     whole = client.chat.completions.create(
@@ -53,12 +54,12 @@ def protocol(client: openai.OpenAI, model: str) -> None:
         try:
             client.chat.completions.create(**{"model": model, "messages": messages, **wrong})
         except kind as error:
-            assert error.body["message"]  # noqa: PT017
+            assert "message" in str(error.body)  # noqa: PT017
         else:
             raise AssertionError(wrong)
 
 
-def rounds(client: openai.OpenAI, model: str) -> list[tuple[int, float, int]]:
+def rounds(client: Any, model: str) -> list[tuple[int, float, int]]:
     """An agent whose history grows: (tokens of the prompt, seconds, tokens written) of each round."""
     messages: list = [{"role": "user", "content": "Keep notes. " * 30}]
     found = []

@@ -15,6 +15,7 @@ import json
 import random
 import time
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -30,7 +31,7 @@ async def client(number: int, place: str, end: float, seen: collections.Counter[
     async with httpx.AsyncClient(base_url=place, timeout=60) as http:
         while time.monotonic() < end:
             kind = rng.choice(["stream", "stream", "whole", "json", "call", "leave", "leave", "drop", "wrong", "long"])
-            body = {"messages": [{"role": "user", "content": "x" * rng.randrange(1, 200)}]}
+            body: dict[str, Any] = {"messages": [{"role": "user", "content": "x" * rng.randrange(1, 200)}]}
             body["max_tokens"] = rng.randrange(1, 120)
             if kind == "json":
                 body |= {"response_format": {"type": "json_object"}, "max_tokens": 150}
