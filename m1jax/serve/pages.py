@@ -20,7 +20,8 @@ _PAGE = (
 )
 _FRAME = (
     "sandbox allow-scripts; default-src 'none'; script-src 'unsafe-inline' 'unsafe-eval'; style-src 'unsafe-inline'; "
-    "img-src data: blob:; font-src data:; media-src data: blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'self'"
+    "img-src data: blob:; font-src data:; media-src data: blob:; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'self'"
 )
 _ALWAYS = {
     "X-Content-Type-Options": "nosniff",

@@ -126,7 +126,7 @@ def test_completions(live, tokenizer):
     texts = live.post(COMPLETE, prompt=["abc", "abd"], max_tokens=5, seed=4, n=2, return_token_ids=True).json()
     choices = texts["choices"]
     assert [c["index"] for c in choices] == [0, 1, 2, 3]
-    assert [c["prompt_token_ids"] for c in choices] == [ids, ids, ids[:2] + [100], ids[:2] + [100]]
+    assert [c["prompt_token_ids"] for c in choices] == [ids, ids, [*ids[:2], 100], [*ids[:2], 100]]
     tokens = live.post(COMPLETE, prompt=ids, max_tokens=5, seed=4, return_token_ids=True, logprobs=2).json()
     assert tokens["choices"][0]["token_ids"] == choices[0]["token_ids"]
     logprobs = tokens["choices"][0]["logprobs"]
