@@ -13,8 +13,10 @@ schemathesis makes requests of the server's own description, right ones and wron
 import argparse
 import json
 import re
+import shutil
 import statistics
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,14 @@ def told(*command: str) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def roomy(model: Path, place: Path) -> Path:
+    """A copy of a model with positions for a long conversation."""
+    copy = shutil.copytree(model, place / model.name)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 16384}))
+    return copy
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
@@ -39,7 +49,13 @@ def main() -> None:
     given = parser.parse_args()
     out = HERE / "result.json"
     result: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
-    with serving(given.model, "--rows", "8", "--max-length", "16384", "--max-new-tokens", "256") as (place, _):
+    with (
+        tempfile.TemporaryDirectory() as here,
+        serving(roomy(given.model, Path(here)), "--rows", "8", "--max-length", "16384", "--max-new-tokens", "256") as (
+            place,
+            _,
+        ),
+    ):
         name = httpx.get(f"{place}/v1/models").json()["data"][0]["id"]
         if given.openai:
             found = told(str(given.openai / "bin/python"), str(HERE / "openai_client.py"), place)
