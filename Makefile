@@ -11,13 +11,22 @@ JOBS ?= 2
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow soak lint format types bench torch kernels-toolchain clean
+.PHONY: help demo serve test test-slow soak soak-serve lint format types bench torch kernels-toolchain clean
 
 help:  ## What can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
 demo: $(VENV)/.installed  ## Train a small M1 with SFT and CISPO on this machine (minutes on two cores)
 	$(VENV)/bin/m1jax demo $(ARGS)
+
+# The demo's model where it has been trained, else one with random weights that has the same shape.
+MODEL ?= $(if $(wildcard runs/demo/export),runs/demo,runs/serve/m1-demo)
+
+serve: $(VENV)/.installed-serve $(if $(wildcard runs/demo/export),,runs/serve/m1-demo)  ## Serve the demo's model, or one with random weights; MODEL=DIRECTORY ARGS="--port 8000"
+	$(VENV)/bin/m1jax serve $(MODEL) $(ARGS)
+
+runs/serve/%: | $(VENV)/.installed
+	$(VENV)/bin/m1jax init $* $@
 
 test: $(VENV)/.installed-dev  ## The tests; with `make torch` before it, the comparisons with PyTorch too
 	$(VENV)/bin/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST)
@@ -43,6 +52,9 @@ bench: $(VENV)/.installed-torch  ## Speed on CPU beside PyTorch: the model, and 
 soak: $(VENV)/.installed  ## Kill a small training thirty times; it must end as the undisturbed one, to the bit
 	$(VENV)/bin/python experiments/soak/soak.py $(ARGS)
 
+soak-serve: $(VENV)/.installed-serve runs/serve/m1-tiny  ## 32 clients for five minutes, some of which leave in the middle
+	$(VENV)/bin/python -m experiments.soak_serve.soak_serve runs/serve/m1-tiny $(ARGS)
+
 torch: $(VENV)/.installed-torch  ## Add PyTorch and Transformers, for the tests that compare with them
 
 kernels-toolchain: $(VENV)/.installed-kernels  ## Add the compilers for H200 and TPU, for the tests that compile for them
@@ -57,6 +69,10 @@ $(VENV)/bin/python:
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(INSTALL) -e .
+	@touch $@
+
+$(VENV)/.installed-serve: $(VENV)/.installed
+	$(INSTALL) -e '.[serve]'
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed

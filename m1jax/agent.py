@@ -8,7 +8,17 @@ import inspect
 import json
 import threading
 import time
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Iterable,
+    Mapping,
+    Sequence,
+)
 from typing import Any, Literal, Protocol, TypeVar
 
 import pydantic_core
@@ -238,7 +248,7 @@ class Agent:
         assert transcript is not None  # it comes last
         return transcript
 
-    async def stream(self, task: str | Messages) -> AsyncIterator[Event | ToolResult | Transcript]:
+    async def stream(self, task: str | Messages) -> AsyncGenerator[Event | ToolResult | Transcript, None]:
         """Everything as it happens, and in the end the transcript."""
         if isinstance(task, str):
             system = [] if self.system is None else [{"role": "system", "content": self.system}]

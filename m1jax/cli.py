@@ -37,6 +37,10 @@ COMMANDS: dict[str, Command] = {
         "m1jax.rl.command:main", "train a model with CISPO on problems whose answers can be verified", True
     ),
     "generate": Command("m1jax.commands.generate:main", "let a model answer prompts", True),
+    "chat": Command("m1jax.commands.chat:main", "talk to a model in the terminal, and lend it tools", True),
+    "serve": Command(
+        "m1jax.commands.serve:main", "serve a model as OpenAI's API does, with a page to talk to it", True
+    ),
     "plan": Command(
         "m1jax.commands.plan:main", "does a model fit on hardware you do not have, how fast, at what price"
     ),

@@ -19,7 +19,7 @@ RANKS = [
     {"model"},
     {"weights", "inference"},
     {"checkpoint", "agent"},
-    {"train", "serve", "convert"},
+    {"train", "serve", "convert", "local"},
     {"rl"},
     {"plan"},
     {"commands"},

@@ -65,6 +65,10 @@ class Tokenizer:
         """The number of ids, special tokens among them; a model's vocabulary must be at least as large."""
         return self._backend.get_vocab_size(with_added_tokens=True)
 
+    def to_json(self) -> str:
+        """What stands in `tokenizer.json`."""
+        return self._backend.to_str()
+
     def token_id(self, token: str) -> int:
         """The id of one token; raises UserError where there is none."""
         found = self._backend.token_to_id(token)

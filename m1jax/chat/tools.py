@@ -40,7 +40,7 @@ class Tool:
         """Raises UserError for a schema that is none."""
         try:
             _validator_class(self.parameters).check_schema(
-                _in_json_schema(self.parameters), format_checker=jsonschema.Draft202012Validator.FORMAT_CHECKER
+                self.arguments_schema, format_checker=jsonschema.Draft202012Validator.FORMAT_CHECKER
             )
         except jsonschema.SchemaError as error:
             place = "".join(f"[{part!r}]" for part in error.absolute_path)
@@ -88,6 +88,11 @@ class Tool:
         """What the prompt tells the model about the tool."""
         return {"name": self.name, "description": self.description, "parameters": dict(self.parameters)}
 
+    @property
+    def arguments_schema(self) -> dict[str, Any]:
+        """The parameters in JSON schema's own words."""
+        return _in_json_schema(self.parameters)
+
     def problems(self, arguments: Mapping[str, Any]) -> list[str]:
         """What is wrong with the arguments, by the schema, in words for the model; empty where nothing is."""
         try:
@@ -102,7 +107,7 @@ class Tool:
     @functools.cached_property
     def _validator(self) -> Any:
         # An empty registry: a schema must not make us fetch anything.
-        return _validator_class(self.parameters)(_in_json_schema(self.parameters), registry=referencing.Registry())
+        return _validator_class(self.parameters)(self.arguments_schema, registry=referencing.Registry())
 
     @functools.cached_property
     def _adapters(self) -> dict[str, pydantic.TypeAdapter[Any]]:

@@ -4,10 +4,12 @@ from m1jax.inference.engine import Engine
 from m1jax.inference.generation import Generation, generate
 from m1jax.inference.types import (
     Completion,
+    Constraint,
     Event,
     Finish,
     Finished,
     Loaded,
+    Matcher,
     RepetitionStop,
     Request,
     Sampling,
@@ -18,12 +20,14 @@ from m1jax.inference.types import (
 
 __all__ = [
     "Completion",
+    "Constraint",
     "Engine",
     "Event",
     "Finish",
     "Finished",
     "Generation",
     "Loaded",
+    "Matcher",
     "RepetitionStop",
     "Request",
     "Sampling",

@@ -5,17 +5,18 @@ from __future__ import annotations
 import numpy as np
 
 from m1jax.errors import UserError
-from m1jax.inference.capacity import Capacity
+from m1jax.inference.device import Runner
 from m1jax.inference.stopping import END_IDS
 from m1jax.inference.types import Request, Sampling
 
 
-def check_request(request: Request, capacity: Capacity, vocab_size: int, records_routes: bool) -> None:
+def check_request(request: Request, runner: Runner) -> None:
     """Refuses a request that this engine cannot serve.
 
     Raises:
         UserError: names the field, what it is and what it should be.
     """
+    capacity, vocab_size = runner.capacity, runner.vocab_size
     check_sampling(request.sampling, vocab_size)
     tokens, new = np.asarray(request.tokens), request.sampling.max_new_tokens
     if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
@@ -36,7 +37,11 @@ def check_request(request: Request, capacity: Capacity, vocab_size: int, records
         )
     if request.samples < 1:
         raise UserError(f"request: samples = {request.samples} must be at least 1")
-    if request.record_routes and not records_routes:
+    if not 0 <= request.top <= runner.top:
+        raise UserError(f"request: top = {request.top}, but this engine was made to tell from 0 to {runner.top} tokens")
+    if request.constraint is not None and not runner.constrains:
+        raise UserError("request: it has a constraint, and this engine was not made to take any")
+    if request.record_routes and not runner.records_routes:
         raise UserError("request: record_routes asks for routes, which this engine was not made to record")
     wrong = [length for length in request.junctions if not 0 < length <= len(tokens)]
     if wrong:

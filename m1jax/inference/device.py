@@ -34,6 +34,10 @@ class Decoded(NamedTuple, Generic[A]):
     """int32 [n], `Sequence.certain` from now on"""
     routes: A | None
     """uint8 [n, steps, layers, k]"""
+    top_tokens: A | None = None
+    """int32 [n, steps, top], the likeliest ones; zeros where no sequence asks for them"""
+    top_logp: A | None = None
+    """float32 [n, steps, top]"""
 
 
 class Runner(Protocol):
@@ -42,6 +46,10 @@ class Runner(Protocol):
     capacity: Capacity
     vocab_size: int
     records_routes: bool
+    top: int
+    """how many of the likeliest tokens it can tell"""
+    constrains: bool
+    """whether sequences may have a `matcher`"""
 
     def copy(self, copies: Several[Copy]) -> None:
         """Copy states and pages, one after the other."""

@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from m1jax.errors import UserError
+from m1jax.inference.capacity import Capacity
 from m1jax.inference.checks import check_request
 from m1jax.inference.device import Decoded, Runner
 from m1jax.inference.memory import capacity_for
@@ -47,14 +48,18 @@ class Engine:
         max_length: int | None = None,
         memory: int | None = None,
         record_routes: bool = False,
+        top: int = 0,
+        constrains: bool = False,
     ) -> Engine:
-        """An engine for a model, as large as the device allows; sizes as in `memory.capacity_for`.
+        """An engine for a model, as large as the device allows; sizes as in `memory.capacity_for`, the rest as in
+        `ModelRunner`.
 
         Raises:
             UserError: not even one sequence of that length fits.
         """
         capacity = capacity_for(model.config, model.dtype, rows=rows, max_length=max_length, memory=memory)
-        return cls(ModelRunner(*nnx.split(model), capacity, record_routes=record_routes))
+        graph, params = nnx.split(model)
+        return cls(ModelRunner(graph, params, capacity, record_routes=record_routes, top=top, constrains=constrains))
 
     def __init__(self, runner: Runner, version: int = 0) -> None:
         self._runner, self._version = runner, version
@@ -70,6 +75,11 @@ class Engine:
         return sum((part.counts for part in self._parts), Counts())
 
     @property
+    def capacity(self) -> Capacity:
+        """How much it holds."""
+        return self._runner.capacity
+
+    @property
     def busy(self) -> bool:
         """Whether `step` has anything to do or to tell."""
         return bool(self._live or self._events)
@@ -80,7 +90,7 @@ class Engine:
         Raises:
             UserError: the request cannot be served by this model or in this engine's memory; nothing was taken in.
         """
-        check_request(request, self._runner.capacity, self._runner.vocab_size, self._runner.records_routes)
+        check_request(request, self._runner)
         key = np.asarray(jax.random.key_data(request.key))
         ticket, further = self._new_ticket(), itertools.count(request.samples)
         prompt = np.asarray(request.tokens, np.int32)
@@ -89,10 +99,12 @@ class Engine:
             self._add(Sequence(self._arrivals, ticket, sample, request, key, further), part)
         return ticket
 
-    def cancel(self, ticket: Ticket) -> None:
-        """End a request's samples where they are; `step` tells of it. One that has ended already is left alone."""
+    def cancel(self, ticket: Ticket, sample: int | None = None) -> None:
+        """End a request's samples, or one of them, where they are; `step` tells of it. One that has ended already is
+        left alone."""
         for sequence in list(self._live.get(ticket, {}).values()):
-            self._end(sequence, "cancelled")
+            if sample is None or sequence.sample == sample:
+                self._end(sequence, "cancelled")
 
     def fork(self, ticket: Ticket, n: int, sample: int = 0) -> list[Ticket]:
         """n more requests that go on from where this sample of a request is now, each with randomness of its own.
@@ -209,6 +221,8 @@ class Engine:
         # Rows that fall idle are worth a look only where somebody waits for them.
         waiting = any(part.waiting for part in self._parts)
         patience = max(1, len(allowances) // 8) if waiting else len(allowances)
+        if any(s.matcher is not None for s in sequences):  # which must look at each token before the next
+            patience = 1
         self._take(sequences, self._runner.decode(sequences, allowances, patience))
 
     def _take(self, sequences: list[Sequence], out: Decoded[np.ndarray]) -> None:
@@ -222,10 +236,12 @@ class Engine:
             sequence.certain = int(out.certain[i])
             if finish == "fault":  # its last token was drawn from what are no numbers
                 count -= 1
-            self._extend(sequence, tokens[i][:count], logp[i][:count], nucleus_logp[i][:count], written=True)
+            top = _top(sequence.request.top, out, i, count)
+            self._extend(sequence, tokens[i][:count], logp[i][:count], nucleus_logp[i][:count], top, written=True)
             if finish is None and (forced := sequence.forced()):
                 zeros = [0.0] * len(forced)
-                self._extend(sequence, forced, zeros, zeros, written=False)
+                top = tuple(() for _ in forced) if sequence.request.top else ()
+                self._extend(sequence, forced, zeros, zeros, top, written=False)
             if finish is None and sequence.new >= sequence.request.sampling.max_new_tokens:
                 finish = "length"
             if finish is not None:
@@ -236,11 +252,18 @@ class Engine:
             self._runner.copy(copies)
 
     def _extend(
-        self, sequence: Sequence, tokens: list[int], logp: list[float], nucleus_logp: list[float], *, written: bool
+        self,
+        sequence: Sequence,
+        tokens: list[int],
+        logp: list[float],
+        nucleus_logp: list[float],
+        top: tuple[tuple[tuple[int, float], ...], ...],
+        *,
+        written: bool,
     ) -> None:
         sequence.extend(tokens, logp, nucleus_logp, version=self._version, written=written)
         if tokens:
-            self._events.append(Wrote(sequence.ticket, sequence.sample, tuple(tokens), tuple(logp)))
+            self._events.append(Wrote(sequence.ticket, sequence.sample, tuple(tokens), tuple(logp), top))
 
     def _end(self, sequence: Sequence, finish: Finish) -> None:
         self._events.append(Finished(sequence.ticket, sequence.sample, sequence.completion(finish)))
@@ -253,3 +276,11 @@ class Engine:
         del live[sequence.sample]
         if not live:
             del self._live[sequence.ticket]
+
+
+def _top(asked: int, out: Decoded[np.ndarray], row: int, count: int) -> tuple[tuple[tuple[int, float], ...], ...]:
+    """The likeliest tokens in the places of those that a row has written."""
+    if not asked or out.top_tokens is None or out.top_logp is None:
+        return ()
+    tokens, logp = (x[row, :count, :asked].tolist() for x in (out.top_tokens, out.top_logp))
+    return tuple(tuple(zip(*pair)) for pair in zip(tokens, logp))

@@ -21,13 +21,13 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Int, UInt8
+from jaxtyping import Array, Bool, Int, UInt8, UInt32
 
 from m1jax import parameters
 from m1jax.config import ModelConfig
 from m1jax.inference.capacity import Capacity
 from m1jax.inference.device import Decoded
-from m1jax.inference.sampling import sample
+from m1jax.inference.sampling import ALL, sample
 from m1jax.inference.scheduler import Chunk, Copy
 from m1jax.inference.sequence import Sequence
 from m1jax.inference.stopping import END_IDS, NEVER, Stops, ended
@@ -134,20 +134,32 @@ class ModelRunner:
         graph, params: `nnx.split(model)`; the weights are prepared for decoding, which leaves the parameters alone.
         capacity: sizes of memory and programs; as many parts as the ambient mesh has (`parts`).
         record_routes: whether requests may ask for routes.
+        top: how many of the likeliest tokens requests may ask for.
+        constrains: whether requests may have constraints.
     """
 
     def __init__(
-        self, graph: nnx.GraphDef[MiniMaxM1], params: nnx.State, capacity: Capacity, *, record_routes: bool = False
+        self,
+        graph: nnx.GraphDef[MiniMaxM1],
+        params: nnx.State,
+        capacity: Capacity,
+        *,
+        record_routes: bool = False,
+        top: int = 0,
+        constrains: bool = False,
     ) -> None:
         assert capacity.parts == parts()
-        self.capacity, self.records_routes = capacity, record_routes
+        self.capacity, self.records_routes, self.constrains = capacity, record_routes, constrains
         self._graph, self._mesh = graph, decoding_mesh()
         self.vocab_size = nnx.merge(graph, params).config.vocab_size
+        self.top = min(top, self.vocab_size)
         self._model: MiniMaxM1 | None = None
         self._cache: Cache | None = None
         self._rows = Rows.at_rest(capacity, jax.random.key_data(jax.random.key(0)).shape[-1])
         self._settled: list[tuple[list[int], int] | None] = [None] * len(self._rows.tokens)
         self._decode_rows = capacity.decode if capacity.parts == 1 else (len(self._rows.tokens),)
+        words = -(-self.vocab_size // 32)
+        self._free = {rows: jnp.full((rows, words), ALL, jnp.uint32) for rows in self._decode_rows if constrains}
         self.load(params)
         self._compile()
 
@@ -210,14 +222,42 @@ class ModelRunner:
                 self._settled[row] = (sequence.pages, len(sequence.pages))
             advance(self._rows, sequence, allowance)
         at = np.array([sequence.row for sequence in sequences])
-        out = self._decode(next(rows for rows in self._decode_rows if rows > at.max()), patience)
+        rows = next(rows for rows in self._decode_rows if rows > at.max())
+        wants_top = any(sequence.request.top for sequence in sequences)
+        out = self._decode(rows, patience, self._allowed(sequences, rows), wants_top)
         return jax.tree.map(lambda x: x[at], jax.device_get(out))
 
-    def _decode(self, rows: int, patience: int) -> Decoded[jax.Array]:
+    def _allowed(self, sequences: Several[Sequence], rows: int) -> UInt32[np.ndarray | jax.Array, "rows words"] | None:
+        """What each row may draw; None in an engine without constraints."""
+        if not self.constrains:
+            return None
+        constrained = [(s, s.matcher) for s in sequences if s.matcher is not None]
+        if not constrained:
+            return self._free[rows]
+        allowed = np.full(self._free[rows].shape, ALL, np.uint32)
+        for sequence, matcher in constrained:
+            allowed[sequence.row] = matcher.allowed(sequence.left)
+        return allowed
+
+    def _decode(
+        self,
+        rows: int,
+        patience: int,
+        allowed: UInt32[np.ndarray | jax.Array, "rows words"] | None,
+        wants_top: bool,
+    ) -> Decoded[jax.Array]:
         some = jax.tree.map(lambda x: x[:rows], self._rows)
         with self._on_mesh():
             self._cache, out = _decode(
-                self._model, self._cache, some, np.int32(patience), self.capacity, self.records_routes
+                self._model,
+                self._cache,
+                some,
+                allowed,
+                np.int32(patience),
+                np.bool_(wants_top),
+                self.capacity,
+                self.records_routes,
+                self.top,
             )
         return out
 
@@ -227,7 +267,7 @@ class ModelRunner:
         for shape in self.capacity.prefill:
             self.prefill(shape, [])
         for rows in self._decode_rows:
-            self._decode(rows, 1)
+            self._decode(rows, 1, self._allowed([], rows), False)
 
 
 def parts() -> int:
@@ -333,14 +373,17 @@ def _prefill(
     return _pool(out.cache), _everywhere(out.routes)
 
 
-@functools.partial(jax.jit, static_argnames=("capacity", "record_routes"), donate_argnames="cache")
+@functools.partial(jax.jit, static_argnames=("capacity", "record_routes", "top"), donate_argnames="cache")
 def _decode(
     model: MiniMaxM1,
     cache: Cache,
     rows: Rows[jax.Array],
+    allowed: UInt32[Array, "rows words"] | None,
     patience: Int[Array, ""],
+    wants_top: Bool[Array, ""],
     capacity: Capacity,
     record_routes: bool,
+    top: int,
 ) -> tuple[Cache, Decoded[jax.Array]]:
     """Up to `steps` tokens for each row, until nobody may write any more, or `patience` rows may not."""
     fold_in = jax.vmap(jax.random.fold_in)
@@ -357,7 +400,12 @@ def _decode(
         reasons=jnp.zeros_like(slots),
         certain=rows.run,
         routes=jnp.zeros(routes, jnp.uint8) if record_routes else None,
+        top_tokens=jnp.zeros((*shape, top), jnp.int32) if top else None,
+        top_logp=jnp.zeros((*shape, top), jnp.float32) if top else None,
     )
+
+    def put(all: jax.Array | None, step: jax.Array, new: jax.Array | None) -> jax.Array | None:
+        return None if all is None or new is None else all.at[:, step].set(new)
 
     def alive(out: Decoded[jax.Array]) -> Bool[Array, " rows"]:
         return (out.counts < rows.allowances) & (out.reasons == 0)
@@ -375,6 +423,9 @@ def _decode(
             fold_in(keys, rows.numbers + out.counts),
             temperature=rows.temperature,
             top_p=rows.top_p,
+            allowed=allowed,
+            top=top,
+            wants_top=wants_top,
         )
         after, reasons = ended(stops._replace(run=out.certain), drawn.tokens, drawn.logp, writing)
         out = Decoded(
@@ -384,7 +435,9 @@ def _decode(
             nucleus_logp=out.nucleus_logp.at[:, step].set(drawn.nucleus_logp),
             reasons=jnp.where(writing, reasons, out.reasons),
             certain=after.run,
-            routes=None if out.routes is None or seen.routes is None else out.routes.at[:, step].set(seen.routes[:, 0]),
+            routes=put(out.routes, step, None if seen.routes is None else seen.routes[:, 0]),
+            top_tokens=put(out.top_tokens, step, drawn.top_tokens),
+            top_logp=put(out.top_logp, step, drawn.top_logp),
         )
         return step + 1, _pool(seen.cache), drawn.tokens, out
 

@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 
 class Drawn(NamedTuple):
@@ -16,7 +17,11 @@ class Drawn(NamedTuple):
     """under the tempered distribution *before* the nucleus cut (at temperature 0: at temperature 1), that is, of the
     policy that `MiniMaxM1.log_probs` computes in training"""
     nucleus_logp: Float[Array, " rows"]
-    """after the cut; equal to logp where nothing was cut"""
+    """after the cut, and among the allowed tokens; equal to logp where all are allowed and nothing was cut"""
+    top_tokens: Int[Array, "rows top"] | None = None
+    """the likeliest ones"""
+    top_logp: Float[Array, "rows top"] | None = None
+    """what logp would be of them"""
 
 
 def sample(
@@ -25,6 +30,9 @@ def sample(
     *,
     temperature: Float[Array, " rows"],
     top_p: Float[Array, " rows"],
+    allowed: UInt32[Array, "rows words"] | None = None,
+    top: int = 0,
+    wants_top: Bool[Array, ""] | bool = True,
 ) -> Drawn:
     """Draw one token per row.
 
@@ -37,21 +45,58 @@ def sample(
         temperature: [N], divides the logits; 0 takes the most probable token.
         top_p: [N], draw from the smallest set of most probable tokens whose probabilities sum to at least top_p
             (Holtzman et al., 2020); 1: from all. Rows that cut nothing spare the search for the set if all do.
+        allowed: draw from these ids only (see `unpacked`); spared where every row allows all.
+        top: how many of the likeliest tokens to return; zeros unless `wants_top`.
     """
     greedy = temperature == 0
-    log_probs = jax.nn.log_softmax(logits / jnp.where(greedy, 1.0, temperature)[:, None], axis=-1)
-    probs = jnp.exp(log_probs)
+    scaled = logits / jnp.where(greedy, 1.0, temperature)[:, None]
+    log_probs = jax.nn.log_softmax(scaled, axis=-1)
+    drawn_from, best = log_probs, logits
+    if allowed is not None:
+        drawn_from, best = jax.lax.cond(
+            jnp.any(allowed != ALL), lambda: _restricted(scaled, logits, allowed), lambda: (log_probs, logits)
+        )
+    probs = jnp.exp(drawn_from)
     u = jax.vmap(jax.random.uniform)(keys)
     cut = ~greedy & (top_p < 1)
-    drawn = jnp.where(greedy, jnp.argmax(logits, axis=-1), _invert(probs, u))
+    drawn = jnp.where(greedy, jnp.argmax(best, axis=-1), _invert(probs, u))
     drawn, mass = jax.lax.cond(
         jnp.any(cut),
         lambda: _where(cut, _nucleus(probs, top_p, u), (drawn, jnp.ones_like(u))),
         lambda: (drawn, jnp.ones_like(u)),
     )
     tokens = drawn.astype(jnp.int32)
-    logp = jnp.take_along_axis(log_probs, tokens[:, None], axis=-1)[:, 0]
-    return Drawn(tokens, logp, logp - jnp.log(mass))
+    logp, drawn_logp = (jnp.take_along_axis(x, tokens[:, None], axis=-1)[:, 0] for x in (log_probs, drawn_from))
+    likeliest = (None, None)
+    if top:
+        shape = (len(logits), top)
+        likeliest = jax.lax.cond(
+            wants_top, lambda: _top(log_probs, top), lambda: (jnp.zeros(shape, jnp.int32), jnp.zeros(shape))
+        )
+    return Drawn(tokens, logp, drawn_logp - jnp.log(mass), *likeliest)
+
+
+ALL = np.uint32(0xFFFFFFFF)
+"""A word of `allowed` that forbids nothing."""
+
+
+def unpacked(allowed: UInt32[Array, "rows words"], vocab: int) -> Bool[Array, "rows vocab"]:
+    """Which ids are allowed: id i is bit i % 32 of word i // 32."""
+    bits = jnp.arange(vocab, dtype=jnp.uint32) % 32
+    return (jnp.repeat(allowed, 32, axis=-1)[:, :vocab] >> bits) & 1 == 1
+
+
+def _restricted(
+    scaled: Float[Array, "rows vocab"], logits: Float[Array, "rows vocab"], allowed: UInt32[Array, "rows words"]
+) -> tuple[jax.Array, jax.Array]:
+    """The log-probabilities among the allowed tokens, and their logits."""
+    free = unpacked(allowed, logits.shape[-1])
+    return jax.nn.log_softmax(jnp.where(free, scaled, -jnp.inf), axis=-1), jnp.where(free, logits, -jnp.inf)
+
+
+def _top(log_probs: Float[Array, "rows vocab"], top: int) -> tuple[jax.Array, jax.Array]:
+    logp, tokens = jax.lax.top_k(log_probs, top)
+    return tokens.astype(jnp.int32), logp
 
 
 def _where(

@@ -48,6 +48,7 @@ class Sequence:
         """tokens in a row that count as repetition, so far"""
         budget = request.sampling.thinking_budget
         self.thought = None if budget is None else Thought(budget, self.tokens)
+        self.matcher = None if request.constraint is None else request.constraint.begin()
 
         self.computed = 0
         """tokens that states and keys have seen"""
@@ -75,10 +76,15 @@ class Sequence:
 
     def allowance(self, steps: int) -> int:
         """How many tokens the next `steps` decode steps may write before somebody must look."""
-        left = self.request.sampling.max_new_tokens - self.new
+        left = self.left if self.matcher is None else 1
         if self.thought is not None and self.thought.left is not None:
             left = min(left, self.thought.left)
         return min(steps, left)
+
+    @property
+    def left(self) -> int:
+        """Tokens that it may still write."""
+        return self.request.sampling.max_new_tokens - self.new
 
     def known(self) -> Int32[np.ndarray, " n"]:
         """The tokens that a snapshot could have seen: all but the last."""
@@ -94,19 +100,23 @@ class Sequence:
         self.version += [version] * len(tokens)
         if self.thought is not None:
             self.thought.feed(tokens)
+        if self.matcher is not None:
+            self.matcher.take(tokens)
 
     def forced(self) -> list[int]:
         """What must be written now in the model's place: the end of a thought that has taken all it may."""
         budget = self.request.sampling.thinking_budget
         if budget is None or self.thought is None or self.thought.left != 0:
             return []
-        return list(budget.close)[: self.request.sampling.max_new_tokens - self.new]
+        return list(budget.close)[: self.left]
 
     def fork(self, order: int, ticket: Ticket) -> Sequence:
         """Another sample with the same tokens so far, and randomness of its own from here on."""
         child = Sequence(order, ticket, next(self.further), self.request, self.key, self.further)
         if child.thought is not None:
             child.thought.feed(self.tokens[self.prompt :])
+        if child.matcher is not None:
+            child.matcher.take(self.tokens[self.prompt :])
         child.tokens, child.logp, child.nucleus_logp = self.tokens.copy(), self.logp.copy(), self.nucleus_logp.copy()
         child.written, child.version, child.certain = self.written.copy(), self.version.copy(), self.certain
         return child

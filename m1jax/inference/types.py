@@ -1,10 +1,11 @@
 """What crosses the engine's door: requests go in, events and completions come out."""
 
 import dataclasses
-from typing import Literal
+from collections.abc import Sequence
+from typing import Literal, Protocol
 
 import numpy as np
-from jaxtyping import Array, Bool, Float32, Int32, Key, UInt8
+from jaxtyping import Array, Bool, Float32, Int32, Key, UInt8, UInt32
 
 Finish = Literal["stop", "length", "repetition", "cancelled", "fault"]
 """Why a completion ended: an end id, max_new_tokens, the repetition stop, `Engine.cancel`, or logits that are no
@@ -46,6 +47,27 @@ class Sampling:
     thinking_budget: ThinkingBudget | None = None
 
 
+class Matcher(Protocol):
+    """Follows one completion and says what may come next."""
+
+    def allowed(self, left: int) -> UInt32[np.ndarray, " words"]:
+        """The ids that may be drawn now, id i as bit i % 32 of word i // 32; at least one. `left`: how many tokens may
+        still be written, this one among them."""
+        ...
+
+    def take(self, tokens: Sequence[int]) -> None:
+        """These tokens were written, forced ones among them."""
+        ...
+
+
+class Constraint(Protocol):
+    """What completions must look like."""
+
+    def begin(self) -> Matcher:
+        """A matcher for a completion that has no token yet."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Request:
     """A prompt to be continued.
@@ -65,6 +87,10 @@ class Request:
     each turn): states are kept there. The end of the prompt is always one, and where two prompts were seen to part"""
     keep: bool = True
     """keep the states at the end of each completion for a request that goes on from there"""
+    top: int = 0
+    """so many of the likeliest tokens are told beside each that is drawn; the engine must have been made for it"""
+    constraint: Constraint | None = None
+    """tokens are drawn from those that it allows; the engine must have been made for it"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,9 +101,10 @@ class Completion:
     """the end id included, where one came"""
     logp: Float32[np.ndarray, " n"]
     """natural log, under the tempered policy before the nucleus cut (at temperature 0: at temperature 1); this is what
-    `MiniMaxM1.log_probs` computes in training"""
+    `MiniMaxM1.log_probs` computes in training. A constraint changes nothing about it"""
     nucleus_logp: Float32[np.ndarray, " n"]
-    """after the cut: of the distribution that was drawn from; equal to logp where top_p is 1 or the temperature 0"""
+    """after the cut, and among the tokens that a constraint allows: of the distribution that was drawn from; without a
+    constraint equal to logp where top_p is 1 or the temperature 0"""
     written: Bool[np.ndarray, " n"]
     """drawn from the model, not forced"""
     version: Int32[np.ndarray, " n"]
@@ -105,6 +132,9 @@ class Wrote:
     sample: int
     tokens: tuple[int, ...]
     logp: tuple[float, ...]
+    top: tuple[tuple[tuple[int, float], ...], ...] = ()
+    """for each token, where the request asks for it: the likeliest (id, log-probability) in its place, best first;
+    forced tokens have none"""
 
 
 @dataclasses.dataclass(frozen=True)

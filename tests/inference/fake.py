@@ -40,6 +40,8 @@ def route(token, position):
 class FakeRunner:
     vocab_size = VOCAB
     records_routes = True
+    top = 0
+    constrains = False
 
     def __init__(self, capacity: Capacity, weights: int = 0) -> None:
         self.capacity, self.weights = capacity, weights

@@ -465,3 +465,26 @@ def check_one(asked, completion, cancelled, inherited, first):
         assert cancelled
     elif len(set(completion.version)) == 1:
         check(asked, completion, weights=int(completion.version[0]), inherited=inherited)
+
+
+def test_one_sample_is_cancelled_and_the_others_go_on():
+    engine = Engine(FakeRunner(ROOMY))
+    several = request([1, 2], samples=3, max_new_tokens=20)
+    ticket = engine.submit(several)
+    begun = engine.step()
+    engine.cancel(ticket, 1)
+    done = finished(engine)
+    assert done[ticket, 1].finish == "cancelled"
+    told = [token for event in begun if event.sample == 1 for token in event.tokens]
+    assert done[ticket, 1].tokens.tolist() == told
+    for sample in (0, 2):
+        check(several, done[ticket, sample])
+
+
+def test_what_an_engine_was_not_made_for():
+    engine = Engine(FakeRunner(CAPACITY))
+    with pytest.raises(UserError, match="top = 1, but this engine was made to tell from 0 to 0"):
+        engine.submit(request([1], top=1))
+    with pytest.raises(UserError, match="it has a constraint"):
+        engine.submit(request([1], constraint=object()))
+    assert not engine.busy

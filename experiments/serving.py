@@ -1,0 +1,30 @@
+"""A server in a process of its own, for the experiments that measure it."""
+
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def serving(model: Path, *options: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """(address, process) of `m1jax serve`; ended by SIGTERM, which must be obeyed within 30 s and with status 0."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "m1jax.cli", "serve", str(model), "--port", "0", *options],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ,
+    )
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        yield "http://" + line.split("http://")[1].split("/")[0], process
+        process.terminate()
+        status = process.wait(30)
+        if status != 0:
+            raise RuntimeError(f"the server ended with status {status}")
+    finally:
+        process.kill()
+        process.communicate()

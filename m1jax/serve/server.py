@@ -1,0 +1,55 @@
+"""The server as a process: its socket, its signals, its end."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import socket
+from types import FrameType
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from m1jax.errors import UserError
+from m1jax.serve.backend import Backend
+
+DRAIN = 20.0
+"""Seconds that replies have to come to their end once the server is asked to stop."""
+
+
+class _Server(uvicorn.Server):
+    """Uvicorn's, which tells the backend when it is asked to stop."""
+
+    def __init__(self, config: uvicorn.Config, backend: Backend):
+        super().__init__(config)
+        self._backend = backend
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if not self._backend.draining:
+            self._backend.drain(DRAIN)
+        super().handle_exit(sig, frame)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that is bound; port 0 takes a free one. Raises UserError where that cannot be had."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except (OSError, OverflowError) as error:
+        raise UserError(
+            f"cannot listen on {host} port {port} ({error}); choose others with --host and --port"
+        ) from error
+
+
+def run(app: ASGIApp, backend: Backend, listening: socket.socket) -> None:
+    """Serves until SIGTERM or SIGINT; then replies that are being written come to their end first."""
+    # Uvicorn sends itself the signal again when it is done, and SIGTERM has been obeyed by then.
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, timeout_graceful_shutdown=int(DRAIN) + 5, lifespan="on"
+    )
+    with contextlib.closing(listening):
+        try:
+            _Server(config, backend).run([listening])
+        finally:
+            signal.signal(signal.SIGTERM, before)
