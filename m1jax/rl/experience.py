@@ -7,14 +7,14 @@ from typing import Any
 
 from m1jax.config import ModelConfig
 from m1jax.flops import forward_flops
-from m1jax.rl.evaluation import summary
+from m1jax.rl.evaluation import examine, summary
 from m1jax.rl.generator import Generator
 from m1jax.rl.prepare import useful
 from m1jax.rl.recipe import RLRecipe
 from m1jax.rl.rewards import Judge, score
-from m1jax.rl.rollout import Rollout
+from m1jax.rl.rollout import Draw, Rollout
 from m1jax.rl.stored import from_arrays, to_arrays
-from m1jax.rl.tasks import Problem, Split
+from m1jax.rl.tasks import Problem
 from m1jax.rl.types import Group, Scored
 from m1jax.rl.window import Window, perplexity
 from m1jax.train.step import Params
@@ -81,7 +81,7 @@ class Experience:
         for _ in range(recipe.rounds):
             if len(useful(scored)) >= recipe.prompts:
                 break
-            groups = self._generate("train", self._asked, params, version, window)
+            groups = self._generate(self._asked, params, version, window)
             self._asked = groups[-1].number + 1
             scored += score(groups, self._judge, self._recipe.reward, max_tokens=window)
             written, took = work(self._config, groups)
@@ -105,10 +105,18 @@ class Experience:
     def heldout(self, params: Params, version: int, rounds: int) -> list[Scored]:
         """So many times P held-out problems, the same each time."""
         prompts, limit = self._recipe.generation.prompts, self._recipe.generation.max_new_tokens
-        scored: list[Scored] = []
-        for number in range(rounds):
-            groups = self._generate("heldout", number * prompts, params, version, limit)
-            scored += score(groups, self._judge, self._recipe.reward, max_tokens=limit)
+        draw = Draw(self._recipe.evaluation.evaluate_temperature, self._recipe.evaluation.evaluate_top_p)
+        self._generator.load(params, version)
+        scored = examine(
+            self._rollout,
+            self._judge,
+            self._recipe.reward,
+            seed=self._seed,
+            starts=range(0, rounds * prompts, prompts),
+            draw=draw,
+            max_tokens=limit,
+        )
+        self._generator.rest()
         return scored
 
     def state(self) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -121,10 +129,9 @@ class Experience:
         self._window = Window(**stored["window"])
         self._carried = from_arrays(arrays["carried"])
 
-    def _generate(self, split: Split, first: int, params: Params, version: int, window: int) -> list[Group]:
+    def _generate(self, first: int, params: Params, version: int, window: int) -> list[Group]:
         self._generator.load(params, version)
-        skip = self._is_retired if split == "train" and self._retired else _nothing
-        groups = self._rollout(split, self._seed, first, window=window, skip=skip)
+        groups = self._rollout("train", self._seed, first, window=window, skip=self._is_retired)
         self._generator.rest()
         return groups
 
@@ -136,7 +143,7 @@ class Experience:
             }
 
     def _is_retired(self, problem: Problem) -> bool:
-        return _mark(problem) in self._retired
+        return bool(self._retired) and _mark(problem) in self._retired
 
 
 def work(config: ModelConfig, groups: Sequence[Group]) -> tuple[int, int]:
@@ -148,10 +155,6 @@ def work(config: ModelConfig, groups: Sequence[Group]) -> tuple[int, int]:
         flops += sum(forward_flops(config, len(episode.tokens), start=start) for episode in group.episodes)
         tokens += sum(episode.length for episode in group.episodes)
     return tokens, flops
-
-
-def _nothing(problem: Problem) -> bool:
-    return False
 
 
 def _mark(problem: Problem) -> str:

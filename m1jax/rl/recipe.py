@@ -6,6 +6,7 @@ from typing import Literal
 
 from m1jax.errors import UserError, require_positive
 from m1jax.model import Remat
+from m1jax.rl import curriculum
 from m1jax.rl.conventions import CONVENTIONS, Convention, cispo, is_cispo
 from m1jax.rl.corrections import CORRECTIONS, Correction
 from m1jax.rl.rewards import RewardRecipe
@@ -133,9 +134,14 @@ class EvaluationRecipe:
     """generation batches between evaluations on held-out problems"""
     evaluate_rounds: int = free(4)
     """an evaluation asks so many times P held-out problems, G times each"""
+    evaluate_temperature: float = free(1.0)
+    evaluate_top_p: float = free(0.95)
+    """as the report evaluates"""
 
     def __post_init__(self) -> None:
-        require_positive(self, "evaluate_every", "evaluate_rounds")
+        require_positive(self, "evaluate_every", "evaluate_rounds", "evaluate_temperature", "evaluate_top_p")
+        if self.evaluate_top_p > 1:
+            raise UserError(f"evaluate_top_p = {self.evaluate_top_p} must not exceed 1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -150,6 +156,9 @@ class RLRecipe(SessionRecipe):
     window: WindowRecipe = dataclasses.field(default_factory=WindowRecipe)
     late: LateRecipe = dataclasses.field(default_factory=LateRecipe)
     evaluation: EvaluationRecipe = dataclasses.field(default_factory=EvaluationRecipe)
+    curriculum: tuple[str, ...] = ()
+    """weights that change: START:WEIGHT,WEIGHT,... says from which problem on which weights count, in the order of the
+    files (of the parts of the task); 0:1,0 50000:3,1 (none: always those of the files)"""
     staleness: int = 0
     """generation beside training: batch b is written by the parameters of k batches before, exactly (0: one after the
     other)"""
@@ -165,7 +174,11 @@ class RLRecipe(SessionRecipe):
         super().__post_init__()
         require_positive(self, "iterations")
         require_positive(self, "staleness", zero=True)
-        _ = self.late_loss
+        if self.generation.samples < 2:
+            raise UserError(
+                f"rl: samples = {self.generation.samples}; an advantage compares at least 2 responses to a problem"
+            )
+        _ = self.late_loss, [curriculum.stage(text) for text in self.curriculum]
         windows, longest = self.window.windows, self.generation.max_new_tokens
         if windows and windows[-1] != longest:
             raise UserError(f"windows end with {windows[-1]}: the last must be max_new_tokens = {longest}")

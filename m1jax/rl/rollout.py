@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,10 +47,9 @@ class GenerationRecipe:
     fine-tuned on prompts and answers"""
 
     def __post_init__(self) -> None:
-        require_positive(self, "prompts", "rounds", "temperature", "max_prompt_tokens", "max_new_tokens")
+        require_positive(self, "prompts", "samples", "rounds", "temperature")
+        require_positive(self, "max_prompt_tokens", "max_new_tokens")
         require_positive(self, "repetition_tokens", zero=True)
-        if self.samples < 2:
-            raise UserError(f"rl: samples = {self.samples}; an advantage compares at least 2 responses to a problem")
         for name in ("repetition_probability", "retire_above"):
             value = getattr(self, name)
             if value is not None and not 0 < value < 1:
@@ -63,6 +63,14 @@ class GenerationRecipe:
 
 GIVE_UP = 10_000
 """problems skipped in a row"""
+
+
+class Draw(NamedTuple):
+    """How answers are drawn."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    """1: from the whole distribution; log-probabilities are then those of the policy itself, as training needs them"""
 
 
 class Prompts:
@@ -124,6 +132,7 @@ class Rollout:
         first: int,
         *,
         window: int | None = None,
+        draw: Draw | None = None,
         skip: Callable[[Problem], bool] = lambda problem: False,
     ) -> list[Group]:
         """Attempts at the next problems of a split from number `first` on.
@@ -134,12 +143,14 @@ class Rollout:
             split, seed: whose problems.
             first: number of the first that may be asked.
             window: tokens that an attempt may have; None: max_new_tokens, which it may not exceed.
+            draw: how; None: from the whole distribution, at the recipe's temperature.
             skip: says of a problem that it is not to be asked.
 
         Raises:
             UserError: a prompt is empty or longer than max_prompt_tokens, or no problem is left to be asked.
         """
         self._window = self._recipe.max_new_tokens if window is None else window
+        self._draw = draw or Draw(self._recipe.temperature)
         numbered = list(itertools.islice(self._wanted(split, seed, first, skip), self._recipe.prompts))
         numbers = np.array([number for number, _ in numbered], np.uint32)
         problems = [problem for _, problem in numbered]
@@ -235,9 +246,8 @@ class Rollout:
         recipe = self._recipe
         stop = RepetitionStop(probability=recipe.repetition_probability, tokens=recipe.repetition_tokens)
         return Sampling(
-            temperature=recipe.temperature,
-            # From the whole distribution: log-probabilities are then those of the policy itself.
-            top_p=1.0,
+            temperature=self._draw.temperature,
+            top_p=self._draw.top_p,
             max_new_tokens=max_new_tokens,
             end_ids=(self._tokenizer.eos_id,),
             repetition_stop=stop if recipe.repetition_tokens else None,

@@ -15,7 +15,7 @@ from m1jax.rl.alarms import alarms
 from m1jax.rl.corrections import Correction
 from m1jax.rl.diagnostics import nothing_learnt, of_updates
 from m1jax.rl.environment import MakeEnvironment, SingleTurn
-from m1jax.rl.evaluation import summary, write_samples
+from m1jax.rl.evaluation import marks, summary, write_samples
 from m1jax.rl.experience import Experience
 from m1jax.rl.generator import EngineGenerator
 from m1jax.rl.losses import Objective, kl_penalty, policy_loss, sg
@@ -280,7 +280,8 @@ class Trainer:
         )
         if samples is not None and processes.writes():
             write_samples(scored, self._run.directory / f"samples_{samples}.md")
-        return {f"heldout_{name}": value for name, value in summary(scored).items()}
+        figures = summary(scored) | marks(scored).figures()
+        return {f"heldout_{name}": value for name, value in figures.items()}
 
     def _restored(self) -> Updates | None:
         """Goes to where the training was left; the generation batch that it was left in, if there is one."""
