@@ -45,7 +45,7 @@ def test_a_file_and_options(tmp_path):
         ("[generations]\nprompts = 1", "generations is no table here"),
         ("[generation]\nprompt = 1", r"generation\.prompt is no option here"),
         ("generation = 1", "generation is no option here"),
-        ("prompts", "line 1"),
+        ("prompts", "Expected '=' after a key"),
     ],
 )
 def test_what_is_refused(tmp_path, text, says):
