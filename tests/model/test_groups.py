@@ -55,8 +55,9 @@ def test_as_if_computed_whole(case, remat):
 
     (value, grads), (want, want_grads) = (jax.jit(jax.value_and_grad(f))(params) for f in (shared, apart))
     np.testing.assert_allclose(value, want, rtol=1e-5)
+    largest = max(float(jnp.abs(expected).max()) for expected in jax.tree.leaves(want_grads))
     for got, expected in zip(jax.tree.leaves(grads), jax.tree.leaves(want_grads)):
-        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5 * float(jnp.abs(expected).max()))
+        np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-6 * largest)
 
 
 def test_routes_are_replayed(case):

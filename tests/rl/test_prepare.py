@@ -130,9 +130,11 @@ def test_shared_prompts_change_nothing_but_rounding():
             assert a.mask.sum() == b.mask.sum()
             (grads, loss, stats), (want_grads, want_loss, want_stats) = (gradients(x, graph, params) for x in (a, b))
             np.testing.assert_allclose(loss, want_loss, rtol=1e-5, atol=1e-6)
+            largest = max(float(jnp.abs(expected).max()) for expected in jax.tree.leaves(want_grads))
             for got, expected in zip(jax.tree.leaves(grads), jax.tree.leaves(want_grads)):
-                np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-5 * float(jnp.abs(expected).max()))
+                np.testing.assert_allclose(got, expected, rtol=1e-3, atol=2e-6 * largest)
             figures, others = (statistics.values(statistics.on_host(s)) for s in (stats, want_stats))
+            del figures["pearson"], others["pearson"]  # of equal probabilities there is none, but for rounding
             assert figures == pytest.approx(others, rel=1e-4, abs=1e-6)
 
 

@@ -85,7 +85,7 @@ RL = RLRecipe(
 def judge(problem: Problem, episode: Episode) -> Verdict:
     """The share of even bytes, so that every batch has some advantages: so small a model is never
     right. What is called right here makes problems retire."""
-    share = float(np.mean(episode.tokens % 2 == 0))
+    share = float(np.mean(episode.tokens % 2 == 0)) * (problem.answer[-1] != "0")
     return Verdict(share, 0.0, share > 0.5)
 
 
