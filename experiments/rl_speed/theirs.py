@@ -5,6 +5,8 @@ import sys
 import tempfile
 import time
 
+from typing import Any
+
 import torch
 from datasets import Dataset
 from transformers import GenerationMixin, MiniMaxForCausalLM, PreTrainedTokenizerFast, TrainerCallback
@@ -40,7 +42,8 @@ def main(directory: str, steps: int) -> None:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model = MiniMaxForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    calls, generate = Steps(), GenerationMixin.generate
+    mixin: Any = GenerationMixin
+    calls, generate = Steps(), mixin.generate
 
     def timed(self: object, *arguments: object, **options: object) -> object:
         begin = time.perf_counter()
@@ -49,7 +52,7 @@ def main(directory: str, steps: int) -> None:
         finally:
             calls.generation += time.perf_counter() - begin
 
-    GenerationMixin.generate = timed
+    mixin.generate = timed
     with tempfile.TemporaryDirectory() as out:
         config = GRPOConfig(
             output_dir=out,

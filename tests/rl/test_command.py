@@ -123,7 +123,7 @@ def test_eval(files, tmp_path, capsys):
     options = ["--samples", "2", "--max-new-tokens", "8", "--max-prompt-tokens", "8", "--no-chat"]
     options += ["--output", str(tmp_path / "marks.json")]
     data = ["--data", f"{files}/easy.jsonl", f"{files}/hard.jsonl"]
-    cli.main(["eval", f"{files}/model", *data, *options, "--reward", f"{files}/mine.py:reward"])
+    cli.main(["eval", f"{files}/model", *data, *options])
     said = capsys.readouterr().out
     assert said.startswith("all: 20 problems, 2 attempts at each")
     assert "easy: 10 problems" in said

@@ -26,7 +26,7 @@ def program():
 
     def start(directory, *kill):
         command = [sys.executable, str(PROGRAM), str(directory), *map(str, kill)]
-        return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=300)
+        return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=900)
 
     return start
 
