@@ -4,7 +4,6 @@ import json
 import sys
 import tempfile
 import time
-
 from typing import Any
 
 import torch
