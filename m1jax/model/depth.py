@@ -20,20 +20,20 @@ from m1jax.sharding import ambient_mesh
 from pallas_kernels import target_platform
 
 Tree = Any  # a pytree of arrays
-Layer = Callable[[int, Tree, jax.Array, Tree, jax.Array | int], tuple[tuple[jax.Array, Tree], Tree]]
+Layer = Callable[[int, Tree, Any, Tree, Any], tuple[tuple[Any, Tree], Tree]]
 """(run, the layer's weights, h, constants, its number in the run) -> ((new h, what has a gradient), the rest)"""
 
 
 def over_layers(
-    layer: Layer, periods: int, counts: Sequence[int], weights: Sequence[Tree], h: jax.Array, constants: Tree
-) -> tuple[jax.Array, list[tuple[Tree, Tree]]]:
+    layer: Layer, periods: int, counts: Sequence[int], weights: Sequence[Tree], h: Tree, constants: Tree
+) -> tuple[Any, list[tuple[Tree, Tree]]]:
     """``periods`` times all runs, each run ``counts[run]`` times ``layer``.
 
     Args:
         layer: one layer of a run; it closes over no arrays.
         periods, counts: run ``r`` has ``periods * counts[r]`` layers.
         weights: of each run, arrays [layers of the run, ...]. Differentiable, as is
-        h: what enters the first layer.
+        h: what enters the first layer, a pytree.
         constants: any arrays that layers read; they have no gradient.
 
     Returns:
@@ -78,7 +78,7 @@ class _Loop(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _over_layers(loop: _Loop, weights: list[Tree], h: jax.Array, constants: Tree) -> tuple[jax.Array, list[Any]]:
+def _over_layers(loop: _Loop, weights: list[Tree], h: Tree, constants: Tree) -> tuple[Any, list[Any]]:
     def one(run: int, number: Any, carry: Any) -> Any:
         h, seen = carry
         (h, aux), rest = loop.layer(run, _at(weights[run], number), h, constants, number)
@@ -93,7 +93,7 @@ def _over_layers(loop: _Loop, weights: list[Tree], h: jax.Array, constants: Tree
     return loop.forward(one, (h, loop.stacks([shape(run) for run in range(len(weights))])))
 
 
-def _forward(loop: _Loop, weights: list[Tree], h: jax.Array, constants: Tree) -> Any:
+def _forward(loop: _Loop, weights: list[Tree], h: Tree, constants: Tree) -> Any:
     pieces = [_Piece.of(loop.layer, run, w, h, constants) for run, w in enumerate(weights)]
 
     def one(run: int, number: Any, carry: Any) -> Any:
@@ -136,14 +136,16 @@ class _Piece(NamedTuple):
     """tree of the pullback"""
     sources: list[int | None]
     """of each of the pullback's leaves: which argument it is, or None where it must be kept"""
+    streams: int
+    """how many arrays h is"""
     seen: Tree
     kept: list[jax.ShapeDtypeStruct]
 
     @staticmethod
-    def of(layer: Layer, run: int, weights: Tree, h: jax.Array, constants: Tree) -> _Piece:
+    def of(layer: Layer, run: int, weights: Tree, h: Tree, constants: Tree) -> _Piece:
         trees = {}
 
-        def program(weights: Tree, h: jax.Array, constants: Tree, number: jax.Array) -> Any:
+        def program(weights: Tree, h: Tree, constants: Tree, number: jax.Array) -> Any:
             (h, aux), pullback, rest = jax.vjp(
                 lambda w, h: layer(run, w, h, constants, number), weights, h, has_aux=True
             )
@@ -157,22 +159,25 @@ class _Piece(NamedTuple):
         closed = jax.make_jaxpr(program)(*arguments)
         _, leaves = _split(closed.jaxpr.outvars, trees["outputs"])
         places = {variable: i for i, variable in enumerate(closed.jaxpr.invars)}
-        own = len(jax.tree.leaves(one))  # the argument behind the weights is h, another in each layer
-        sources = [places.get(v) if not hasattr(v, "val") and places.get(v) != own else None for v in leaves]
+        before = len(jax.tree.leaves(one))
+        for variable in closed.jaxpr.invars[before : before + len(jax.tree.leaves(h))]:
+            del places[variable]  # h is another in each layer
+        sources = [None if hasattr(v, "val") else places.get(v) for v in leaves]
         kept = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v, s in zip(leaves, sources) if s is None]
         return _Piece(
             lambda *flat: list(jaxpr_as_fun(closed)(*flat)),
-            trees["outputs"], trees["pullback"], sources, trees["seen"], kept,
+            trees["outputs"], trees["pullback"], sources, len(jax.tree.leaves(h)), trees["seen"], kept,
         )  # fmt: skip
 
-    def forward(self, weights: Tree, h: jax.Array, constants: Tree, number: Any) -> tuple[Any, Tree, list[jax.Array]]:
+    def forward(self, weights: Tree, h: Tree, constants: Tree, number: Any) -> tuple[Any, Tree, list[jax.Array]]:
         flat = self.program(*jax.tree.leaves((weights, h, constants)), jnp.asarray(number, jnp.int32))
         outputs, leaves = _split(flat, self.outputs)
         h, seen = jax.tree.unflatten(self.outputs, outputs)
         return h, seen, [x for x, source in zip(leaves, self.sources) if source is None]
 
     def backward(self, weights: Tree, constants: Tree, number: Any, kept: list[jax.Array], given: Any) -> Any:
-        arguments = *jax.tree.leaves(weights), None, *jax.tree.leaves(constants), jnp.asarray(number, jnp.int32)
+        h = [None] * self.streams
+        arguments = *jax.tree.leaves(weights), *h, *jax.tree.leaves(constants), jnp.asarray(number, jnp.int32)
         remaining = iter(kept)
         leaves = [next(remaining) if source is None else arguments[source] for source in self.sources]
         return jax.tree.unflatten(self.pullback, leaves)(given)

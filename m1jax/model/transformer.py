@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
@@ -318,9 +318,14 @@ def _forward(
 
     h = parallel.embed(model.embed_tokens[...], tokens, model.dtype, model.whole)
     memories = (None,) * len(model.runs) if cache is None else cache.runs
-    h, memories, seen = _stack(
-        model, h, call, memories, routes, record_routes, None if cache is not None else aux_over, remat
-    )
+
+    def layer(block: Block, carry: Any, call: Call, place: Place, replayed: Any, experts_of_run: Any) -> Any:
+        h, memory = carry
+        h, memory, routing = block(h, memory, call, place, replayed, experts_of_run)
+        aux = None if cache is not None else balancing_loss(routing, call.segment_ids, over=aux_over)
+        return (h, memory), Seen(routing.experts.astype(jnp.uint8) if record_routes else None, aux)
+
+    h, memories, seen = stack(model, layer, h, call, memories, routes, remat)
     hidden = rms_norm(h, model.norm[...], model.config.rms_norm_eps)
     return Output(
         hidden,
@@ -333,29 +338,29 @@ def _forward(
 Memory = LightningCache | SoftmaxCache | None
 
 
-def _stack(
-    model: MiniMaxM1,
-    h: jax.Array,
-    call: Call,
-    memories: tuple[Memory, ...],
-    routes: jax.Array | None,
-    record_routes: bool,
-    aux_over: AuxLossOver | None,
-    remat: Remat,
-) -> tuple[jax.Array, tuple[Memory, ...], Seen]:
-    """All layers: the residual stream, the memory of each run, and what was seen, [layers, ...]."""
+Layer = Callable[[Block, Any, Any, Place, Any, "bool | Experts | None"], tuple[Any, Seen]]
+"""(block, (h, memory), call, place, its routes, the experts of the whole run: see Block) -> ((h, memory), seen)"""
+H = TypeVar("H")
+
+
+def stack(
+    model: MiniMaxM1, layer: Layer, h: H, call: Any, memories: tuple[Memory, ...], routes: Any, remat: Remat
+) -> tuple[H, tuple[Memory, ...], Seen]:
+    """All layers: the residual stream, the memory of each run, and what was seen, [layers, ...].
+
+    Args:
+        model: whose.
+        layer: computes one; it closes over no arrays.
+        h: the residual stream, any pytree that ``layer`` knows.
+        call: what ``layer`` is given as its call, a pytree.
+        memories: of each run, or None.
+        routes: arrays [batch, time, layers, k] to be replayed, a pytree, or None.
+        remat: see ``MiniMaxM1.forward``.
+    """
     config = model.config
     places = _by_run(config, Place(jnp.zeros(config.num_layers, jnp.int32), jnp.asarray(log_decays(config))))
     places = [x._replace(layer=jnp.arange(x.layer.size, dtype=jnp.int32).reshape(x.layer.shape)) for x in places]
-    replayed = _by_run(config, None if routes is None else jnp.moveaxis(routes, 2, 0))
-
-    def layer(
-        block: Block, carry: Any, call: Call, place: Place, replayed: jax.Array | None, experts_of_run: Any = None
-    ) -> Any:
-        h, memory = carry
-        h, memory, routing = block(h, memory, call, place, replayed, experts_of_run)
-        aux = None if aux_over is None else balancing_loss(routing, call.segment_ids, over=aux_over)
-        return (h, memory), Seen(routing.experts.astype(jnp.uint8) if record_routes else None, aux)
+    replayed = _by_run(config, jax.tree.map(lambda x: jnp.moveaxis(x, 2, 0), routes))
 
     if isinstance(model.runs[0], nnx.List):
         return _unrolled(model, layer, h, call, memories, places, replayed)
@@ -388,15 +393,15 @@ def _stack(
 
 
 def _trained(
-    model: MiniMaxM1, layer: Any, h: jax.Array, call: Call, places: list[Place], replayed: list[Any], remat: Remat
-) -> tuple[jax.Array, Seen]:
-    """``_stack`` without memories, made for its gradient (see ``depth.over_layers``)."""
+    model: MiniMaxM1, layer: Layer, h: H, call: Any, places: list[Place], replayed: list[Any], remat: Remat
+) -> tuple[H, Seen]:
+    """``stack`` without memories, made for its gradient (see ``depth.over_layers``)."""
     config = model.config
     graphs, weights = zip(*(nnx.split(block) for block in model.runs))
     weights = [_products_in(model.dtype, w) for w in weights]
     stacks = [_stacks(w) if ambient_mesh() is None else None for w in weights]
 
-    def one_layer(run: int, weights: Any, h: jax.Array, constants: Any, number: jax.Array | int) -> Any:
+    def one_layer(run: int, weights: Any, h: H, constants: Any, number: jax.Array | int) -> Any:
         call, places, replayed, stacks = constants
         block = nnx.merge(graphs[run], weights if model.whole else gather_weights(weights, model.dtype))
         place, chosen = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[number], (places[run], replayed[run]))
@@ -435,9 +440,9 @@ def _products_in(dtype: jnp.dtype, weights: Any) -> Any:
 
 
 def _unrolled(
-    model: MiniMaxM1, layer: Any, h: jax.Array, call: Call, memories: tuple[Memory, ...], places: Any, replayed: Any
-) -> tuple[jax.Array, tuple[Memory, ...], Seen]:
-    """``_stack`` layer by layer, for ``MiniMaxM1.unstacked``."""
+    model: MiniMaxM1, layer: Layer, h: H, call: Any, memories: tuple[Memory, ...], places: Any, replayed: Any
+) -> tuple[H, tuple[Memory, ...], Seen]:
+    """``stack`` layer by layer, for ``MiniMaxM1.unstacked``."""
     blocks: Any = model.runs  # lists of blocks here, not stacks
     renewed, seen = list(memories), []
     order = [
@@ -448,7 +453,7 @@ def _unrolled(
     ]
     for run, number, (place, chosen) in order:
         carry = h, renewed[run]
-        (h, renewed[run]), found = layer(blocks[run][number], carry, call, place._replace(layer=number), chosen)
+        (h, renewed[run]), found = layer(blocks[run][number], carry, call, place._replace(layer=number), chosen, None)
         seen.append(found)
     return h, tuple(renewed), jax.tree.map(lambda *x: jnp.stack(x), *seen)
 

@@ -10,7 +10,10 @@ from m1jax import processes
 from m1jax.chat import Tokenizer
 from m1jax.errors import UserError, require_seed
 from m1jax.model import MiniMaxM1
+from m1jax.rl import curriculum
+from m1jax.rl.dry_run import described
 from m1jax.rl.recipe import RLRecipe
+from m1jax.rl.report import write_report
 from m1jax.rl.rewards import FunctionJudge
 from m1jax.rl.rollout import Prompts
 from m1jax.rl.tasks import ProblemFile, Task, UserProblems, get_task
@@ -21,6 +24,7 @@ from m1jax.train.estimate import warn_if_slow
 from m1jax.train.metrics import draw_curves
 from m1jax.train.run import Branch, Run, run_directory
 from m1jax.train.sft import export
+from m1jax.weights.directory import read_config
 
 CURVES = [
     ("reward", PHASE, ["reward", "heldout_reward"]),
@@ -30,6 +34,12 @@ CURVES = [
     ("share of clipped tokens", PHASE, ["clipped"]),
     ("gradient norm", PHASE, ["grad_norm"]),
 ]
+BASIC = {
+    *("model", "data", "task", "reward", "name", "runs", "seed", "mesh", "recipe_file", "dry_run"),
+    *("iterations", "learning_rate", "prompts", "samples", "max_prompt_tokens", "max_new_tokens", "chat"),
+    *("format_reward", "overlong_buffer", "convention", "max_weight", "updates", "row_length"),
+}
+"""what --help lists"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,6 +49,8 @@ class Config:
     m1jax train rl models/my-model --data problems.jsonl --name my-run
 
     m1jax train rl models/my-model --task chain_sum --name my-run
+
+    What matters most is listed by --help, everything by --help-all.
     """
 
     model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
@@ -63,14 +75,19 @@ class Config:
     """How the devices share the work, for example fsdp=4,tensor=2 (docs/multihost.md); one device without it."""
     wandb: str | None = None
     """A project of Weights & Biases to send the figures to as well (extra `wandb`)."""
+    recipe_file: Annotated[str | None, tyro.conf.arg(name="recipe", metavar="FILE")] = None
+    """A TOML file of options (docs/training.md), or one that comes along: m1-report, scalerl. What is given here as
+    well wins."""
+    dry_run: bool = False
+    """Say what would happen (updates, tokens, memory, time), and end."""
     profile: bool = False
     """Trace three updates into RUNS/NAME/profile, for xprof or TensorBoard."""
     recipe: tyro.conf.OmitArgPrefixes[RLRecipe] = dataclasses.field(default_factory=RLRecipe)
 
 
 def main(config: Config) -> None:
-    """Trains; RUNS/NAME then holds checkpoints, metrics.jsonl, tensorboard/, curves.png, samples and the model
-    (export/)."""
+    """Trains; RUNS/NAME then holds checkpoints, metrics.jsonl, tensorboard/, curves.png, report.html, samples and
+    the model (export/)."""
     if bool(config.data) == (config.task is not None):
         raise UserError("train rl: give either --data FILE.jsonl or --task NAME")
     require_seed(config.seed)
@@ -81,6 +98,10 @@ def main(config: Config) -> None:
         tokenizer = load_tokenizer(config.model)
         files = weighted(config.data) if config.data else []
         task = _problems(files, tokenizer, recipe) if files else get_task(config.task or "")
+        curriculum.follow(task, recipe.curriculum)
+        if config.dry_run:
+            print("\n".join(described(read_config(config.model), recipe)))
+            return
         model = placement.load_model(config.model, [(recipe.update.rows, recipe.update.row_length)])
         asked = recipe.generation
         tokens = asked.prompts * asked.samples * asked.longest // recipe.update.updates  # at most; generation apart
@@ -111,7 +132,8 @@ def _problems(files: list[tuple[str, float]], tokenizer: Tokenizer, recipe: RLRe
 
 
 def finish(run: Run, model: MiniMaxM1, tokenizer: Tokenizer) -> None:
-    """Draws the curves and exports the model."""
+    """Draws the curves, writes the report and exports the model."""
     if processes.writes():
         draw_curves(run.log.records, CURVES, run.directory / "curves.png")
+        write_report(run.directory, run.log.of(PHASE))
     export(run, model, tokenizer)

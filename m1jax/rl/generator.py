@@ -40,11 +40,20 @@ class EngineGenerator:
         graph: of `nnx.split(model)`.
         prompts, samples: requests that come together, and completions of each.
         prompt_tokens, new_tokens: the longest context at first, and what may be written after it in all turns.
+        record_routes: whether requests may ask for routes.
     """
 
     def __init__(
-        self, graph: nnx.GraphDef[MiniMaxM1], *, prompts: int, samples: int, prompt_tokens: int, new_tokens: int
+        self,
+        graph: nnx.GraphDef[MiniMaxM1],
+        *,
+        prompts: int,
+        samples: int,
+        prompt_tokens: int,
+        new_tokens: int,
+        record_routes: bool = False,
     ):
+        self._record_routes = record_routes
         self._graph, self._prompts, self._samples = graph, prompts, samples
         self._prompt_tokens, self._new_tokens = prompt_tokens, new_tokens
         self._engine: Engine | None = None
@@ -62,7 +71,8 @@ class EngineGenerator:
             prompt_tokens=self._prompt_tokens,
             new_tokens=self._new_tokens,
         )
-        self._engine = Engine(ModelRunner(self._graph, params, capacity), version)
+        runner = ModelRunner(self._graph, params, capacity, record_routes=self._record_routes)
+        self._engine = Engine(runner, version)
 
     def run(self, requests: Sequence[Request]) -> list[list[Completion]]:
         assert self._engine is not None, "nothing is loaded"

@@ -1,7 +1,9 @@
 """Problems -> groups: the policy's attempts, nothing judged yet."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,7 @@ from jaxtyping import Array, Key, UInt32
 
 from m1jax.chat import Tokenizer, encode_chat, encode_prompt
 from m1jax.errors import UserError, require_positive
-from m1jax.inference.types import Completion, Finish, Request, Sampling
+from m1jax.inference.types import Completion, Finish, RepetitionStop, Request, Sampling
 from m1jax.rl.environment import Environment, MakeEnvironment, Messages, SingleTurn
 from m1jax.rl.generator import Generator
 from m1jax.rl.tasks import Problem, Split, Task
@@ -28,22 +30,47 @@ class GenerationRecipe:
     rounds: int = 3
     """dynamic sampling: problems whose responses are all rewarded alike teach nothing; they are dropped, and others are
     asked in up to so many rounds of P (1: dropped without refill)"""
+    keep_surplus: bool = False
+    """groups beyond P that teach something wait for the next generation batch, instead of being dropped"""
+    retire_above: float | None = None
+    """no-positive resampling (ScaleRL, arXiv 2510.13786): a problem of which a larger share of responses was right is
+    not asked again (None: all are)"""
     temperature: float = 1.0
     max_prompt_tokens: int = 256
     max_new_tokens: int = 1024
+    repetition_tokens: int = 3000
+    """a response ends after so many tokens in a row each with more than repetition_probability (report, section 4.2; 0:
+    never)"""
+    repetition_probability: float = 0.99
     chat: bool = True
     """put problems into the model's chat format; without it their text alone is continued, which suits a model
     fine-tuned on prompts and answers"""
 
     def __post_init__(self) -> None:
-        require_positive(self, "prompts", "rounds", "temperature", "max_prompt_tokens", "max_new_tokens")
-        if self.samples < 2:
-            raise UserError(f"rl: samples = {self.samples}; an advantage compares at least 2 responses to a problem")
+        require_positive(self, "prompts", "samples", "rounds", "temperature")
+        require_positive(self, "max_prompt_tokens", "max_new_tokens")
+        require_positive(self, "repetition_tokens", zero=True)
+        for name in ("repetition_probability", "retire_above"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < 1:
+                raise UserError(f"rl: {name} = {value} must lie between 0 and 1")
 
     @property
     def longest(self) -> int:
         """Tokens of a prompt and its response."""
         return self.max_prompt_tokens + self.max_new_tokens
+
+
+GIVE_UP = 10_000
+"""problems skipped in a row"""
+
+
+class Draw(NamedTuple):
+    """How answers are drawn."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    """1: from the whole distribution; log-probabilities are then those of the policy itself, as training needs them"""
 
 
 class Prompts:
@@ -80,6 +107,7 @@ class Rollout:
         generator: the policy.
         recipe: sizes and sampling.
         environment: what the policy acts in; made anew for every attempt.
+        record_routes: keep the experts that every token went to.
     """
 
     def __init__(
@@ -89,21 +117,43 @@ class Rollout:
         generator: Generator,
         recipe: GenerationRecipe,
         environment: MakeEnvironment = SingleTurn,
+        *,
+        record_routes: bool = False,
     ):
+        self._record_routes = record_routes
         self._task, self._tokenizer, self._generator = task, tokenizer, generator
         self._recipe, self._environment = recipe, environment
         self._prompts = Prompts(tokenizer, recipe.chat)
 
-    def __call__(self, split: Split, seed: int, first: int) -> list[Group]:
-        """Attempts at problems number first ... first + prompts - 1 of a split.
+    def __call__(
+        self,
+        split: Split,
+        seed: int,
+        first: int,
+        *,
+        window: int | None = None,
+        draw: Draw | None = None,
+        skip: Callable[[Problem], bool] = lambda problem: False,
+    ) -> list[Group]:
+        """Attempts at the next problems of a split from number `first` on.
 
         An attempt's randomness comes from (split, seed, problem number, sample number) alone.
 
+        Args:
+            split, seed: whose problems.
+            first: number of the first that may be asked.
+            window: tokens that an attempt may have; None: max_new_tokens, which it may not exceed.
+            draw: how; None: from the whole distribution, at the recipe's temperature.
+            skip: says of a problem that it is not to be asked.
+
         Raises:
-            UserError: a prompt is empty or longer than max_prompt_tokens.
+            UserError: a prompt is empty or longer than max_prompt_tokens, or no problem is left to be asked.
         """
-        numbers = np.arange(first, first + self._recipe.prompts, dtype=np.uint32)
-        problems = [self._task.problem(split, seed, int(number)) for number in numbers]
+        self._window = self._recipe.max_new_tokens if window is None else window
+        self._draw = draw or Draw(self._recipe.temperature)
+        numbered = list(itertools.islice(self._wanted(split, seed, first, skip), self._recipe.prompts))
+        numbers = np.array([number for number, _ in numbered], np.uint32)
+        problems = [problem for _, problem in numbered]
         keys = list(_keys_of_problems(np.array([seed, split == "heldout"], np.uint32), numbers))
         attempts: list[list[_Attempt]] = []
         for problem, number, key in zip(problems, numbers, keys):
@@ -118,7 +168,25 @@ class Rollout:
         while live := [attempt for group in attempts for attempt in group if not attempt.done]:
             self._later_turn(live, turn)
             turn += 1
-        return [Group(p, tuple(attempt.episode() for attempt in group)) for p, group in zip(problems, attempts)]
+        return [
+            Group(problem, tuple(attempt.episode() for attempt in group), number)
+            for (number, problem), group in zip(numbered, attempts)
+        ]
+
+    def _wanted(
+        self, split: Split, seed: int, first: int, skip: Callable[[Problem], bool]
+    ) -> Iterator[tuple[int, Problem]]:
+        skipped = 0
+        for number in itertools.count(first):
+            problem = self._task.problem(split, seed, number)
+            if not skip(problem):
+                skipped = 0
+                yield number, problem
+            elif (skipped := skipped + 1) == GIVE_UP:
+                raise UserError(
+                    f"{self._task.name}: the policy has mastered all problems ({GIVE_UP} in a row are retired): "
+                    "give it harder ones, or a higher --retire-above"
+                )
 
     def _begin(
         self,
@@ -143,13 +211,14 @@ class Rollout:
         if not shared:
             self._later_turn([attempt for group in groups for attempt in group], 0)
             return
-        sampling = self._sampling(self._recipe.max_new_tokens)
+        sampling = self._sampling(self._window)
         requests = [
             Request(
                 tokens=group[0].context(),
                 key=group[0].key,
                 sampling=sampling,
                 samples=len(group),
+                record_routes=self._record_routes,
                 keep=self._environment is not SingleTurn,
             )
             for group in groups
@@ -162,16 +231,27 @@ class Rollout:
         samples = np.array([attempt.sample for attempt in attempts], np.uint32)
         keys = list(_keys_of_turn(jnp.stack([attempt.key for attempt in attempts]), samples, np.uint32(turn)))
         requests = [
-            Request(tokens=a.context(), key=key, sampling=self._sampling(self._recipe.max_new_tokens - len(a.tokens)))
+            Request(
+                tokens=a.context(),
+                key=key,
+                sampling=self._sampling(self._window - len(a.tokens)),
+                record_routes=self._record_routes,
+            )
             for a, key in zip(attempts, keys)
         ]
         for attempt, (completion,) in zip(attempts, self._generator.run(requests)):
             self._take(attempt, completion)
 
     def _sampling(self, max_new_tokens: int) -> Sampling:
-        end_ids = (self._tokenizer.eos_id,)
-        # From the whole distribution: log-probabilities are then those of the policy itself.
-        return Sampling(temperature=self._recipe.temperature, top_p=1.0, max_new_tokens=max_new_tokens, end_ids=end_ids)
+        recipe = self._recipe
+        stop = RepetitionStop(probability=recipe.repetition_probability, tokens=recipe.repetition_tokens)
+        return Sampling(
+            temperature=self._draw.temperature,
+            top_p=self._draw.top_p,
+            max_new_tokens=max_new_tokens,
+            end_ids=(self._tokenizer.eos_id,),
+            repetition_stop=stop if recipe.repetition_tokens else None,
+        )
 
     def _take(self, attempt: "_Attempt", completion: Completion) -> None:
         """What the policy wrote, and what the environment has to say to it."""
@@ -185,7 +265,7 @@ class Rollout:
         if attempt.done:
             return
         tokens = self._prompts.next(attempt.messages, answer)
-        if len(attempt.tokens) + len(tokens) >= self._recipe.max_new_tokens:  # no room for another turn
+        if len(attempt.tokens) + len(tokens) >= self._window:  # no room for another turn
             attempt.finish, attempt.done = "length", True
             return
         attempt.messages += answer
@@ -211,6 +291,7 @@ class _Attempt:
         self._logp: list[np.ndarray] = []
         self._version: list[int] = []
         self._turns: list[str] = []
+        self._routes: np.ndarray | None = None
 
     def context(self) -> np.ndarray:
         return np.array([*self.prompt, *self.tokens], np.int32)
@@ -221,6 +302,7 @@ class _Attempt:
         self._logp.append(completion.logp)
         self._version += completion.version.tolist()
         self._turns.append(text)
+        self._routes = completion.routes  # those of the context are among them
         self.messages.append({"role": "assistant", "content": text})
         self.finish = completion.finish
 
@@ -239,6 +321,7 @@ class _Attempt:
             version=np.array(self._version, np.int32),
             turns=tuple(self._turns),
             finish=self.finish,
+            routes=self._routes,
         )
 
 

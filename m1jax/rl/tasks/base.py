@@ -105,6 +105,14 @@ class Turns:
         return source, lap * self._counts[source] + self._before[place]
 
 
+class Order(Protocol):
+    """Which of several sources comes when."""
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        """(which source, how often it has come up before) at a turn."""
+        ...
+
+
 class Mixture:
     """Several tasks in turn.
 
@@ -117,10 +125,11 @@ class Mixture:
         self._tasks = {task.name: task for task in tasks}
         if len(self._tasks) < len(tasks):
             raise UserError(f"task {self.name!r} names one task twice")
-        self._turns = Turns([1.0] * len(tasks))
+        self.parts = len(tasks)
+        self.turns: Order = Turns([1.0] * len(tasks))
 
     def problem(self, split: Split, seed: int, index: int) -> Problem:
-        source, number = self._turns[index]
+        source, number = self.turns[index]
         task = list(self._tasks.values())[source]
         return dataclasses.replace(task.problem(split, seed, number), source=task.name)
 
