@@ -10,8 +10,9 @@ from m1jax import processes
 from m1jax.chat import Tokenizer
 from m1jax.errors import UserError, require_seed
 from m1jax.model import MiniMaxM1
+from m1jax.rl.plugins import load_environment
 from m1jax.rl.recipe import RLRecipe
-from m1jax.rl.rewards import FunctionJudge
+from m1jax.rl.rewards import get_judge
 from m1jax.rl.rollout import Prompts
 from m1jax.rl.tasks import ProblemFile, Task, UserProblems, get_task
 from m1jax.rl.trainer import PHASE, Trainer
@@ -48,10 +49,14 @@ class Config:
     count as right when they are equal as mathematics. Several files are mixed: a.jsonl=3 b.jsonl=1 takes three problems
     of the first for one of the second."""
     task: str | None = None
-    """Or a task: sums, board, both as sums+board, or a family of reasoning-gym (extra `tasks`)."""
+    """Or a task: sums, board, a family of reasoning-gym (extra `tasks`), logic for many of them, or your own,
+    FILE.py:name (docs/environments.md). Several are mixed: sums=3+board takes three problems of the first for one of
+    the second."""
     reward: str | None = None
-    """Your own reward, FILE.py:function, instead of right and wrong: a function of any of prompt, response, answer
-    (turns, finished), by these names, that returns a number."""
+    """Your own reward, FILE.py:function, instead of right and wrong (rules): a function of any of prompt, response,
+    answer (turns, finished), by these names, that returns a number. Several are added: rules+FILE.py:function=0.2."""
+    environment: str | None = None
+    """What the model acts in, where it speaks more than once and the task has no such thing itself: FILE.py:name."""
     name: str = "rl"
     """The run's results go to RUNS/NAME; a run that was interrupted goes on where it was."""
     runs: Path = Path("runs")
@@ -76,11 +81,12 @@ def main(config: Config) -> None:
     require_seed(config.seed)
     directory, recipe = run_directory(config.runs, config.name), config.recipe
     branch = None if config.branch is None else Branch.parse(config.branch)
-    judge = None if config.reward is None else FunctionJudge(config.reward)
+    environment = None if config.environment is None else load_environment(config.environment)
     with placement.use_mesh(config.mesh):
         tokenizer = load_tokenizer(config.model)
         files = weighted(config.data) if config.data else []
         task = _problems(files, tokenizer, recipe) if files else get_task(config.task or "")
+        judge = None if config.reward is None else get_judge(config.reward, task, recipe.reward.format_reward)
         model = placement.load_model(config.model, [(recipe.update.rows, recipe.update.row_length)])
         asked = recipe.generation
         tokens = asked.prompts * asked.samples * asked.longest // recipe.update.updates  # at most; generation apart
@@ -92,11 +98,22 @@ def main(config: Config) -> None:
             "data": [(Path(path), weight) for path, weight in files],
             "task": config.task,
             "reward": config.reward,
+            "environment": config.environment,
             "seed": config.seed,
             "recipe": recipe,
         }
         run = Run(directory, settings, branch=branch, wandb=config.wandb)
-        trainer = Trainer(run, model, task, tokenizer, recipe, config.seed, judge=judge, profile=config.profile)
+        trainer = Trainer(
+            run,
+            model,
+            task,
+            tokenizer,
+            recipe,
+            config.seed,
+            judge=judge,
+            environment=environment,
+            profile=config.profile,
+        )
         finish(run, trainer.train(), tokenizer)
 
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, Key, UInt32
 from m1jax.chat import Tokenizer, encode_chat, encode_prompt
 from m1jax.errors import UserError, require_positive
 from m1jax.inference.types import Completion, Finish, Request, Sampling
-from m1jax.rl.environment import Environment, MakeEnvironment, Messages, SingleTurn
+from m1jax.rl.environment import Environment, MakeEnvironment, Messages, SingleTurn, Step, environment_of
 from m1jax.rl.generator import Generator
 from m1jax.rl.tasks import Problem, Split, Task
 from m1jax.rl.types import Episode, Group
@@ -79,7 +79,7 @@ class Rollout:
         tokenizer: the model's.
         generator: the policy.
         recipe: sizes and sampling.
-        environment: what the policy acts in; made anew for every attempt.
+        environment: what the policy acts in, made anew for every attempt; None: what the task says.
     """
 
     def __init__(
@@ -88,10 +88,10 @@ class Rollout:
         tokenizer: Tokenizer,
         generator: Generator,
         recipe: GenerationRecipe,
-        environment: MakeEnvironment = SingleTurn,
+        environment: MakeEnvironment | None = None,
     ):
         self._task, self._tokenizer, self._generator = task, tokenizer, generator
-        self._recipe, self._environment = recipe, environment
+        self._recipe, self._environment = recipe, environment or environment_of(task)
         self._prompts = Prompts(tokenizer, recipe.chat)
 
     def __call__(self, split: Split, seed: int, first: int) -> list[Group]:
@@ -181,7 +181,9 @@ class Rollout:
         if not finished:
             attempt.done = True
             return
-        answer, attempt.done = attempt.environment.step(text)
+        stepped = attempt.environment.step(text)
+        assert isinstance(stepped, tuple)
+        answer, attempt.done, _ = Step(*stepped)
         if attempt.done:
             return
         tokens = self._prompts.next(attempt.messages, answer)

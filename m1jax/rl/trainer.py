@@ -12,7 +12,7 @@ from m1jax.config import ModelConfig
 from m1jax.errors import UNTRAINED
 from m1jax.flops import forward_flops
 from m1jax.model import MiniMaxM1, Remat
-from m1jax.rl.environment import MakeEnvironment, SingleTurn
+from m1jax.rl.environment import MakeEnvironment
 from m1jax.rl.evaluation import summary, write_samples
 from m1jax.rl.generator import EngineGenerator
 from m1jax.rl.losses import Objective, policy_loss
@@ -101,7 +101,7 @@ class Trainer:
         recipe: how.
         seed: of problems and sampling.
         judge: what rewards; None: the task's own rules.
-        environment: what the policy acts in, made anew for each attempt.
+        environment: what the policy acts in, made anew for each attempt; None: what the task says.
         profile: trace some updates into the run's `profile/`.
     """
 
@@ -115,7 +115,7 @@ class Trainer:
         seed: int,
         *,
         judge: Judge | None = None,
-        environment: MakeEnvironment = SingleTurn,
+        environment: MakeEnvironment | None = None,
         profile: bool = False,
     ):
         self._run, self._recipe, self._seed, self._config = run, recipe, seed, model.config

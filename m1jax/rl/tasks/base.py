@@ -11,13 +11,12 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from m1jax.errors import UserError
-
 Split = Literal["train", "heldout"]
 
 _RESPONSE = re.compile(r"<think>((?:(?!</?think>).)*)</think>((?:(?!</?think>).)+)", re.DOTALL)
 HELDOUT_SHARE = 8
 """one problem in so many is held out"""
+_LONGEST_LAP = 10_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +39,15 @@ class Problem:
         return f"<think>{self.thinking if think and self.thinking else ''}</think>{self.answer}"
 
 
+class Unjudged(Exception):
+    """Why an answer could not be judged, in one line."""
+
+
 class Task(Protocol):
-    """A source of problems and their judge."""
+    """A source of problems and their judge.
+
+    A task in which the policy speaks more than once has an attribute `environment`, too (`m1jax.rl.environment`).
+    """
 
     name: str
 
@@ -50,7 +56,11 @@ class Task(Protocol):
         ...
 
     def correct(self, problem: Problem, answer: str) -> bool:
-        """Whether the text after `</think>` answers the problem."""
+        """Whether the text after `</think>` answers the problem.
+
+        Raises:
+            Unjudged: that cannot be said.
+        """
         ...
 
 
@@ -81,17 +91,24 @@ class Family:
 class Turns:
     """Whose turn it is among several sources of which each is to come up in proportion to its weight.
 
-    The order repeats itself after as few turns as make the proportions whole, and is spread evenly within.
+    The order repeats itself after as few turns as make the proportions whole (of many odd weights, after some
+    thousands, which come close), and is spread evenly within.
     """
 
     def __init__(self, weights: Sequence[float]):
         smallest = min(weights)
-        shares = [Fraction(weight / smallest).limit_denominator(100) for weight in weights]
-        whole = math.lcm(*(share.denominator for share in shares))
-        self._counts = [int(share * whole) for share in shares]
-        # Occurrence i of n stands at (i + 1/2) / n of the way; equals in the order of the sources.
-        places = [((i + 0.5) / n, source) for source, n in enumerate(self._counts) for i in range(n)]
-        self._order = [source for _, source in sorted(places)]
+        ratios = [Fraction(weight / smallest).limit_denominator(100) for weight in weights]
+        whole = math.lcm(*(ratio.denominator for ratio in ratios))
+        if whole * sum(ratios) > _LONGEST_LAP:
+            whole = _LONGEST_LAP / sum(ratios)
+        self._counts = [max(1, round(ratio * whole)) for ratio in ratios]
+        # Every turn each source gains its share, and the one that has most gives a whole lap's.
+        gained, shares = np.zeros(len(weights), np.int64), np.array(self._counts)
+        self._order: list[int] = []
+        for _ in range(sum(self._counts)):
+            gained += shares
+            self._order.append(int(gained.argmax()))
+            gained[self._order[-1]] -= shares.sum()
         seen: Counter[int] = Counter()
         self._before = []
         for source in self._order:
@@ -103,29 +120,6 @@ class Turns:
         lap, place = divmod(index, len(self._order))
         source = self._order[place]
         return source, lap * self._counts[source] + self._before[place]
-
-
-class Mixture:
-    """Several tasks in turn.
-
-    Raises:
-        UserError: the same task twice.
-    """
-
-    def __init__(self, tasks: Sequence[Task]):
-        self.name = "+".join(task.name for task in tasks)
-        self._tasks = {task.name: task for task in tasks}
-        if len(self._tasks) < len(tasks):
-            raise UserError(f"task {self.name!r} names one task twice")
-        self._turns = Turns([1.0] * len(tasks))
-
-    def problem(self, split: Split, seed: int, index: int) -> Problem:
-        source, number = self._turns[index]
-        task = list(self._tasks.values())[source]
-        return dataclasses.replace(task.problem(split, seed, number), source=task.name)
-
-    def correct(self, problem: Problem, answer: str) -> bool:
-        return self._tasks[problem.source].correct(problem, answer)
 
 
 def split_response(text: str) -> tuple[str, str] | None:
