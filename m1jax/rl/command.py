@@ -10,14 +10,15 @@ from m1jax import processes
 from m1jax.chat import Tokenizer
 from m1jax.errors import UserError, require_seed
 from m1jax.model import MiniMaxM1
+from m1jax.rl import pass_rate
 from m1jax.rl.plugins import load_environment
 from m1jax.rl.recipe import RLRecipe
-from m1jax.rl.rewards import get_judge
+from m1jax.rl.rewards import RuleJudge, get_judge
 from m1jax.rl.rollout import Prompts
-from m1jax.rl.tasks import ProblemFile, Task, UserProblems, get_task
+from m1jax.rl.tasks import Problem, ProblemFile, Task, UserProblems, get_task, read_problems
 from m1jax.rl.trainer import PHASE, Trainer
 from m1jax.train import placement
-from m1jax.train.data import load_tokenizer, read_problems, weighted
+from m1jax.train.data import load_tokenizer, weighted
 from m1jax.train.estimate import warn_if_slow
 from m1jax.train.metrics import draw_curves
 from m1jax.train.run import Branch, Run, run_directory
@@ -46,8 +47,9 @@ class Config:
     """Directory of the model to start from: config.json, *.safetensors, tokenizer.json."""
     data: tuple[str, ...] = ()
     """Your problems, JSON lines {"prompt": "...", "answer": "..."}; one in eight is held out. Mathematical answers
-    count as right when they are equal as mathematics. Several files are mixed: a.jsonl=3 b.jsonl=1 takes three problems
-    of the first for one of the second."""
+    count as right when they are equal as mathematics. Records as GSM8K, DAPO-Math, IFEval and code problems have them
+    are understood too, also in Parquet (docs/training.md). Several files are mixed: a.jsonl=3 b.jsonl=1 takes three
+    problems of the first for one of the second."""
     task: str | None = None
     """Or a task: sums, board, a family of reasoning-gym (extra `tasks`), logic for many of them, or your own,
     FILE.py:name (docs/environments.md). Several are mixed: sums=3+board takes three problems of the first for one of
@@ -64,6 +66,9 @@ class Config:
     """Begin a new run at another one's newest checkpoint, or at that of a step; any option of training may differ."""
     seed: int = 0
     """Order of the problems, and sampling."""
+    pass_rate_problems: int = 0
+    """Let the model attempt so many problems first, --samples times each, and train on those alone that it solves at
+    times: more often than never, less often than nine times in ten. 0: no such choice."""
     mesh: str = ""
     """How the devices share the work, for example fsdp=4,tensor=2 (docs/multihost.md); one device without it."""
     wandb: str | None = None
@@ -100,13 +105,24 @@ def main(config: Config) -> None:
             "reward": config.reward,
             "environment": config.environment,
             "seed": config.seed,
+            "pass_rate_problems": config.pass_rate_problems,
             "recipe": recipe,
         }
         run = Run(directory, settings, branch=branch, wandb=config.wandb)
+        if config.pass_rate_problems:
+            rated = judge or RuleJudge(task, recipe.reward.format_reward)
+
+            def rates() -> dict[Problem, pass_rate.PassRate]:
+                attempt = pass_rate.attempts(model, task, tokenizer, recipe.generation, config.seed, environment)
+                return pass_rate.estimate(attempt, rated, config.pass_rate_problems)
+
+            chosen = pass_rate.select(task, rates, directory / "pass_rates.jsonl")
+        else:
+            chosen = task
         trainer = Trainer(
             run,
             model,
-            task,
+            chosen,
             tokenizer,
             recipe,
             config.seed,

@@ -11,7 +11,7 @@ from jaxtyping import Array, Key, UInt32
 from m1jax.chat import Tokenizer, encode_chat, encode_prompt
 from m1jax.errors import UserError, require_positive
 from m1jax.inference.types import Completion, Finish, Request, Sampling
-from m1jax.rl.environment import Environment, MakeEnvironment, Messages, SingleTurn, Step, environment_of
+from m1jax.rl.environment import Environment, MakeEnvironment, Messages, SingleTurn, environment_of
 from m1jax.rl.generator import Generator
 from m1jax.rl.tasks import Problem, Split, Task
 from m1jax.rl.types import Episode, Group
@@ -183,7 +183,7 @@ class Rollout:
             return
         stepped = attempt.environment.step(text)
         assert isinstance(stepped, tuple)
-        answer, attempt.done, _ = Step(*stepped)
+        answer, attempt.done = stepped[0], stepped[1]
         if attempt.done:
             return
         tokens = self._prompts.next(attempt.messages, answer)

@@ -1,11 +1,12 @@
 """Tasks: right demonstrations, pure problems, held-out problems that are never trained on, mixtures."""
 
 import collections
+from pathlib import Path
 
 import pytest
 
 from m1jax.errors import UserError
-from m1jax.rl.tasks import BUILT_IN, ProblemFile, UserProblems, get_task, split_response
+from m1jax.rl.tasks import BUILT_IN, Problem, ProblemFile, UserProblems, get_task, split_response
 from m1jax.rl.tasks.base import Turns
 
 
@@ -93,7 +94,12 @@ def test_one_task_twice_is_no_mixture():
 
 
 def user(*files):
-    return UserProblems([ProblemFile(path, pairs, weight) for path, pairs, weight in files])
+    return UserProblems(
+        [
+            ProblemFile(path, [Problem(*pair, family=Path(path).stem) for pair in pairs], weight)
+            for path, pairs, weight in files
+        ]
+    )
 
 
 def test_problems_of_ones_own():

@@ -7,6 +7,7 @@ from m1jax.rl.tasks.board import BoardMoves
 from m1jax.rl.tasks.mixture import Mixture
 from m1jax.rl.tasks.plugin import Guarded, load_task
 from m1jax.rl.tasks.reasoning_gym import LEVELS, ReasoningGym
+from m1jax.rl.tasks.records import read_problems
 from m1jax.rl.tasks.sums import DigitSums
 from m1jax.rl.tasks.user import ProblemFile, UserProblems
 from m1jax.rl.weights import Combination, parse
@@ -58,5 +59,6 @@ __all__ = [
     "UserProblems",
     "get_task",
     "load_task",
+    "read_problems",
     "split_response",
 ]

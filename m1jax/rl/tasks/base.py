@@ -12,6 +12,9 @@ from typing import Literal, Protocol
 import numpy as np
 
 Split = Literal["train", "heldout"]
+Verification = Literal["math", "exact", "constraints", "code"]
+"""How an answer is judged: equal as mathematics, equal as text, by the instructions that it keeps, by the tests that it
+passes."""
 
 _RESPONSE = re.compile(r"<think>((?:(?!</?think>).)*)</think>((?:(?!</?think>).)+)", re.DOTALL)
 HELDOUT_SHARE = 8
@@ -33,6 +36,8 @@ class Problem:
     """which one it is within its task, where the task must find it again"""
     source: str = ""
     """name of the task it is from, in a mixture of several"""
+    verification: Verification = "math"
+    """of a problem from a file: what its answer is and how it is judged (`tasks.verification`)"""
 
     def demonstration(self, think: bool) -> str:
         """A correct response, with its chain of thought or straight away."""
