@@ -200,13 +200,14 @@ def process_rows(rows: int, mesh: Mesh) -> range:
 
 
 def rows_of_batch(local: dict[str, Any], rows: int, mesh: Mesh) -> dict[str, jax.Array]:
-    """Global arrays [count, rows, time] from the ``process_rows`` that each process has read, [count, its rows, time].
+    """Global arrays [count, rows, time, ...] from the ``process_rows`` that each process has read, [count, its rows,
+    time, ...].
 
     Time must be whole in every process: it is cut over sequence here.
     """
     sharding = NamedSharding(mesh, P(None, ROWS, "sequence"))
     return {
-        name: jax.make_array_from_process_local_data(sharding, value, (value.shape[0], rows, value.shape[2]))
+        name: jax.make_array_from_process_local_data(sharding, value, (value.shape[0], rows, *value.shape[2:]))
         for name, value in local.items()
     }
 

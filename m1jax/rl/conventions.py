@@ -21,7 +21,7 @@ class Convention:
 
     def __str__(self) -> str:
         parts = [f"objective {_spelt(self.objective)}", f"normaliser {_spelt(self.aggregation)}"]
-        return ", ".join([*parts, f"advantages {self.advantages}"])
+        return ", ".join([*parts, f"advantages {self.advantages}", *filter(None, [band(self.objective)])])
 
 
 def cispo(max_weight: float = 5.0, min_weight: float = 0.0) -> Objective:
@@ -42,7 +42,15 @@ def cispo(max_weight: float = 5.0, min_weight: float = 0.0) -> Objective:
 
 def is_cispo(objective: Objective) -> TypeGuard[functools.partial[Surrogate]]:
     """Whether its bounds are those of `cispo`."""
-    return isinstance(objective, functools.partial) and objective.func is losses.cispo
+    return isinstance(objective, functools.partial) and objective.func in (losses.cispo, losses.masked_cispo)
+
+
+def band(objective: Objective) -> str:
+    """The importance weights that are left as they are, in words; of objectives with bounds of CISPO's kind."""
+    if not is_cispo(objective):
+        return ""
+    bounds = objective.keywords
+    return f"importance weights within [{bounds['min_weight']:g}, {bounds['max_weight']:g}] stay as they are"
 
 
 _GROUP = Advantages()
@@ -53,12 +61,26 @@ _TRL = Advantages(ddof=1, epsilon=1e-4)
 CONVENTIONS: dict[str, Convention] = {
     # arXiv 2506.13585, section 3.1. eps_high is not published.
     "paper": Convention(objective=cispo(), aggregation=aggregation.prompt_mean, advantages=_GROUP),
+    # Its unified form, eq. 6-7: without the tokens that leave the trust region.
+    "paper-masked": Convention(
+        objective=functools.partial(losses.masked_cispo, max_weight=5.0, min_weight=0.0),
+        aggregation=aggregation.prompt_mean,
+        advantages=_GROUP,
+    ),
+    # The same report, section 4.2, against late collapse: sample-level loss, token-level normalisation.
+    "paper-mixed": Convention(objective=cispo(), aggregation=aggregation.mixed, advantages=_GROUP),
     # TRL 1.x, loss_type="cispo": epsilon_high is the cap itself.
     "trl": Convention(objective=cispo(), aggregation=aggregation.batch_token_mean, advantages=_TRL),
     # verl, loss_mode="cispo" with clip_ratio_low = 0.2, clip_ratio_high = 0.28: a band about 1.
     "verl": Convention(objective=cispo(1.28, 0.8), aggregation=aggregation.token_mean, advantages=_VERL),
     # arXiv 2510.13786: prompt mean; advantages about the group's mean, scaled by the batch's spread.
     "scalerl": Convention(objective=cispo(), aggregation=aggregation.prompt_mean, advantages=Advantages(scale="batch")),
+    # arXiv 1707.06347 with the dual clip of arXiv 1912.09729 and the baseline of a batch, as in verl.
+    "ppo": Convention(
+        objective=functools.partial(losses.ppo, low=0.2, high=0.2, dual=3.0),
+        aggregation=aggregation.token_mean,
+        advantages=Advantages(baseline="batch", scale="batch"),
+    ),
     # arXiv 2402.03300.
     "grpo": Convention(
         objective=functools.partial(losses.ppo, low=0.2, high=0.2),

@@ -5,6 +5,8 @@ top-p it is one. The factors multiply a loss's terms and carry no gradient; the 
 is zero still counts in it).
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -62,6 +64,17 @@ def geometric_rejection(
     """One for sequences whose geometric mean of rho_t lies within [low, high], zero for the others."""
     mean = jnp.exp(sequence_mean(_gap(trainer_logp, sampler_logp, mask), mask, segment_ids))
     return (mask & (mean >= low) & (mean <= high)).astype(jnp.float32)
+
+
+Correction = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+"""factors from (trainer_logp, sampler_logp, mask, segment_ids)"""
+
+CORRECTIONS: dict[str, Correction] = {
+    "truncated": lambda trainer, sampler, mask, _: truncated(trainer, sampler, mask),
+    "truncated-sequence": truncated_sequence,
+    "icepop": lambda trainer, sampler, mask, _: icepop(trainer, sampler, mask),
+    "geometric": lambda *arrays: geometric_rejection(*arrays, low=0.99, high=1.01),
+}
 
 
 def _gap(trainer_logp: jax.Array, sampler_logp: jax.Array, mask: jax.Array) -> jax.Array:

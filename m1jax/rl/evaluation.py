@@ -1,32 +1,163 @@
-"""What a set of scored groups says: figures for the record, and samples for people."""
+"""What a set of scored groups says: figures for the record, marks with intervals, and samples for people."""
 
-from collections.abc import Sequence
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Float, Int
 
 from m1jax.disk import write_atomically
-from m1jax.rl.types import Scored
+from m1jax.rl.advantages import informative
+from m1jax.rl.rewards import Judge, RewardRecipe, score
+from m1jax.rl.rollout import Draw, Rollout
+from m1jax.rl.tasks import split_response
+from m1jax.rl.types import Episode, Scored
+
+RESAMPLES = 2000
+"""of the bootstrap"""
 
 
 def summary(scored: Sequence[Scored]) -> dict[str, float]:
-    """Mean reward and its parts, accuracy (also by family), and lengths in tokens."""
+    """Rewards, their parts and their spread, accuracy, both by family too, lengths in tokens, and how responses ended.
+
+    `zero_variance` is the share of groups whose raw rewards are all equal, `format` that of responses in the form
+    `<think>...</think>answer`.
+    """
     lengths = np.concatenate([group.lengths for group in scored])
     episodes = [episode for group in scored for episode in group.group.episodes]
     correct = np.concatenate([group.correct for group in scored])
+    rewards = np.concatenate([group.rewards for group in scored])
     families = np.concatenate([np.full(len(group.correct), group.group.problem.family) for group in scored])
+    finishes = [episode.finish for episode in episodes]
     figures = {
-        "reward": float(np.mean(np.concatenate([group.rewards for group in scored]))),
+        "reward": float(np.mean(rewards)),
+        "reward_std": float(np.std(rewards)),
         "accuracy": float(correct.mean()),
+        "format": float(np.mean([well_formed(episode) for episode in episodes])),
+        "zero_variance": float(np.mean([not informative(group.raw) for group in scored])),
         "length": float(lengths.mean()),
+        "length_p50": float(np.percentile(lengths, 50)),
         "length_p99": float(np.percentile(lengths, 99)),
-        "unfinished": float(np.mean([episode.finish != "stop" for episode in episodes])),
+        "length_max": float(lengths.max()),
+        "unfinished": float(np.mean([finish != "stop" for finish in finishes])),
     }
+    for finish in ("stop", "length", "repetition"):
+        figures[f"finish_{finish}"] = finishes.count(finish) / len(finishes)
     for name in scored[0].parts:
         figures[f"reward_{name}"] = float(np.mean(np.concatenate([group.parts[name] for group in scored])))
     for family in sorted(set(families.tolist())):
-        figures[f"accuracy_{family}"] = float(correct[families == family].mean())
+        mine = families == family
+        figures[f"accuracy_{family}"] = float(correct[mine].mean())
+        figures[f"reward_of_{family}"] = float(rewards[mine].mean())
+        figures[f"reward_std_of_{family}"] = float(rewards[mine].std())
     return figures
+
+
+def well_formed(episode: Episode) -> bool:
+    """Whether it came to its end, in the form `<think>...</think>answer`."""
+    return episode.finish == "stop" and split_response(episode.turns[-1]) is not None
+
+
+def examine(
+    rollout: Rollout,
+    judge: Judge,
+    recipe: RewardRecipe,
+    *,
+    seed: int,
+    starts: Iterable[int],
+    draw: Draw,
+    max_tokens: int,
+) -> list[Scored]:
+    """Attempts at held-out problems, judged; P problems from each of `starts` on."""
+    scored: list[Scored] = []
+    for first in starts:
+        groups = rollout("heldout", seed, first, draw=draw)
+        scored += score(groups, judge, recipe, max_tokens=max_tokens)
+    return scored
+
+
+@dataclasses.dataclass(frozen=True)
+class Interval:
+    """A mean over problems, and where it lies with a confidence of 95 %."""
+
+    mean: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Float[np.ndarray, " problems"]) -> "Interval":
+        """By bootstrap over problems: attempts at one problem depend on each other."""
+        drawn = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
+        low, high = np.percentile(values[drawn].mean(axis=1), [2.5, 97.5])
+        return cls(float(values.mean()), float(low), float(high))
+
+    def __str__(self) -> str:
+        return f"{self.mean:.1%} [{self.low:.1%}, {self.high:.1%}]"
+
+
+@dataclasses.dataclass(frozen=True)
+class Marks:
+    """What a policy can do, measured on some problems with k attempts at each (of the problem with the fewest)."""
+
+    problems: int
+    k: int
+    average: Interval
+    """avg@k: share of right attempts"""
+    passed: dict[int, Interval]
+    """n -> pass@n: whether one of n attempts is right, for n = 1, 2, 4, ... up to k"""
+    majority: Interval
+    """whether the commonest answer is right; attempts without an answer have no vote"""
+
+    def figures(self) -> dict[str, float]:
+        """For the record."""
+        return {
+            "accuracy_low": self.average.low,
+            "accuracy_high": self.average.high,
+            f"pass_at_{self.k}": self.passed[self.k].mean,
+            "majority": self.majority.mean,
+        }
+
+
+def marks(scored: Sequence[Scored]) -> Marks:
+    """Of groups of which each has at least one episode."""
+    scored = [group for group in scored if len(group.correct)]
+    attempts = np.array([len(group.correct) for group in scored])
+    right = np.array([int(group.correct.sum()) for group in scored])
+    k = int(attempts.min())
+    steps = sorted({2**i for i in range(k.bit_length())} | {k})
+    return Marks(
+        problems=len(scored),
+        k=k,
+        average=Interval.of(right / attempts),
+        passed={n: Interval.of(pass_at(n, attempts, right)) for n in steps},
+        majority=Interval.of(np.array([majority(group) for group in scored])),
+    )
+
+
+def pass_at(
+    n: int, attempts: Int[np.ndarray, " problems"], right: Int[np.ndarray, " problems"]
+) -> Float[np.ndarray, " problems"]:
+    """Chance that one of n attempts drawn from those made is right, unbiased: 1 - C(attempts - right, n) / C(attempts,
+    n) (Chen et al., arXiv 2107.03374, eq. 1)."""
+    return np.array([1 - math.comb(int(a - r), n) / math.comb(int(a), n) for a, r in zip(attempts, right)])
+
+
+def majority(group: Scored) -> float:
+    """1 where the commonest answer is right, 0 where it is not; of several as common, their mean."""
+    votes: Counter[str] = Counter()
+    is_right: dict[str, bool] = {}
+    for episode, correct in zip(group.group.episodes, group.correct):
+        parts = split_response(episode.turns[-1])
+        answer = parts[1] if parts else episode.turns[-1].strip()
+        if episode.finish == "stop" and answer:
+            votes[answer] += 1
+            is_right[answer] = bool(correct)
+    most = max(votes.values(), default=0)
+    leading = [is_right[answer] for answer, count in votes.items() if count == most]
+    return sum(leading) / len(leading) if leading else 0.0
 
 
 def write_samples(scored: Sequence[Scored], path: Path) -> None:

@@ -24,9 +24,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from m1jax.rl.sequences import sequence_mean
-from m1jax.train.statistics import Max, Mean, Stats
+from m1jax.train.statistics import Effective, Histogram, Max, Mean, Stats
 
 LIMIT = 20.0
+RANGE, BINS = 2.0, 800
+"""of the histogram of log-ratios: quantiles to 1/200; e^2 is above any cap"""
 sg = jax.lax.stop_gradient
 
 
@@ -81,9 +83,7 @@ def policy_loss(
         correction: [B, T] float32, of trainer against sampler (`corrections`); None: 1.
 
     Returns:
-        The loss and its statistics, means weighted by w_t: `ratio` r_t, `clipped` share of tokens where a bound or a
-        mask had a say (whatever the sign of the advantage), `kl_k1` = -log r and `kl_k3` = r - 1 - log r, two
-        estimates of KL(old || current); and maxima, `ratio_max` and `gap_max`, of |log r|.
+        The loss and its statistics (`measure`).
 
     A token that the current policy cannot write (log-probability -inf) gives no gradient. NaN in the mask comes out as
     NaN: `train.guards` then keeps the update from being made, and names it.
@@ -98,18 +98,55 @@ def policy_loss(
     value, cut = objective(Tokens(logp, old_logp, log_ratio, advantage, mask, segment_ids))
     if correction is not None:
         value = value * sg(jnp.where(mask, correction, 0.0))
-    log_ratio = sg(log_ratio)
-    ratio = jnp.exp(log_ratio)
+    stats = measure(sg(log_ratio), cut, advantage, mask, weight)
+    return -jnp.sum(weight * jnp.where(mask, value, 0.0)), stats
+
+
+def measure(
+    log_ratio: Float[Array, "batch time"],
+    cut: Bool[Array, "batch time"],
+    advantage: Float[Array, "batch time"],
+    mask: Bool[Array, "batch time"],
+    weight: Float[Array, "batch time"],
+) -> Stats:
+    """How far a policy is from the one that it is measured against, and what the loss does about it.
+
+    Means weighted by w_t: `ratio` r_t, `clipped` share of tokens where a bound or a mask had a say, of all, of those
+    with A > 0 (`_up`) and with A < 0 (`_down`), and the same of mass, r |A| (`clipped_mass_up`, `clipped_mass_down`);
+    `kl_k1` = -log r and `kl_k3` = r - 1 - log r, two estimates of KL(old || current). Over tokens alike: maxima of r
+    and |log r|, the `effective` sample size as a share of the tokens, and `log_ratio`, a histogram.
+    """
+    ratio, clipped = jnp.exp(log_ratio), cut.astype(jnp.float32)
     stats: Stats = {
         "ratio": Mean.of(ratio, weight),
         "ratio_max": Max.of(ratio, mask),
-        "clipped": Mean.of(cut.astype(jnp.float32), weight),
+        "log_ratio": Histogram.of(log_ratio, mask, low=-RANGE, high=RANGE, bins=BINS),
+        "effective": Effective.of(ratio, mask),
+        "clipped": Mean.of(clipped, weight),
         "kl_k1": Mean.of(-log_ratio, weight),
         # Not ratio - 1 - log_ratio: near a ratio of one, the policy's own rounding is larger than what remains.
         "kl_k3": Mean.of(jnp.expm1(log_ratio) - log_ratio, weight),
         "gap_max": Max.of(jnp.abs(log_ratio), mask),
     }
-    return -jnp.sum(weight * jnp.where(mask, value, 0.0)), stats
+    for name, signed in (("up", advantage > 0), ("down", advantage < 0)):
+        counted = jnp.where(signed, weight, 0.0)
+        stats[f"clipped_{name}"] = Mean.of(clipped, counted)
+        stats[f"clipped_mass_{name}"] = Mean.of(clipped, counted * ratio * jnp.abs(advantage))
+    return stats
+
+
+def kl_penalty(
+    logp: Float[Array, "batch time"],
+    reference_logp: Float[Array, "batch time"],
+    mask: Bool[Array, "batch time"],
+    weight: Float[Array, "batch time"],
+) -> Float[Array, ""]:
+    """An estimate of KL(current || reference), `sum_t w_t (d - 1 - log d)` with d = pi_ref / pi (GRPO, arXiv
+    2402.03300, eq. 4). No gradient flows into the reference."""
+    mask = mask & (logp != -jnp.inf)
+    gap = sg(jnp.where(mask, reference_logp, 0.0)) - jnp.where(mask, logp, 0.0)
+    gap = jnp.clip(gap, -LIMIT, LIMIT)
+    return jnp.sum(jnp.where(mask, weight, 0.0) * (jnp.expm1(gap) - gap))
 
 
 def cispo(t: Tokens, *, max_weight: float, min_weight: float = 0.0) -> Surrogate:

@@ -95,6 +95,12 @@ def load_environment(place: str) -> Callable[[], Any]:
     return plugin.found
 
 
+def located(error: BaseException) -> str:
+    """The innermost line in which an error happened, and what it says."""
+    where = _where(error, None)
+    return f"{where}{': ' if where else ''}{described(error)}"
+
+
 def described(error: BaseException) -> str:
     """An error's kind and the first line of what it says."""
     text = str(error).splitlines()

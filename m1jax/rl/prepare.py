@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 
 from m1jax.rl.advantages import informative
 from m1jax.rl.aggregation import Responses
@@ -24,6 +24,7 @@ def prepare(scored: Sequence[Scored], recipe: RLRecipe) -> Updates:
     With fewer groups than updates there is one update per group; with none there is none.
     """
     kept = useful(scored)[: recipe.generation.prompts]
+    replay = recipe.update.replay_routes
     rows, row_length, count = recipe.update.rows, recipe.update.row_length, recipe.micro_batches
     if not kept:
         return Updates(RLBatch.padding((0, count, rows, row_length)))
@@ -45,13 +46,15 @@ def prepare(scored: Sequence[Scored], recipe: RLRecipe) -> Updates:
                 limit=recipe.generation.max_new_tokens,
             )
         )
-        examples = [example(episodes[i], float(advantages[i]), float(weight)) for i, weight in zip(mine, weights)]
+        examples = [
+            example(episodes[i], float(advantages[i]), float(weight), replay=replay) for i, weight in zip(mine, weights)
+        ]
         batches.append(packing.micro_batches(packing.pack(examples, row_length), rows, count))
     return Updates(stacked(batches))
 
 
-def example(episode: Episode, advantage: float, weight: float) -> RLBatch:
-    """An episode as fields [positions], aligned to the position that predicts."""
+def example(episode: Episode, advantage: float, weight: float, *, replay: bool = False) -> RLBatch:
+    """An episode as fields [positions], aligned to the position that predicts; `replay`: with its routes."""
     ids = np.concatenate([episode.prompt, episode.tokens])
     first = len(episode.prompt) - 1
 
@@ -67,4 +70,13 @@ def example(episode: Episode, advantage: float, weight: float) -> RLBatch:
         weight=np.where(mask, np.float32(weight), np.float32(0)),
         old_logp=aligned(episode.logp),
         advantage=np.where(mask, np.float32(advantage), np.float32(0)),
+        **({"routes": _routes(episode)} if replay else {}),
     )
+
+
+def _routes(episode: Episode) -> UInt8[np.ndarray, "positions layers k"]:
+    """Of every position: the last token has none, and is none."""
+    positions = len(episode.prompt) + len(episode.tokens) - 1
+    assert episode.routes is not None, "routes were not recorded"
+    assert len(episode.routes) == positions, "routes are not those of this episode"
+    return episode.routes

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator, Mapping
+from typing import Literal
 
 import jax
 import numpy as np
@@ -10,7 +11,12 @@ from jaxtyping import Bool, Float, Int, UInt8
 from m1jax.inference.types import Finish
 from m1jax.rl.tasks.base import Problem
 from m1jax.train import packing
-from m1jax.train.batch import Batch, column
+from m1jax.train.batch import Batch, column, optional_column
+
+Ended = Literal["done", "cut", "overflow", "turns", "failed"]
+"""Why an episode ended: the environment said so; the last turn was cut (see its `finish`); what the environment said
+left no room for another turn; there were as many turns as there may be; the environment broke down (which nobody can
+judge)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,8 +37,13 @@ class Episode:
     """the texts that the model wrote, without end tokens"""
     finish: Finish
     """why the last turn ended"""
-    routes: UInt8[np.ndarray, "time layers k"] | None = None
-    """the experts that each token went to, where they were recorded"""
+    routes: UInt8[np.ndarray, "computed layers k"] | None = None
+    """the experts of every token but the last, the prompt's too, where they were recorded"""
+    ended: Ended = "done"
+    reward: float | None = None
+    """what the environment gave in all turns; None where it leaves that to a judge"""
+    failure: str = ""
+    """what broke down, of one that failed"""
 
     @property
     def length(self) -> int:
@@ -46,6 +57,8 @@ class Group:
 
     problem: Problem
     episodes: tuple[Episode, ...]
+    number: int = 0
+    """of the problem within its split"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,8 +86,15 @@ class RLBatch(Batch):
     """Tokens that the policy wrote, with what became of them."""
 
     old_logp: Float[jax.Array, "*batch time"] = column(np.float32)
-    """log-probability of the target when it was sampled"""
+    """log-probability of the target under the policy that ratios are against: the sampler's when it was drawn, or the
+    trainer's with the parameters that the updates began with"""
     advantage: Float[jax.Array, "*batch time"] = column(np.float32)
+    sampler_logp: Float[jax.Array, "*batch time"] | None = optional_column(np.float32)
+    """the same when it was drawn; None: old_logp is that"""
+    reference_logp: Float[jax.Array, "*batch time"] | None = optional_column(np.float32)
+    """the same under the policy that training began with"""
+    routes: UInt8[jax.Array, "*batch time layers k"] | None = optional_column(np.uint8)
+    """experts that sampling chose for each token"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +119,7 @@ class Updates:
         here = self.batch.tokens.shape[1:3]
         if here == (micro_batches, rows):
             return self
-        used = [update.map(lambda x: x.reshape(-1, x.shape[-1])) for update in self.remaining(0)]
+        used = [update.map(lambda x: x.reshape(-1, *x.shape[2:])) for update in self.remaining(0)]
         used = [rows.map(lambda x, rows=rows: x[rows.mask.any(axis=1)]) for rows in used]
         count = max(micro_batches, *(-(-len(update.tokens) // rows) for update in used))
         return Updates(stacked([packing.micro_batches(update, rows, count) for update in used]))

@@ -39,6 +39,11 @@ def column(dtype: type[np.generic], padding: int = 0) -> jax.Array:
     return dataclasses.field(metadata={"column": Column(dtype, padding)})
 
 
+def optional_column(dtype: type[np.generic], padding: int = 0) -> jax.Array | None:
+    """A field that a batch may lack (None); its values may have axes of their own behind time."""
+    return dataclasses.field(default=None, metadata={"column": Column(dtype, padding)})
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Batch:
@@ -56,8 +61,9 @@ class Batch:
 
     @classmethod
     def columns(cls) -> dict[str, Column]:
-        """Name -> what it holds, of every field."""
-        return {field.name: field.metadata["column"] for field in dataclasses.fields(cls)}
+        """Name -> what it holds, of every field that no batch lacks."""
+        required = (field for field in dataclasses.fields(cls) if field.default is dataclasses.MISSING)
+        return {field.name: field.metadata["column"] for field in required}
 
     @classmethod
     def of(cls, **fields: jax.typing.ArrayLike | jax.ShapeDtypeStruct) -> Self:
@@ -74,6 +80,17 @@ class Batch:
         """No token at all, as numpy arrays that may be filled."""
         return cls.of(**{name: np.full(shape, kind.padding, kind.dtype) for name, kind in cls.columns().items()})
 
+    def emptied(self, shape: tuple[int, ...]) -> Self:
+        """No token at all, likewise, with the fields that this batch has."""
+        behind = self.tokens.ndim
+        kinds = {field.name: field.metadata["column"] for field in dataclasses.fields(self)}
+        return self.of(
+            **{
+                name: np.full((*shape, *values.shape[behind:]), kinds[name].padding, kinds[name].dtype)
+                for name, values in self.fields().items()
+            }
+        )
+
     @property
     def positions(self) -> int:
         return self.tokens.shape[-1]
@@ -83,5 +100,6 @@ class Batch:
         return jax.tree.map(function, self)
 
     def fields(self) -> dict[str, jax.Array]:
-        """Name -> values."""
-        return {name: getattr(self, name) for name in self.columns()}
+        """Name -> values, of the fields that are there."""
+        named = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: values for name, values in named.items() if values is not None}

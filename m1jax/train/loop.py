@@ -146,7 +146,9 @@ def fit(
             session.show(done, {**shown, "tokens/s": session.tokens_per_second})
             if last or done % recipe.log_every == 0 or "heldout_nll" in figures:
                 session.record(done, figures)
-            session.checkpoint(done, {"update": done, "batches": batches.get_state()}, last=last)
+            session.checkpoint(
+                done, lambda done=done: ({"update": done, "batches": batches.get_state()}, {}), last=last
+            )
     return nnx.merge(graph, session.state.params)
 
 

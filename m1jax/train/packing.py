@@ -73,7 +73,7 @@ def pack(examples: Sequence[B], row_length: int) -> B:
             free.append(row_length)
         rows[row].append(i)
         free[row] -= size
-    packed = type(examples[0]).padding((len(rows), row_length))
+    packed = examples[0].emptied((len(rows), row_length))
     columns = {name: np.asarray(values) for name, values in packed.fields().items()}
     for r, members in enumerate(rows):
         start = 0
@@ -107,7 +107,7 @@ def micro_batches(packed: B, rows: int, count: int | None = None) -> B:
         raise ValueError(
             f"packing.micro_batches: {filled} rows need {needed} micro-batches of {rows}, there are {count}"
         )
-    padded = type(packed).padding((count * rows, packed.positions))
+    padded = packed.emptied((count * rows, packed.positions))
     for name, values in padded.fields().items():
         np.asarray(values)[:filled] = getattr(packed, name)
-    return padded.map(lambda x: x.reshape(count, rows, -1))
+    return padded.map(lambda x: x.reshape(count, rows, *x.shape[1:]))

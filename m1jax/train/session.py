@@ -6,7 +6,7 @@ is here.
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import jax
@@ -29,7 +29,8 @@ from m1jax.train.step import Report, TrainState, TrainStep
 
 Json = Any
 """what a checkpoint's `meta` can hold; only who wrote it knows what it is"""
-Arrays = Mapping[str, jax.typing.ArrayLike]
+Arrays = Mapping[str, Any]
+"""nested dictionaries of numpy arrays"""
 Figures = Mapping[str, float | Sequence[float | None] | None]
 """what is recorded; None where there is no figure"""
 
@@ -178,14 +179,14 @@ class Session:
         self._recorded = step
         return measured
 
-    def checkpoint(self, number: int, place: Json, arrays: Arrays | None = None, *, last: bool = False) -> None:
+    def checkpoint(self, number: int, place: Callable[[], tuple[Json, Arrays]], *, last: bool = False) -> None:
         """A checkpoint where one is due or the training is asked to stop. To be called after every step, by all
         processes.
 
         Args:
             number: of the step, counted in planned updates.
-            place: what the next process must know beside the state, the same in every process.
-            arrays: likewise, as numpy.
+            place: gives what the next process must know beside the state, the same in every process; asked only where
+                a checkpoint is due.
             last: whether the training ends here.
 
         Raises:
@@ -195,14 +196,14 @@ class Session:
         if not (last or stopping or number - self._saved >= self._every):
             return
         self._meter.tick()
-        self._saved = number
+        self._saved, (state, arrays) = number, place()
         self._checkpoints.save(
             number,
             params=self.state.params,
             state=self.state._replace(params=()),
-            arrays=dict(arrays or {}),
+            arrays=arrays,
             meta={
-                "place": place,
+                "place": state,
                 "seconds": self._meter.seconds,
                 "tokens": self._meter.tokens,
                 "recorded": self._recorded,

@@ -158,7 +158,7 @@ def test_a_longer_run_with_other_rows_goes_on(tmp_path):
     [
         (lambda: LossRecipe(max_weight=0.28), r"max_weight = 0\.28 .* did you mean 1\.28\?"),
         (lambda: LossRecipe(max_weight=float("nan")), "max_weight = nan"),
-        (lambda: GenerationRecipe(samples=1), "samples = 1"),
+        (lambda: RLRecipe(generation=GenerationRecipe(samples=1)), "samples = 1"),
         (lambda: RewardRecipe(overlong_buffer=-1), "overlong_buffer = -1"),
         (lambda: UpdateRecipe(rows=0), "rows = 0"),
         (lambda: EvaluationRecipe(evaluate_every=0), "evaluate_every = 0"),

@@ -1,18 +1,19 @@
-"""Verifiable tasks: built-in families with a chain of thought, the user's own problems, those of reasoning-gym, and
-plug-ins."""
+"""Verifiable tasks: families with a chain of thought, tools or several turns, data files, reasoning-gym, plug-ins."""
 
 from m1jax.rl import plugins
 from m1jax.rl.tasks.base import Problem, Split, Task, Unjudged, split_response
 from m1jax.rl.tasks.board import BoardMoves
+from m1jax.rl.tasks.guess import Guess
 from m1jax.rl.tasks.mixture import Mixture
 from m1jax.rl.tasks.plugin import Guarded, load_task
 from m1jax.rl.tasks.reasoning_gym import LEVELS, ReasoningGym
 from m1jax.rl.tasks.records import read_problems
+from m1jax.rl.tasks.shop import Shop
 from m1jax.rl.tasks.sums import DigitSums
 from m1jax.rl.tasks.user import ProblemFile, UserProblems
 from m1jax.rl.weights import Combination, parse
 
-BUILT_IN = {"sums": DigitSums, "board": BoardMoves}
+BUILT_IN = {"sums": DigitSums, "board": BoardMoves, "shop": Shop, "guess": Guess}
 LOGIC = "logic"
 """all families of `LEVELS` together, under one weight"""
 

@@ -127,6 +127,14 @@ class Turns:
         return source, lap * self._counts[source] + self._before[place]
 
 
+class Order(Protocol):
+    """Which of several sources comes when."""
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        """(which source, how often it has come up before) at a turn."""
+        ...
+
+
 def split_response(text: str) -> tuple[str, str] | None:
     """(thinking, answer) of a response `<think>...</think>answer`; None where it has another form."""
     match = _RESPONSE.fullmatch(text)

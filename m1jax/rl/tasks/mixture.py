@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from m1jax.rl.environment import Answer, Environment, MakeEnvironment, Messages, SingleTurn, environment_of
-from m1jax.rl.tasks.base import Problem, Split, Task, Turns
+from m1jax.rl.tasks.base import Order, Problem, Split, Task, Turns
 
 
 class Mixture:
@@ -21,15 +21,16 @@ class Mixture:
 
     def __init__(self, tasks: Sequence[Task], weights: Sequence[float] | None = None):
         self.name = "+".join(task.name for task in tasks)
+        self.parts = len(tasks)
         self._tasks = {task.name: task for task in tasks}
-        self._turns = Turns(weights or [1.0] * len(tasks))
+        self.turns: Order = Turns(weights or [1.0] * len(tasks))
         places = {name: environment_of(task) for name, task in self._tasks.items()}
         self.environment: MakeEnvironment = SingleTurn
         if any(place is not SingleTurn for place in places.values()):
             self.environment = functools.partial(_Routed, places)
 
     def problem(self, split: Split, seed: int, index: int) -> Problem:
-        source, number = self._turns[index]
+        source, number = self.turns[index]
         task = list(self._tasks.values())[source]
         return dataclasses.replace(task.problem(split, seed, number), source=task.name)
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from m1jax.errors import UserError
-from m1jax.rl.tasks.base import HELDOUT_SHARE, Problem, Split, Turns
+from m1jax.rl.tasks.base import HELDOUT_SHARE, Order, Problem, Split, Turns
 from m1jax.rl.tasks.verification import Verifier
 
 
@@ -49,12 +49,13 @@ class UserProblems:
             if not self._train[-1]:
                 raise UserError(f"{file.path}: all its {len(problems)} prompts are held out; it needs more")
         self._heldout = [heldout[prompt] for prompt in ranked[:last]]
-        self._turns = Turns([file.weight for file in files])
+        self.parts = len(files)
+        self.turns: Order = Turns([file.weight for file in files])
         self._verifier = Verifier()
         self._orders: dict[tuple[int, int], tuple[int, np.ndarray]] = {}
 
     def problem(self, split: Split, seed: int, index: int) -> Problem:
-        source, number = (-1, index) if split == "heldout" else self._turns[index]
+        source, number = (-1, index) if split == "heldout" else self.turns[index]
         problems = self._heldout if split == "heldout" else self._train[source]
         epoch, place = divmod(number, len(problems))
         known = self._orders.get((source, seed))
@@ -63,6 +64,11 @@ class UserProblems:
             known = epoch, np.random.default_rng(entropy).permutation(len(problems))
             self._orders[source, seed] = known
         return problems[known[1][place]]
+
+    def everything(self) -> list[Problem]:
+        """All problems, held out or not, each once."""
+        found = {problem.prompt: problem for problems in (self._heldout, *self._train) for problem in problems}
+        return list(found.values())
 
     def correct(self, problem: Problem, answer: str) -> bool:
         return self._verifier.correct(problem, answer)
