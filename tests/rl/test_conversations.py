@@ -309,7 +309,7 @@ class Thrice(SingleTurn):
 
 
 def test_a_turn_prefills_only_what_is_new():
-    """By the engine's own counters; and the log-probabilities are those of the model over the whole."""
+    """By the engine's own counters, for prompts with nothing in common; log-probabilities are those of the whole."""
     model = tiny.model()
     graph, params = nnx.split(model)
     generator = Ending(graph, prompts=2, samples=4, prompt_tokens=32, new_tokens=256)

@@ -3,6 +3,7 @@
 from m1jax.rl import plugins
 from m1jax.rl.tasks.base import Problem, Split, Task, Unjudged, split_response
 from m1jax.rl.tasks.board import BoardMoves
+from m1jax.rl.tasks.games import PACKAGES, Game
 from m1jax.rl.tasks.guess import Guess
 from m1jax.rl.tasks.mixture import Mixture
 from m1jax.rl.tasks.plugin import Guarded, load_task
@@ -22,7 +23,8 @@ def get_task(combination: Combination) -> Task:
     """A task by name, or several with weights: `sums`, `sums=3+board`, `{"sums": 3, "board": 1}`.
 
     A name is that of a built-in family; of a plug-in, `FILE.py:name` or an entry point of `m1jax.tasks`; of a family of
-    reasoning-gym (extra `tasks`), also with levels, `chain_sum@0-3`; or `logic`, all of those families together.
+    reasoning-gym (extra `tasks`), also with levels, `chain_sum@0-3`, or `logic`, all of those families together; of a
+    game, `gymnasium:FrozenLake-v1` or `textarena:GuessTheNumber-v0` (extra `games`).
 
     Raises:
         UserError: no such task, one twice, no weight, or what a task needs is not installed.
@@ -38,6 +40,8 @@ def get_task(combination: Combination) -> Task:
 def _named(name: str) -> Task:
     if name in BUILT_IN:
         return BUILT_IN[name]()
+    if name.partition(":")[0] in PACKAGES:
+        return Game(name)
     if plugins.is_plugin("task", name):
         return load_task(name)
     gym = ReasoningGym(name)
