@@ -11,6 +11,7 @@ from m1jax.rl.rollout import Rollout
 from m1jax.rl.tasks import get_task
 from tests.rl.test_conversations import TOKENIZER, Player, recipe
 
+
 def needs(package):
     return pytest.mark.skipif(importlib.util.find_spec(package) is None, reason="the extra `games` is missing")
 
