@@ -26,6 +26,10 @@ class Command:
     """whether it computes on JAX's devices"""
     wraps: bool = False
     """whether its options end where another command begins"""
+    expands: str | None = None
+    """module:function; says which arguments some arguments stand for"""
+    basic: str | None = None
+    """module:NAME; a set of options that --help lists, where --help-all lists all"""
 
 
 COMMANDS: dict[str, Command] = {
@@ -34,8 +38,13 @@ COMMANDS: dict[str, Command] = {
     "train pretrain": Command("m1jax.train.pretrain:main", "pre-train a model further on documents", True),
     "train sft": Command("m1jax.train.sft:main", "fine-tune a model on conversations, or prompts and answers", True),
     "train rl": Command(
-        "m1jax.rl.command:main", "train a model with CISPO on problems whose answers can be verified", True
+        "m1jax.rl.command:main",
+        "train a model with CISPO on problems whose answers can be verified",
+        True,
+        expands="m1jax.rl.recipe_file:expanded",
+        basic="m1jax.rl.command:BASIC",
     ),
+    "eval": Command("m1jax.rl.evaluate:main", "measure a model on problems: avg@k, pass@k, majority, intervals", True),
     "generate": Command("m1jax.commands.generate:main", "let a model answer prompts", True),
     "plan": Command(
         "m1jax.commands.plan:main", "does a model fit on hardware you do not have, how fast, at what price"
@@ -53,6 +62,7 @@ COMMANDS: dict[str, Command] = {
     ),
 }
 HELP = ("-h", "--help")
+HELP_ALL = "--help-all"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -107,12 +117,60 @@ def parse(arguments: Sequence[str]) -> tuple[Callable[[typing.Any], None], typin
     name = find(arguments)
     assert name is not None
     command, options = COMMANDS[name], list(arguments[len(name.split()) :])
-    module, function = command.home.split(":")
-    run = getattr(importlib.import_module(module), function)
+    run = _named(command.home)
     (config_type,) = [t for key, t in typing.get_type_hints(run).items() if key != "return"]
     if command.wraps:
         options = _separated(options, {field.name for field in dataclasses.fields(config_type)})
+    if command.expands is not None:
+        options = _named(command.expands)(options)
+    if command.basic is not None and not set(options).isdisjoint({*HELP, HELP_ALL}):
+        if HELP_ALL in options:
+            options = ["--help"]
+        else:
+            config_type = help_of(config_type, _named(command.basic))
     return run, tyro.cli(config_type, prog=f"m1jax {name}", args=options)
+
+
+def _named(place: str) -> typing.Any:
+    module, name = place.split(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def help_of(config: type, basic: Collection[str]) -> type:
+    """A dataclass of options for help alone, which leaves out all those that are not basic; dataclasses within it
+    likewise. What is said of the options stays."""
+    import tyro
+
+    types, shown = typing.get_type_hints(config), {}
+    with_extras = typing.get_type_hints(config, include_extras=True)
+    namespace: dict[str, typing.Any] = {}
+    for field in dataclasses.fields(config):
+        kind = types[field.name]
+        options: dict[str, typing.Any] = {}
+        if dataclasses.is_dataclass(kind):
+            part = help_of(typing.cast(type, kind), basic)
+            shown[field.name] = tyro.conf.OmitArgPrefixes[part]
+            factory = typing.cast(typing.Any, field.default_factory)
+            options["default_factory"] = lambda part=part, factory=factory: _as(part, factory())
+        else:
+            hint = with_extras[field.name]
+            shown[field.name] = hint if field.name in basic else typing.Annotated[hint, tyro.conf.Suppress]
+            kept = {"default": field.default, "default_factory": field.default_factory}
+            options = {name: value for name, value in kept.items() if value is not dataclasses.MISSING}
+        namespace[field.name] = dataclasses.field(**options)
+    made = type(config.__name__, (config,), {**namespace, "__annotations__": shown, "__doc__": config.__doc__})
+    return dataclasses.dataclass(frozen=True, kw_only=True)(made)
+
+
+def _as(kind: type, value: typing.Any) -> typing.Any:
+    """A dataclass's value as that of a subclass of `help_of`."""
+    defaults = {
+        field.name: field.default_factory
+        for field in dataclasses.fields(kind)
+        if field.default_factory is not dataclasses.MISSING
+    }
+    given = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return kind(**{name: part for name, part in given.items() if name not in defaults})
 
 
 def _separated(arguments: list[str], names: Collection[str]) -> list[str]:

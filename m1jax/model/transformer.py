@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
@@ -304,9 +304,14 @@ def _forward(
 
     h = parallel.embed(model.embed_tokens[...], tokens, model.dtype)
     memories = (None,) * len(model.runs) if cache is None else cache.runs
-    h, memories, seen = _stack(
-        model, h, call, memories, routes, record_routes, None if cache is not None else aux_over, remat
-    )
+
+    def layer(block: Block, carry: Any, place: Place, replayed: jax.Array | None, experts_of_run: bool) -> Any:
+        h, memory = carry
+        h, memory, routing = block(h, memory, call, place, replayed, experts_of_run)
+        aux = None if cache is not None else balancing_loss(routing, call.segment_ids, over=aux_over)
+        return (h, memory), Seen(routing.experts.astype(jnp.uint8) if record_routes else None, aux)
+
+    h, memories, seen = stack(model, layer, h, memories, routes, remat)
     hidden = rms_norm(h, model.norm[...], model.config.rms_norm_eps)
     return Output(
         hidden,
@@ -319,27 +324,28 @@ def _forward(
 Memory = LightningCache | SoftmaxCache | None
 
 
-def _stack(
-    model: MiniMaxM1,
-    h: jax.Array,
-    call: Call,
-    memories: tuple[Memory, ...],
-    routes: jax.Array | None,
-    record_routes: bool,
-    aux_over: AuxLossOver | None,
-    remat: Remat,
-) -> tuple[jax.Array, tuple[Memory, ...], Seen]:
-    """All layers: the residual stream, the memory of each run, and what was seen, [layers, ...]."""
+Layer = Callable[[Block, Any, Place, Any, bool], tuple[Any, Seen]]
+"""(block, (h, memory), place, its routes, whether its experts are those of the whole run) -> ((h, memory), seen)"""
+H = TypeVar("H")
+
+
+def stack(
+    model: MiniMaxM1, layer: Layer, h: H, memories: tuple[Memory, ...], routes: Any, remat: Remat
+) -> tuple[H, tuple[Memory, ...], Seen]:
+    """All layers: the residual stream, the memory of each run, and what was seen, [layers, ...].
+
+    Args:
+        model: whose.
+        layer: computes one.
+        h: the residual stream, any pytree that ``layer`` knows.
+        memories: of each run, or None.
+        routes: arrays [batch, time, layers, k] to be replayed, a pytree, or None.
+        remat: see ``MiniMaxM1.forward``.
+    """
     config = model.config
     places = _by_run(config, Place(jnp.zeros(config.num_layers, jnp.int32), jnp.asarray(log_decays(config))))
     places = [x._replace(layer=jnp.arange(x.layer.size, dtype=jnp.int32).reshape(x.layer.shape)) for x in places]
-    replayed = _by_run(config, None if routes is None else jnp.moveaxis(routes, 2, 0))
-
-    def layer(block: Block, carry: Any, place: Place, replayed: jax.Array | None, experts_of_run: bool) -> Any:
-        h, memory = carry
-        h, memory, routing = block(h, memory, call, place, replayed, experts_of_run)
-        aux = None if aux_over is None else balancing_loss(routing, call.segment_ids, over=aux_over)
-        return (h, memory), Seen(routing.experts.astype(jnp.uint8) if record_routes else None, aux)
+    replayed = _by_run(config, jax.tree.map(lambda x: jnp.moveaxis(x, 2, 0), routes))
 
     if isinstance(model.runs[0], nnx.List):
         return _unrolled(model, layer, h, memories, places, replayed)
@@ -376,9 +382,9 @@ def _stack(
 
 
 def _unrolled(
-    model: MiniMaxM1, layer: Any, h: jax.Array, memories: tuple[Memory, ...], places: Any, replayed: Any
-) -> tuple[jax.Array, tuple[Memory, ...], Seen]:
-    """``_stack`` layer by layer, for ``MiniMaxM1.unstacked``."""
+    model: MiniMaxM1, layer: Layer, h: H, memories: tuple[Memory, ...], places: Any, replayed: Any
+) -> tuple[H, tuple[Memory, ...], Seen]:
+    """``stack`` layer by layer, for ``MiniMaxM1.unstacked``."""
     blocks: Any = model.runs  # lists of blocks here, not stacks
     renewed, seen = list(memories), []
     order = [

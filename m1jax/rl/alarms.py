@@ -3,11 +3,11 @@
 Each alarm compares the newest generation batch with those before it; thresholds are rules of thumb, no measurements.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-Record = dict[str, Any]
+Record = Mapping[str, Any]
 """a line of metrics.jsonl"""
 
 BEFORE = 8

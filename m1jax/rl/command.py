@@ -10,9 +10,11 @@ from m1jax import processes
 from m1jax.chat import Tokenizer
 from m1jax.errors import UserError, require_seed
 from m1jax.model import MiniMaxM1
-from m1jax.rl import pass_rate
+from m1jax.rl import curriculum, pass_rate
+from m1jax.rl.dry_run import described
 from m1jax.rl.plugins import load_environment
 from m1jax.rl.recipe import RLRecipe
+from m1jax.rl.report import write_report
 from m1jax.rl.rewards import RuleJudge, get_judge
 from m1jax.rl.rollout import Prompts
 from m1jax.rl.tasks import Problem, ProblemFile, Task, UserProblems, get_task, read_problems
@@ -23,6 +25,7 @@ from m1jax.train.estimate import warn_if_slow
 from m1jax.train.metrics import draw_curves
 from m1jax.train.run import Branch, Run, run_directory
 from m1jax.train.sft import export
+from m1jax.weights.directory import read_config
 
 CURVES = [
     ("reward", PHASE, ["reward", "heldout_reward"]),
@@ -32,6 +35,12 @@ CURVES = [
     ("share of clipped tokens", PHASE, ["clipped"]),
     ("gradient norm", PHASE, ["grad_norm"]),
 ]
+BASIC = {
+    *("model", "data", "task", "reward", "environment", "name", "runs", "seed", "mesh", "recipe_file", "dry_run"),
+    *("iterations", "learning_rate", "prompts", "samples", "max_prompt_tokens", "max_new_tokens", "chat"),
+    *("format_reward", "overlong_buffer", "convention", "max_weight", "updates", "row_length"),
+}
+"""what --help lists"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,6 +50,8 @@ class Config:
     m1jax train rl models/my-model --data problems.jsonl --name my-run
 
     m1jax train rl models/my-model --task chain_sum --name my-run
+
+    What matters most is listed by --help, everything by --help-all.
     """
 
     model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
@@ -73,14 +84,19 @@ class Config:
     """How the devices share the work, for example fsdp=4,tensor=2 (docs/multihost.md); one device without it."""
     wandb: str | None = None
     """A project of Weights & Biases to send the figures to as well (extra `wandb`)."""
+    recipe_file: Annotated[str | None, tyro.conf.arg(name="recipe", metavar="FILE")] = None
+    """A TOML file of options (docs/training.md), or one that comes along: m1-report, scalerl. What is given here as
+    well wins."""
+    dry_run: bool = False
+    """Say what would happen (updates, tokens, memory, time), and end."""
     profile: bool = False
     """Trace three updates into RUNS/NAME/profile, for xprof or TensorBoard."""
     recipe: tyro.conf.OmitArgPrefixes[RLRecipe] = dataclasses.field(default_factory=RLRecipe)
 
 
 def main(config: Config) -> None:
-    """Trains; RUNS/NAME then holds checkpoints, metrics.jsonl, tensorboard/, curves.png, samples and the model
-    (export/)."""
+    """Trains; RUNS/NAME then holds checkpoints, metrics.jsonl, tensorboard/, curves.png, report.html, samples and
+    the model (export/)."""
     if bool(config.data) == (config.task is not None):
         raise UserError("train rl: give either --data FILE.jsonl or --task NAME")
     require_seed(config.seed)
@@ -92,6 +108,10 @@ def main(config: Config) -> None:
         files = weighted(config.data) if config.data else []
         task = _problems(files, tokenizer, recipe) if files else get_task(config.task or "")
         judge = None if config.reward is None else get_judge(config.reward, task, recipe.reward.format_reward)
+        curriculum.follow(task, recipe.curriculum)
+        if config.dry_run:
+            print("\n".join(described(read_config(config.model), recipe)))
+            return
         model = placement.load_model(config.model, [(recipe.update.rows, recipe.update.row_length)])
         asked = recipe.generation
         tokens = asked.prompts * asked.samples * asked.longest // recipe.update.updates  # at most; generation apart
@@ -144,7 +164,8 @@ def _problems(files: list[tuple[str, float]], tokenizer: Tokenizer, recipe: RLRe
 
 
 def finish(run: Run, model: MiniMaxM1, tokenizer: Tokenizer) -> None:
-    """Draws the curves and exports the model."""
+    """Draws the curves, writes the report and exports the model."""
     if processes.writes():
         draw_curves(run.log.records, CURVES, run.directory / "curves.png")
+        write_report(run.directory, run.log.of(PHASE))
     export(run, model, tokenizer)

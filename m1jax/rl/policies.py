@@ -5,14 +5,18 @@ import dataclasses
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array, Float
 
 from m1jax import processes
-from m1jax.model import MiniMaxM1
+from m1jax.model import MiniMaxM1, Remat
+from m1jax.model.groups import Side, continuations
 from m1jax.rl.types import RLBatch, Updates, stacked
 from m1jax.train import placement
 from m1jax.train.step import Params
+from pallas_kernels import PADDING
 
 
 class Policies:
@@ -57,14 +61,23 @@ class Policies:
         return np.where(mask, logp, np.float32(0))  # pyright: ignore[reportReturnType] (a batch on the host)
 
 
+def hidden_of(model: MiniMaxM1, batch: RLBatch, remat: Remat = "auto") -> Float[Array, "rows time hidden"]:
+    """Hidden states of a micro-batch, along its routes if it has any; its prompts, where they stand apart, go first."""
+    if batch.prompts is None:
+        return model.forward(batch.tokens, segment_ids=batch.segment_ids, routes=batch.routes, remat=remat).hidden
+    lengths = jnp.sum(batch.segment_ids != PADDING, axis=1, dtype=jnp.int32)
+    before = jnp.sum(batch.prompts >= 0, axis=1, dtype=jnp.int32)
+    prompts = Side(jnp.maximum(batch.prompts, 0), before, batch.prompt_routes)
+    return continuations(model, prompts, Side(batch.tokens, lengths, batch.routes), remat=remat)
+
+
 def _make_log_probs(graph: nnx.GraphDef[MiniMaxM1], temperature: float) -> Callable[[Params, RLBatch], jax.Array]:
     @jax.jit
     def log_probs(params: Params, batch: RLBatch) -> jax.Array:
         model = nnx.merge(graph, params)
 
         def one(micro: RLBatch) -> jax.Array:
-            out = model.forward(micro.tokens, segment_ids=micro.segment_ids, routes=micro.routes)
-            return model.log_probs(out.hidden, micro.targets, temperature=temperature)[0]
+            return model.log_probs(hidden_of(model, micro), micro.targets, temperature=temperature)[0]
 
         return jax.lax.map(one, batch)
 

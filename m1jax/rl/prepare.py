@@ -1,5 +1,6 @@
 """Scored groups -> the micro-batches of a generation batch's updates."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -34,6 +35,7 @@ def prepare(scored: Sequence[Scored], recipe: RLRecipe) -> Updates:
     advantages = convention.advantages(np.concatenate([group.rewards for group in kept]), prompts)
     tokens = np.array([episode.length for episode in episodes])
     parts = np.array_split(np.arange(len(kept)), min(recipe.update.updates, len(kept)))
+    shape = _shape_of_groups(kept) if recipe.update.share_prompts else None
     batches = []
     for part in parts:
         mine = np.flatnonzero(np.isin(prompts, part))
@@ -49,8 +51,65 @@ def prepare(scored: Sequence[Scored], recipe: RLRecipe) -> Updates:
         examples = [
             example(episodes[i], float(advantages[i]), float(weight), replay=replay) for i, weight in zip(mine, weights)
         ]
-        batches.append(packing.micro_batches(packing.pack(examples, row_length), rows, count))
+        if shape is None:
+            batches.append(packing.micro_batches(packing.pack(examples, row_length), rows, count))
+            continue
+        groups = [[e for e, i in zip(examples, mine) if prompts[i] == number] for number in part]
+        each = max(1, rows // recipe.generation.samples)
+        lengths = [len(kept[number].group.episodes[0].prompt) - 1 for number in part]
+        most = -(-len(parts[0]) // each)
+        batches.append(_in_groups(groups, lengths, each, most, recipe.generation.samples, shape))
     return Updates(stacked(batches))
+
+
+def _shape_of_groups(kept: Sequence[Scored]) -> tuple[int, int]:
+    """(tokens of a prompt but for its last, tokens of a response), for the longest: one of few sizes."""
+    groups = [group.group for group in kept]
+    before = max(len(group.episodes[0].prompt) - 1 for group in groups)
+    after = max(len(episode.tokens) for group in groups for episode in group.episodes)
+    return _rounded(before), _rounded(after)
+
+
+def _rounded(length: int) -> int:
+    """The next of 2, 3, 4, 6, 8, 12, 16, ..."""
+    power = 1 << max(length - 1, 1).bit_length()
+    return power if length > power * 3 // 4 or power < 4 else power * 3 // 4
+
+
+def _in_groups(
+    groups: Sequence[Sequence[RLBatch]],
+    lengths: Sequence[int],
+    each: int,
+    count: int,
+    samples: int,
+    shape: tuple[int, int],
+) -> RLBatch:
+    """Micro-batches of whole groups.
+
+    Args:
+        groups: their episodes, fields [positions].
+        lengths: positions of each group's prompt but for its last.
+        each: groups of a micro-batch.
+        count: micro-batches.
+        samples: rows of a group; what is missing is empty.
+        shape: see `_shape_of_groups`.
+    """
+    before, after = shape
+    first, routes = groups[0][0], groups[0][0].routes
+    rows = first.emptied((count * each * samples, after))
+    columns = {name: np.asarray(values) for name, values in rows.fields().items()}
+    prompts = np.full((count * each, before), -1, np.int32)
+    prompt_routes = None if routes is None else np.zeros((count * each, before, *routes.shape[1:]), np.uint8)
+    for number, (group, length) in enumerate(zip(groups, lengths)):
+        prompts[number, :length] = group[0].tokens[:length]
+        if prompt_routes is not None:
+            assert group[0].routes is not None
+            prompt_routes[number, :length] = group[0].routes[:length]
+        for sample, one in enumerate(group):
+            for name, values in one.fields().items():
+                columns[name][number * samples + sample, : one.positions - length] = values[length:]
+    batch = dataclasses.replace(rows, prompts=prompts, prompt_routes=prompt_routes)
+    return batch.map(lambda x: x.reshape(count, -1, *x.shape[1:]))
 
 
 def example(episode: Episode, advantage: float, weight: float, *, replay: bool = False) -> RLBatch:

@@ -97,6 +97,9 @@ class UpdateRecipe:
     """tokens per row of an update's micro-batches; several responses share a row"""
     rows: int = free(8)
     """rows per micro-batch; the result does not depend on it, memory does"""
+    share_prompts: bool = False
+    """compute the prompt of a group once for all its responses: pays where prompts are long beside them. A micro-batch
+    then is whole groups, as many as have `rows` responses, at least one"""
     replay_routes: bool = False
     """router replay: training sends every token to the experts that sampling chose for it"""
     remat: Remat = free("auto")

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from m1jax import processes
 from m1jax.chat import Tokenizer
-from m1jax.errors import UNTRAINED
+from m1jax.errors import UNTRAINED, UserError
 from m1jax.model import MiniMaxM1, Remat
 from m1jax.rl.alarms import alarms
 from m1jax.rl.corrections import Correction
@@ -19,7 +19,7 @@ from m1jax.rl.evaluation import marks, summary, write_samples
 from m1jax.rl.experience import Experience
 from m1jax.rl.generator import EngineGenerator
 from m1jax.rl.losses import Objective, kl_penalty, policy_loss, sg
-from m1jax.rl.policies import Policies
+from m1jax.rl.policies import Policies, hidden_of
 from m1jax.rl.prepare import prepare, useful
 from m1jax.rl.recipe import LossRecipe, RLRecipe
 from m1jax.rl.rewards import Judge, RuleJudge
@@ -55,8 +55,7 @@ def rl_loss(
 
     def loss_fn(params: Params, batch: RLBatch) -> tuple[Float[Array, ""], Stats]:
         model = nnx.merge(graph, params)
-        out = model.forward(batch.tokens, segment_ids=batch.segment_ids, routes=batch.routes, remat=remat)
-        logp, entropy = model.log_probs(out.hidden, batch.targets, temperature=temperature)
+        logp, entropy = model.log_probs(hidden_of(model, batch, remat), batch.targets, temperature=temperature)
         sampler_logp = batch.old_logp if batch.sampler_logp is None else batch.sampler_logp
         factors = None
         if correction is not None:
@@ -144,6 +143,8 @@ class Trainer:
         self._run, self._recipe, self._config = run, recipe, model.config
         self._graph, params = nnx.split(model)
         generation, replay = recipe.generation, recipe.update.replay_routes
+        if recipe.update.share_prompts and placement.current_mesh() is not None:
+            raise UserError("share_prompts: groups are not spread over a mesh; train without one, or without this")
         generator = EngineGenerator(
             self._graph,
             prompts=generation.prompts,

@@ -95,6 +95,10 @@ class RLBatch(Batch):
     """the same under the policy that training began with"""
     routes: UInt8[jax.Array, "*batch time layers k"] | None = optional_column(np.uint8)
     """experts that sampling chose for each token"""
+    prompts: Int[jax.Array, "*groups length"] | None = optional_column(np.int32, -1)
+    """what stands before the rows, equally many of them side by side for each: prompts but for their last token, -1
+    behind; None: rows are whole sequences"""
+    prompt_routes: UInt8[jax.Array, "*groups length layers k"] | None = optional_column(np.uint8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,9 +119,10 @@ class Updates:
             yield self.batch.map(lambda x, update=update: x[update])
 
     def cut(self, rows: int, micro_batches: int) -> "Updates":
-        """The same with so many rows in a micro-batch; at least so many micro-batches."""
+        """The same with so many rows in a micro-batch; at least so many micro-batches. Groups with their prompts stay
+        as they are."""
         here = self.batch.tokens.shape[1:3]
-        if here == (micro_batches, rows):
+        if here == (micro_batches, rows) or self.batch.prompts is not None:
             return self
         used = [update.map(lambda x: x.reshape(-1, *x.shape[2:])) for update in self.remaining(0)]
         used = [rows.map(lambda x, rows=rows: x[rows.mask.any(axis=1)]) for rows in used]

@@ -29,9 +29,8 @@ def warn_if_slow(config: ModelConfig, tokens: int, length: int, updates: int, op
     """
     if jax.default_backend() != "cpu":
         return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     operations = training_flops(config, tokens, tokens * (length + 1) / 2)
-    seconds = operations / (CORE * cores)
+    seconds = operations / (CORE * cores())
     if seconds <= PATIENCE:
         return
     name, value = option.split()
@@ -39,9 +38,14 @@ def warn_if_slow(config: ModelConfig, tokens: int, length: int, updates: int, op
     log.warning(
         "an update of %s tokens takes %s operations: on %d CPU cores some %s, the whole training %s. --%s %d would "
         "take some %s an update",
-        *(f"{tokens:,}", f"{operations:.1e}", cores, spelt(seconds), spelt(seconds * updates)),
+        *(f"{tokens:,}", f"{operations:.1e}", cores(), spelt(seconds), spelt(seconds * updates)),
         *(name, smaller, spelt(seconds * smaller / int(value))),
     )
+
+
+def cores() -> int:
+    """Of this machine's processor, that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def spelt(seconds: float) -> str:

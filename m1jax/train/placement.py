@@ -101,8 +101,7 @@ def share_of_rows() -> tuple[int, int]:
 def own_share(batch: B) -> B:
     """This process's share of the rows of a batch that all processes know whole, fields [count, rows, time]."""
     share, shares = share_of_rows()
-    rows = batch.tokens.shape[1]
-    return batch.map(lambda x: x[:, share * rows // shares : (share + 1) * rows // shares])
+    return batch.map(lambda x: x[:, share * x.shape[1] // shares : (share + 1) * x.shape[1] // shares])
 
 
 def place_batch(local: B) -> B:

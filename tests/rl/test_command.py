@@ -52,6 +52,22 @@ def test_problems_and_reward_of_ones_own(files, tmp_path, caplog):
     }
     assert "mine.py, line 3: ValueError: fives are not judged" in caplog.text
     assert {p.name for p in run.iterdir()} >= {"export", "curves.png", "samples_before.md", "samples_after.md"}
+    report = (run / "report.html").read_text()
+    assert report.count("<svg") > 15
+    assert "samples" in report.lower()
+    for name in (
+        "reward_std",
+        "format",
+        "zero_variance",
+        "finish_stop",
+        "length_p99",
+        "staleness",
+        "pearson",
+        "effective",
+    ):
+        assert name in records[1], name
+    for name in ("log_ratio_p99", "clipped_mass_up", "kl_k3", "entropy", "grad_norm", "effective"):
+        assert len(records[1][f"{name}_by_update"]) == 2
     settings = json.loads((run / "config.json").read_text())
     assert settings["data"] == [[f"{files}/easy.jsonl", 3.0], [f"{files}/hard.jsonl", 1.0]]
     assert settings["recipe"]["generation"]["prompts"] == 4
@@ -109,3 +125,41 @@ def test_nothing_learnt_has_a_status_of_its_own(files, tmp_path, capsys):
 def test_what_is_refused_at_once(files, tmp_path, capsys, options, says):
     assert says in refused(capsys, files / "model", "--task", "sums", *PLAIN, "--runs", tmp_path, *options)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_makes_nothing(files, tmp_path, capsys):
+    cli.main(["train", "rl", f"{files}/model", "--task", "sums", *PLAIN, "--runs", str(tmp_path), "--dry-run"])
+    said = capsys.readouterr().out
+    assert "1 generation batches of 4 problems x 4 responses, 2 updates each (2 problems an update): 2 updates" in said
+    assert "tokens: at most 128 written and 256 trained on a batch" in said
+    for what in ("loss: objective cispo", "memory of all devices together", "time: at most"):
+        assert what in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_eval(files, tmp_path, capsys):
+    """Every problem of a file once, right form and answers judged; the same figures as JSON."""
+    options = ["--samples", "2", "--max-new-tokens", "8", "--max-prompt-tokens", "8", "--no-chat"]
+    options += ["--output", str(tmp_path / "marks.json")]
+    data = ["--data", f"{files}/easy.jsonl", f"{files}/hard.jsonl"]
+    cli.main(["eval", f"{files}/model", *data, *options])
+    said = capsys.readouterr().out
+    assert said.startswith("all: 20 problems, 2 attempts at each")
+    assert "easy: 10 problems" in said
+    assert "pass@1" in said
+    assert "pass@2" in said
+    found = json.loads((tmp_path / "marks.json").read_text())
+    assert sorted(found) == ["all", "easy", "hard"]
+    assert found["all"]["problems"] == 20
+    assert found["all"]["passed"]["1"] == pytest.approx(found["all"]["average"])
+    assert (tmp_path / "marks.md").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [([], "either --data FILE.jsonl or --task"), (["--task", "sums", "--top-p", "2"], "top_p = 2.0")],
+)
+def test_eval_refuses(files, capsys, options, says):
+    with pytest.raises(SystemExit):
+        cli.main(["eval", f"{files}/model", *options])
+    assert says in capsys.readouterr().err

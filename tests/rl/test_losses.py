@@ -300,3 +300,35 @@ def test_recipes_choose_and_bound():
 def test_conventions_are_what_they_say():
     assert CONVENTIONS["scalerl"].advantages == Advantages(scale="batch")
     assert CONVENTIONS["dr-grpo"].advantages.scale is None
+
+
+def test_divergence_from_a_reference():
+    """d - 1 - log d with d = pi_ref / pi; its gradient in log pi is 1 - d."""
+    gap = np.array([[0.0, 0.5, -1.0, 80.0, 0.0]])
+    logp = jnp.asarray([[-1.0, -2.0, -1.5, -80.0, -jnp.inf]])
+    reference = jnp.where(jnp.isfinite(logp), logp + gap, -1.0)
+    mask, weight = jnp.array([[True, True, True, False, True]]), jnp.full((1, 5), 0.25)
+    value, grad = jax.value_and_grad(losses.kl_penalty)(logp, reference, mask, weight)
+    d = np.exp(gap[0, :3])
+    np.testing.assert_allclose(value, 0.25 * (d - 1 - np.log(d)).sum(), rtol=1e-5)
+    np.testing.assert_allclose(grad[0], [*(0.25 * (1 - d)), 0, 0], rtol=1e-5, atol=1e-9)
+    far = losses.kl_penalty(jnp.full((1, 1), -80.0), jnp.zeros((1, 1)), jnp.ones((1, 1), bool), jnp.ones((1, 1)))
+    assert np.isfinite(far)
+
+
+def test_diagnostics_by_sign(batch):
+    logp, old_logp, advantage, mask, weight = arrays(batch)
+    _, stats = cispo_loss(logp, old_logp, advantage, mask, weight, max_weight=2.0)
+    found, m = values(on_host(stats)), np.asarray(mask)
+    ratio, w, a = (np.asarray(x)[m] for x in (jnp.exp(logp - old_logp), weight, advantage))
+    cut = ratio > 2.0
+    for name, signed in (("up", a > 0), ("down", a < 0)):
+        assert found[f"clipped_{name}"] == pytest.approx(np.average(cut[signed], weights=w[signed]), rel=1e-5)
+        mass = (w * ratio * np.abs(a))[signed]
+        assert found[f"clipped_mass_{name}"] == pytest.approx(np.average(cut[signed], weights=mass), rel=1e-5)
+    assert found["effective"] == pytest.approx(ratio.sum() ** 2 / (len(ratio) * (ratio**2).sum()), rel=1e-4)
+    histogram = on_host(stats)["log_ratio"]
+    inside = np.clip(np.log(ratio), -2, 2)
+    for share in (0.01, 0.5, 0.99):
+        want = np.quantile(inside, share, method="inverted_cdf")
+        assert histogram.quantile(share) == pytest.approx(want, abs=6e-3)

@@ -2,14 +2,22 @@
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from m1jax.rl.advantages import Advantages
-from m1jax.rl.prepare import example, prepare, useful
+from m1jax.rl.conventions import CONVENTIONS
+from m1jax.rl.prepare import _rounded, example, prepare, useful
 from m1jax.rl.recipe import GenerationRecipe, RLRecipe, UpdateRecipe
+from m1jax.rl.trainer import rl_loss
 from m1jax.rl.types import RLBatch, Updates
+from m1jax.train import statistics
+from m1jax.train.step import accumulate
 from pallas_kernels import PADDING
+from tests import tiny
 from tests.rl.episodes import episode, scored
 
 RECIPE = RLRecipe(
@@ -93,3 +101,42 @@ def test_a_resumed_run_may_cut_otherwise():
         assert len(cut) == len(want)
         for name, values in want.batch.fields().items():
             np.testing.assert_array_equal(getattr(cut.batch, name), values)
+
+
+def gradients(batch, graph, params):
+    """Loss, gradients and figures of one update, micro-batch by micro-batch."""
+    loss_fn = rl_loss(graph, CONVENTIONS["paper"].objective, remat="none")
+    count = len(batch.tokens)
+    return jax.jit(lambda params, batch: accumulate(loss_fn, params, batch, count))(params, batch)
+
+
+def test_shared_prompts_change_nothing_but_rounding():
+    """Groups with their prompts apart, against rows of whole sequences: loss, statistics and every gradient."""
+    rng = np.random.default_rng(0)
+    made = []
+    for n in range(4):
+        prompt = rng.integers(0, 250, rng.integers(1, 5))
+        lengths = rng.integers(1, 7, 3 if n else 2)  # one response of the first could not be judged
+        episodes = [episode(prompt=prompt, tokens=rng.integers(0, 250, m), logp=-5.0) for m in lengths]
+        made.append(scored(rng.normal(size=len(lengths)), episodes=episodes))
+    graph, params = nnx.split(tiny.model())
+    want = prepare(made, RECIPE)
+    for rows in (1, 3, 6):
+        update = dataclasses.replace(RECIPE.update, share_prompts=True, rows=rows)
+        found = prepare(made, dataclasses.replace(RECIPE, update=update))
+        assert len(found) == len(want) == 2
+        assert found.batch.prompts.shape == (2, 2 // max(1, rows // 3), max(1, rows // 3), 3)
+        for a, b in zip(found.remaining(0), want.remaining(0)):
+            assert a.mask.sum() == b.mask.sum()
+            (grads, loss, stats), (want_grads, want_loss, want_stats) = (gradients(x, graph, params) for x in (a, b))
+            np.testing.assert_allclose(loss, want_loss, rtol=1e-5, atol=1e-6)
+            largest = max(float(jnp.abs(expected).max()) for expected in jax.tree.leaves(want_grads))
+            for got, expected in zip(jax.tree.leaves(grads), jax.tree.leaves(want_grads)):
+                np.testing.assert_allclose(got, expected, rtol=1e-3, atol=2e-6 * largest)
+            figures, others = (statistics.values(statistics.on_host(s)) for s in (stats, want_stats))
+            del figures["pearson"], others["pearson"]  # of equal probabilities there is none, but for rounding
+            assert figures == pytest.approx(others, rel=1e-4, abs=1e-6)
+
+
+def test_sizes_are_few():
+    assert [_rounded(n) for n in (0, 1, 2, 3, 4, 5, 6, 7, 9, 12, 13, 513)] == [2, 2, 2, 3, 4, 6, 6, 8, 12, 12, 16, 768]

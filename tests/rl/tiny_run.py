@@ -15,11 +15,20 @@ from flax import nnx
 from m1jax import MiniMaxM1, ModelConfig, save_pretrained
 from m1jax.chat import Tokenizer
 from m1jax.checkpoint import Checkpoints
-from m1jax.rl.recipe import EvaluationRecipe, GenerationRecipe, RewardRecipe, RLRecipe, UpdateRecipe
+from m1jax.rl.recipe import (
+    EvaluationRecipe,
+    GenerationRecipe,
+    LateRecipe,
+    LossRecipe,
+    RewardRecipe,
+    RLRecipe,
+    UpdateRecipe,
+)
 from m1jax.rl.rewards import Verdict
 from m1jax.rl.tasks import Problem, get_task
 from m1jax.rl.trainer import Trainer
 from m1jax.rl.types import Episode
+from m1jax.rl.window import WindowRecipe
 from m1jax.train.metrics import MetricsLog
 from m1jax.train.optimizer import OptimizerConfig
 from m1jax.train.run import Run
@@ -47,12 +56,26 @@ SFT = SFTRecipe(
     checkpoint_every=4,
     log_every=3,
 )
-# 3 does not divide 4 updates, so that checkpoints fall into the middle of generation batches.
+# 3 does not divide 4 updates, so that checkpoints fall into the middle of generation batches. Everything that has a
+# state of its own is on: batches in flight, surplus groups, retired problems, a growing window, other policies.
 RL = RLRecipe(
     optimizer=OptimizerConfig(learning_rate=1e-2),
-    generation=GenerationRecipe(prompts=4, samples=4, rounds=2, max_prompt_tokens=24, max_new_tokens=16, chat=False),
+    generation=GenerationRecipe(
+        prompts=4,
+        samples=4,
+        rounds=2,
+        keep_surplus=True,
+        retire_above=0.5,
+        max_prompt_tokens=24,
+        max_new_tokens=16,
+        chat=False,
+    ),
+    window=WindowRecipe(windows=(12, 16), window_batches=2, window_tolerance=1.0, window_nearness=0.1),
+    loss=LossRecipe(old_policy="trainer", correction="truncated", kl_coefficient=0.1),
+    late=LateRecipe(late_from=2, late_clip_norm=0.5, late_max_weight=2.0),
+    staleness=1,
     reward=RewardRecipe(overlong_buffer=8),
-    update=UpdateRecipe(updates=4, row_length=40, rows=4),
+    update=UpdateRecipe(updates=4, row_length=40, rows=4, replay_routes=True),
     evaluation=EvaluationRecipe(evaluate_every=2, evaluate_rounds=1),
     iterations=4,
     checkpoint_every=3,
@@ -60,8 +83,10 @@ RL = RLRecipe(
 
 
 def judge(problem: Problem, episode: Episode) -> Verdict:
-    """The share of even bytes, so that every batch has some advantages: so small a model is never right."""
-    return Verdict(float(np.mean(episode.tokens % 2 == 0)), 0.0, False)
+    """The share of even bytes, so that every batch has some advantages: so small a model is never
+    right. What is called right here makes problems retire."""
+    share = float(np.mean(episode.tokens % 2 == 0)) * (problem.answer[-1] != "0")
+    return Verdict(share, 0.0, share > 0.5)
 
 
 def train(directory: Path) -> MiniMaxM1:
