@@ -76,7 +76,8 @@ $(VENV)/.installed-serve: $(VENV)/.installed
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(INSTALL) -e '.[dev,serve]'
+	$(INSTALL) -e '.[dev,serve,games]'
+	@$(INSTALL) -e '.[tasks]' || echo "reasoning-gym needs a C compiler: without it, its tests are skipped" >&2
 	@touch $@
 
 # A plain requirement for torch may take a CUDA build of several GB: this version is the one tested, and where your

@@ -29,7 +29,7 @@ RANKS = [
 RANK = {part: number for number, parts in enumerate(RANKS) for part in parts}
 # Tokens and prompts stand apart.
 ERRORS_ONLY = {"chat", "sandbox"}
-OPTIONAL = {"torch", "transformers", "fla", "reasoning_gym", "pyarrow", "wandb"}
+OPTIONAL = {"torch", "transformers", "fla", "reasoning_gym", "gymnasium", "textarena", "pyarrow", "wandb"}
 
 
 def imports(path, *, complete=False):

@@ -10,16 +10,17 @@ from m1jax import processes
 from m1jax.chat import Tokenizer
 from m1jax.errors import UserError, require_seed
 from m1jax.model import MiniMaxM1
-from m1jax.rl import curriculum
+from m1jax.rl import curriculum, pass_rate
 from m1jax.rl.dry_run import described
+from m1jax.rl.plugins import load_environment
 from m1jax.rl.recipe import RLRecipe
 from m1jax.rl.report import write_report
-from m1jax.rl.rewards import FunctionJudge
+from m1jax.rl.rewards import RuleJudge, get_judge
 from m1jax.rl.rollout import Prompts
-from m1jax.rl.tasks import ProblemFile, Task, UserProblems, get_task
+from m1jax.rl.tasks import Problem, ProblemFile, Task, UserProblems, get_task, read_problems
 from m1jax.rl.trainer import PHASE, Trainer
 from m1jax.train import placement
-from m1jax.train.data import load_tokenizer, read_problems, weighted
+from m1jax.train.data import load_tokenizer, weighted
 from m1jax.train.estimate import warn_if_slow
 from m1jax.train.metrics import draw_curves
 from m1jax.train.run import Branch, Run, run_directory
@@ -35,7 +36,7 @@ CURVES = [
     ("gradient norm", PHASE, ["grad_norm"]),
 ]
 BASIC = {
-    *("model", "data", "task", "reward", "name", "runs", "seed", "mesh", "recipe_file", "dry_run"),
+    *("model", "data", "task", "reward", "environment", "name", "runs", "seed", "mesh", "recipe_file", "dry_run"),
     *("iterations", "learning_rate", "prompts", "samples", "max_prompt_tokens", "max_new_tokens", "chat"),
     *("format_reward", "overlong_buffer", "convention", "max_weight", "updates", "row_length"),
 }
@@ -57,13 +58,18 @@ class Config:
     """Directory of the model to start from: config.json, *.safetensors, tokenizer.json."""
     data: tuple[str, ...] = ()
     """Your problems, JSON lines {"prompt": "...", "answer": "..."}; one in eight is held out. Mathematical answers
-    count as right when they are equal as mathematics. Several files are mixed: a.jsonl=3 b.jsonl=1 takes three problems
-    of the first for one of the second."""
+    count as right when they are equal as mathematics. Records as GSM8K, DAPO-Math, IFEval and code problems have them
+    are understood too, also in Parquet (docs/training.md). Several files are mixed: a.jsonl=3 b.jsonl=1 takes three
+    problems of the first for one of the second."""
     task: str | None = None
-    """Or a task: sums, board, both as sums+board, or a family of reasoning-gym (extra `tasks`)."""
+    """Or a task: sums, board, a family of reasoning-gym (extra `tasks`), logic for many of them, or your own,
+    FILE.py:name (docs/environments.md). Several are mixed: sums=3+board takes three problems of the first for one of
+    the second."""
     reward: str | None = None
-    """Your own reward, FILE.py:function, instead of right and wrong: a function of any of prompt, response, answer
-    (turns, finished), by these names, that returns a number."""
+    """Your own reward, FILE.py:function, instead of right and wrong (rules): a function of any of prompt, response,
+    answer (turns, finished), by these names, that returns a number. Several are added: rules+FILE.py:function=0.2."""
+    environment: str | None = None
+    """What the model acts in, where it speaks more than once and the task has no such thing itself: FILE.py:name."""
     name: str = "rl"
     """The run's results go to RUNS/NAME; a run that was interrupted goes on where it was."""
     runs: Path = Path("runs")
@@ -71,6 +77,9 @@ class Config:
     """Begin a new run at another one's newest checkpoint, or at that of a step; any option of training may differ."""
     seed: int = 0
     """Order of the problems, and sampling."""
+    pass_rate_problems: int = 0
+    """Let the model attempt so many problems first, --samples times each, and train on those alone that it solves at
+    times: more often than never, less often than nine times in ten. 0: no such choice."""
     mesh: str = ""
     """How the devices share the work, for example fsdp=4,tensor=2 (docs/multihost.md); one device without it."""
     wandb: str | None = None
@@ -93,11 +102,12 @@ def main(config: Config) -> None:
     require_seed(config.seed)
     directory, recipe = run_directory(config.runs, config.name), config.recipe
     branch = None if config.branch is None else Branch.parse(config.branch)
-    judge = None if config.reward is None else FunctionJudge(config.reward)
+    environment = None if config.environment is None else load_environment(config.environment)
     with placement.use_mesh(config.mesh):
         tokenizer = load_tokenizer(config.model)
         files = weighted(config.data) if config.data else []
         task = _problems(files, tokenizer, recipe) if files else get_task(config.task or "")
+        judge = None if config.reward is None else get_judge(config.reward, task, recipe.reward.format_reward)
         curriculum.follow(task, recipe.curriculum)
         if config.dry_run:
             print("\n".join(described(read_config(config.model), recipe)))
@@ -113,11 +123,33 @@ def main(config: Config) -> None:
             "data": [(Path(path), weight) for path, weight in files],
             "task": config.task,
             "reward": config.reward,
+            "environment": config.environment,
             "seed": config.seed,
+            "pass_rate_problems": config.pass_rate_problems,
             "recipe": recipe,
         }
         run = Run(directory, settings, branch=branch, wandb=config.wandb)
-        trainer = Trainer(run, model, task, tokenizer, recipe, config.seed, judge=judge, profile=config.profile)
+        if config.pass_rate_problems:
+            rated = judge or RuleJudge(task, recipe.reward.format_reward)
+
+            def rates() -> dict[Problem, pass_rate.PassRate]:
+                attempt = pass_rate.attempts(model, task, tokenizer, recipe.generation, config.seed, environment)
+                return pass_rate.estimate(attempt, rated, config.pass_rate_problems)
+
+            chosen = pass_rate.select(task, rates, directory / "pass_rates.jsonl")
+        else:
+            chosen = task
+        trainer = Trainer(
+            run,
+            model,
+            chosen,
+            tokenizer,
+            recipe,
+            config.seed,
+            judge=judge,
+            environment=environment,
+            profile=config.profile,
+        )
         finish(run, trainer.train(), tokenizer)
 
 

@@ -14,13 +14,14 @@ from m1jax.chat import Tokenizer
 from m1jax.disk import write_atomically
 from m1jax.errors import UserError, require_positive, require_seed
 from m1jax.model import MiniMaxM1
+from m1jax.rl.environment import environment_of
 from m1jax.rl.evaluation import Marks, examine, marks, summary, write_samples
 from m1jax.rl.generator import EngineGenerator
-from m1jax.rl.rewards import FunctionJudge, RewardRecipe, RuleJudge
+from m1jax.rl.rewards import RewardRecipe, get_judge
 from m1jax.rl.rollout import Draw, GenerationRecipe, Prompts, Rollout
-from m1jax.rl.tasks import Problem, ProblemFile, Split, Task, UserProblems, get_task
+from m1jax.rl.tasks import Problem, ProblemFile, Split, Task, UserProblems, get_task, read_problems
 from m1jax.rl.types import Scored
-from m1jax.train.data import load_tokenizer, read_problems
+from m1jax.train.data import load_tokenizer
 from m1jax.weights.pretrained import from_pretrained
 
 AT_ONCE = 64
@@ -70,6 +71,7 @@ class Exam:
 
     def __init__(self, task: Task, problems: Sequence[Problem]):
         self.name, self._task, self._problems = task.name, task, problems
+        self.environment = environment_of(task)
 
     def problem(self, split: Split, seed: int, index: int) -> Problem:
         return self._problems[index % len(self._problems)]
@@ -120,7 +122,7 @@ def evaluate(
         new_tokens=config.max_new_tokens,
     )
     generator.load(params, 0)
-    judge = RuleJudge(task, 0.0) if config.reward is None else FunctionJudge(config.reward)
+    judge = get_judge(config.reward or "rules", task, 0.0)
     scored = examine(
         Rollout(Exam(task, problems), tokenizer, generator, recipe),
         judge,

@@ -5,6 +5,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -14,7 +15,7 @@ from m1jax.rl.advantages import informative
 from m1jax.rl.rewards import Judge, RewardRecipe, score
 from m1jax.rl.rollout import Draw, Rollout
 from m1jax.rl.tasks import split_response
-from m1jax.rl.types import Episode, Scored
+from m1jax.rl.types import Ended, Episode, Scored
 
 RESAMPLES = 2000
 """of the bootstrap"""
@@ -24,7 +25,7 @@ def summary(scored: Sequence[Scored]) -> dict[str, float]:
     """Rewards, their parts and their spread, accuracy, both by family too, lengths in tokens, and how responses ended.
 
     `zero_variance` is the share of groups whose raw rewards are all equal, `format` that of responses in the form
-    `<think>...</think>answer`.
+    `<think>...</think>answer`. Where there were several turns, how many and why episodes ended.
     """
     lengths = np.concatenate([group.lengths for group in scored])
     episodes = [episode for group in scored for episode in group.group.episodes]
@@ -46,6 +47,10 @@ def summary(scored: Sequence[Scored]) -> dict[str, float]:
     }
     for finish in ("stop", "length", "repetition"):
         figures[f"finish_{finish}"] = finishes.count(finish) / len(finishes)
+    if any(len(episode.turns) > 1 for episode in episodes):
+        figures["turns"] = float(np.mean([len(episode.turns) for episode in episodes]))
+        for ended in get_args(Ended)[:-1]:  # the last, failed, is left out before
+            figures[f"ended_{ended}"] = float(np.mean([episode.ended == ended for episode in episodes]))
     for name in scored[0].parts:
         figures[f"reward_{name}"] = float(np.mean(np.concatenate([group.parts[name] for group in scored])))
     for family in sorted(set(families.tolist())):

@@ -8,9 +8,10 @@ from typing import Protocol
 
 from flax import nnx
 
-from m1jax.inference import Completion, Engine, Request
+from m1jax.inference import Completion, Engine, Finished, Request, Ticket
 from m1jax.inference.memory import batch_capacity
 from m1jax.inference.runner import ModelRunner
+from m1jax.inference.scheduler import Counts
 from m1jax.model import MiniMaxM1
 from m1jax.train.step import Params
 
@@ -24,6 +25,19 @@ class Generator(Protocol):
 
     def run(self, requests: Sequence[Request]) -> list[list[Completion]]:
         """`samples` completions of each request, in order."""
+        ...
+
+    @property
+    def rows(self) -> int:
+        """Completions that can be in work at once."""
+        ...
+
+    def submit(self, request: Request) -> Ticket:
+        """Takes in a request for one sample, for `step`."""
+        ...
+
+    def step(self) -> list[tuple[Ticket, Completion]]:
+        """Works a little on what was submitted: the completions that have ended now."""
         ...
 
     def rest(self) -> None:
@@ -71,6 +85,7 @@ class EngineGenerator:
             prompt_tokens=self._prompt_tokens,
             new_tokens=self._new_tokens,
         )
+        self._rows = capacity.rows * capacity.parts
         runner = ModelRunner(self._graph, params, capacity, record_routes=self._record_routes)
         self._engine = Engine(runner, version)
 
@@ -80,6 +95,25 @@ class EngineGenerator:
         for number, completion in self._engine.run(requests):
             completions[number].append(completion)
         return [sorted(found, key=lambda completion: completion.sample) for found in completions]
+
+    @property
+    def rows(self) -> int:
+        assert self._engine is not None, "nothing is loaded"
+        return self._rows
+
+    @property
+    def counts(self) -> Counts:
+        """What the engine has done so far."""
+        assert self._engine is not None, "nothing is loaded"
+        return self._engine.counts
+
+    def submit(self, request: Request) -> Ticket:
+        assert self._engine is not None, "nothing is loaded"
+        return self._engine.submit(request)
+
+    def step(self) -> list[tuple[Ticket, Completion]]:
+        assert self._engine is not None, "nothing is loaded"
+        return [(event.ticket, event.completion) for event in self._engine.step() if isinstance(event, Finished)]
 
     def rest(self) -> None:
         if self._engine is not None:

@@ -2,21 +2,23 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key, UInt32
 
 from m1jax.chat import Tokenizer, encode_chat, encode_prompt
 from m1jax.errors import UserError, require_positive
-from m1jax.inference.types import Completion, Finish, RepetitionStop, Request, Sampling
-from m1jax.rl.environment import Environment, MakeEnvironment, Messages, SingleTurn
+from m1jax.inference.types import Completion, RepetitionStop, Request, Sampling
+from m1jax.rl import plugins
+from m1jax.rl.attempt import Attempt, key_of_turn
+from m1jax.rl.conversations import answer_of, converse
+from m1jax.rl.environment import Answer, Environment, MakeEnvironment, Messages, SingleTurn, environment_of
 from m1jax.rl.generator import Generator
 from m1jax.rl.tasks import Problem, Split, Task
-from m1jax.rl.types import Episode, Group
+from m1jax.rl.types import Group
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,6 +40,13 @@ class GenerationRecipe:
     temperature: float = 1.0
     max_prompt_tokens: int = 256
     max_new_tokens: int = 1024
+    """of an episode, what an environment says among them"""
+    max_turn_tokens: int | None = None
+    """of one turn, where there are several (None: whatever is left of the episode)"""
+    max_turns: int = 32
+    """turns of the model in an episode"""
+    answer_seconds: float = 600.0
+    """an environment that takes longer to answer (by a coroutine) costs its episode"""
     repetition_tokens: int = 3000
     """a response ends after so many tokens in a row each with more than repetition_probability (report, section 4.2; 0:
     never)"""
@@ -48,7 +57,9 @@ class GenerationRecipe:
 
     def __post_init__(self) -> None:
         require_positive(self, "prompts", "samples", "rounds", "temperature")
-        require_positive(self, "max_prompt_tokens", "max_new_tokens")
+        require_positive(self, "max_prompt_tokens", "max_new_tokens", "max_turns", "answer_seconds")
+        if self.max_turn_tokens is not None:
+            require_positive(self, "max_turn_tokens")
         require_positive(self, "repetition_tokens", zero=True)
         for name in ("repetition_probability", "retire_above"):
             value = getattr(self, name)
@@ -61,6 +72,8 @@ class GenerationRecipe:
         return self.max_prompt_tokens + self.max_new_tokens
 
 
+Tools = Sequence[Mapping[str, Any]]
+"""their schemas"""
 GIVE_UP = 10_000
 """problems skipped in a row"""
 
@@ -84,18 +97,18 @@ class Prompts:
     def __init__(self, tokenizer: Tokenizer, chat: bool):
         self._tokenizer, self._chat = tokenizer, chat
 
-    def first(self, messages: Messages) -> list[int]:
-        """The beginning, up to where the policy writes."""
+    def first(self, messages: Messages, tools: Tools = ()) -> list[int]:
+        """The beginning, up to where the policy writes. Bare texts say nothing of the tools."""
         if not self._chat:
             return self._tokenizer.encode(_plain(messages))
-        return encode_prompt(self._tokenizer, messages).tolist()
+        return encode_prompt(self._tokenizer, messages, tools).tolist()
 
-    def next(self, before: Messages, answer: Messages) -> list[int]:
+    def next(self, before: Messages, answer: Messages, tools: Tools = ()) -> list[int]:
         """What follows the policy's last turn (the last of `before`), up to where it writes again."""
         if not self._chat:
             return self._tokenizer.encode(_plain(answer))
-        _, written = encode_chat(self._tokenizer, before)
-        return encode_prompt(self._tokenizer, [*before, *answer]).tolist()[np.flatnonzero(written)[-1] + 1 :]
+        _, written = encode_chat(self._tokenizer, before, tools)
+        return encode_prompt(self._tokenizer, [*before, *answer], tools).tolist()[np.flatnonzero(written)[-1] + 1 :]
 
 
 class Rollout:
@@ -106,7 +119,7 @@ class Rollout:
         tokenizer: the model's.
         generator: the policy.
         recipe: sizes and sampling.
-        environment: what the policy acts in; made anew for every attempt.
+        environment: what the policy acts in, made anew for every attempt; None: what the task says.
         record_routes: keep the experts that every token went to.
     """
 
@@ -116,13 +129,13 @@ class Rollout:
         tokenizer: Tokenizer,
         generator: Generator,
         recipe: GenerationRecipe,
-        environment: MakeEnvironment = SingleTurn,
+        environment: MakeEnvironment | None = None,
         *,
         record_routes: bool = False,
     ):
         self._record_routes = record_routes
         self._task, self._tokenizer, self._generator = task, tokenizer, generator
-        self._recipe, self._environment = recipe, environment
+        self._recipe, self._environment = recipe, environment or environment_of(task)
         self._prompts = Prompts(tokenizer, recipe.chat)
 
     def __call__(
@@ -155,19 +168,24 @@ class Rollout:
         numbers = np.array([number for number, _ in numbered], np.uint32)
         problems = [problem for _, problem in numbered]
         keys = list(_keys_of_problems(np.array([seed, split == "heldout"], np.uint32), numbers))
-        attempts: list[list[_Attempt]] = []
+        attempts: list[list[Attempt]] = []
         for problem, number, key in zip(problems, numbers, keys):
-            group: list[_Attempt] = []
+            group: list[Attempt] = []
             for g in range(self._recipe.samples):
                 rng = np.random.default_rng([split == "heldout", seed, int(number), g])
                 group.append(self._begin(problem, rng, g, key, group))
             attempts.append(group)
-        # The attempts of a group share their first prompt, unless the environment speaks by chance.
-        self._first_turn(attempts)
-        turn = 1
-        while live := [attempt for group in attempts for attempt in group if not attempt.done]:
-            self._later_turn(live, turn)
-            turn += 1
+        if self._environment is SingleTurn:
+            self._answer_once(attempts)
+        else:
+            converse(
+                [attempt for group in attempts for attempt in group],
+                self._generator,
+                ask=self._request,
+                spoke=self._spoke,
+                heard=self._heard,
+                seconds=self._recipe.answer_seconds,
+            )
         return [
             Group(problem, tuple(attempt.episode() for attempt in group), number)
             for (number, problem), group in zip(numbered, attempts)
@@ -194,53 +212,97 @@ class Rollout:
         rng: np.random.Generator,
         sample: int,
         key: Key[Array, ""],
-        others: Sequence["_Attempt"],
-    ) -> "_Attempt":
-        environment = self._environment()
-        messages = list(environment.reset(problem, rng))
-        prompt = others[-1].prompt if others and others[-1].messages == messages else self._prompts.first(messages)
+        others: Sequence[Attempt],
+    ) -> Attempt:
+        try:
+            environment = self._environment()
+            messages = list(environment.reset(problem, rng))
+        except UserError:
+            raise
+        except Exception as error:  # it costs this attempt alone
+            return Attempt(self._blame(error, problem), problem, [], [self._tokenizer.eos_id], sample, key)
+        known = others[-1] if others and others[-1].ended is None else None
+        if known is not None and known.messages == messages:
+            prompt = known.prompt
+        else:
+            prompt = self._prompts.first(messages, _tools(environment))
         if not 0 < len(prompt) <= self._recipe.max_prompt_tokens:
             raise UserError(
                 f"{self._task.name}: the prompt {problem.prompt[:60]!r} has {len(prompt)} tokens; max_prompt_tokens is "
                 f"{self._recipe.max_prompt_tokens}"
             )
-        return _Attempt(environment, messages, prompt, sample, key)
+        return Attempt(environment, problem, messages, prompt, sample, key)
 
-    def _first_turn(self, groups: Sequence[Sequence["_Attempt"]]) -> None:
-        shared = all(attempt.prompt == group[0].prompt for group in groups for attempt in group)
-        if not shared:
-            self._later_turn([attempt for group in groups for attempt in group], 0)
-            return
-        sampling = self._sampling(self._window)
+    def _answer_once(self, groups: Sequence[Sequence[Attempt]]) -> None:
+        """A turn is all there is, and the attempts of a group share their prompt."""
         requests = [
             Request(
                 tokens=group[0].context(),
                 key=group[0].key,
-                sampling=sampling,
+                sampling=self._sampling(self._window),
                 samples=len(group),
                 record_routes=self._record_routes,
-                keep=self._environment is not SingleTurn,
+                keep=False,
             )
             for group in groups
         ]
         for group, completions in zip(groups, self._generator.run(requests)):
             for attempt, completion in zip(group, completions):
-                self._take(attempt, completion)
+                attempt.write(completion, self._text(completion))
+                if attempt.ended is None:
+                    attempt.stop("done")
 
-    def _later_turn(self, attempts: Sequence["_Attempt"], turn: int) -> None:
-        samples = np.array([attempt.sample for attempt in attempts], np.uint32)
-        keys = list(_keys_of_turn(jnp.stack([attempt.key for attempt in attempts]), samples, np.uint32(turn)))
-        requests = [
-            Request(
-                tokens=a.context(),
-                key=key,
-                sampling=self._sampling(self._window - len(a.tokens)),
-                record_routes=self._record_routes,
-            )
-            for a, key in zip(attempts, keys)
-        ]
-        for attempt, (completion,) in zip(attempts, self._generator.run(requests)):
-            self._take(attempt, completion)
+    def _request(self, attempt: Attempt) -> Request:
+        """For an attempt's next turn."""
+        left = self._window - len(attempt.tokens)
+        return Request(
+            tokens=attempt.context(),
+            key=key_of_turn(attempt.key, np.uint32(attempt.sample), np.uint32(len(attempt.turns))),
+            sampling=self._sampling(min(left, self._recipe.max_turn_tokens or left)),
+            record_routes=self._record_routes,
+        )
+
+    def _spoke(self, attempt: Attempt, completion: Completion) -> Answer | Awaitable[Answer]:
+        """A turn of the policy, and what the environment has to say to it."""
+        text = self._text(completion)
+        attempt.write(completion, text)
+        if attempt.ended is None:
+            try:
+                return attempt.environment.step(text)
+            except UserError:
+                raise
+            except Exception as error:  # it costs this attempt alone
+                attempt.fail(self._blame(error, attempt.problem))
+        return [], True
+
+    def _heard(self, attempt: Attempt, answer: Answer | BaseException) -> None:
+        """What an environment said; whether there is another turn."""
+        if isinstance(answer, UserError):
+            raise answer
+        if isinstance(answer, BaseException):
+            attempt.fail(self._blame(answer, attempt.problem))
+            return
+        try:
+            messages, done, _ = answer_of(attempt, answer)
+            tokens = [] if done else self._prompts.next(attempt.messages, messages, _tools(attempt.environment))
+        except Exception as error:  # no answer, or no messages
+            attempt.fail(self._blame(error, attempt.problem))
+            return
+        if done:
+            attempt.stop("done")
+        elif len(attempt.turns) >= self._recipe.max_turns:
+            attempt.stop("turns")
+        elif len(attempt.tokens) + len(tokens) >= self._window:
+            attempt.stop("overflow")
+        else:
+            attempt.hear(messages, tokens)
+
+    def _text(self, completion: Completion) -> str:
+        return self._tokenizer.decode(completion.tokens[:-1] if completion.finish == "stop" else completion.tokens)
+
+    def _blame(self, error: BaseException, problem: Problem) -> str:
+        name = getattr(self._environment, "__name__", type(self._environment).__name__)
+        return f"environment {name}: {plugins.located(error)}, at problem {problem.prompt!a:.60} of {self._task.name}"
 
     def _sampling(self, max_new_tokens: int) -> Sampling:
         recipe = self._recipe
@@ -253,80 +315,15 @@ class Rollout:
             repetition_stop=stop if recipe.repetition_tokens else None,
         )
 
-    def _take(self, attempt: "_Attempt", completion: Completion) -> None:
-        """What the policy wrote, and what the environment has to say to it."""
-        finished = completion.finish == "stop"
-        text = self._tokenizer.decode(completion.tokens[:-1] if finished else completion.tokens)
-        attempt.write(completion, text)
-        if not finished:
-            attempt.done = True
-            return
-        answer, attempt.done = attempt.environment.step(text)
-        if attempt.done:
-            return
-        tokens = self._prompts.next(attempt.messages, answer)
-        if len(attempt.tokens) + len(tokens) >= self._window:  # no room for another turn
-            attempt.finish, attempt.done = "length", True
-            return
-        attempt.messages += answer
-        attempt.hear(tokens)
-
-
-class _Attempt:
-    """An episode while it happens."""
-
-    def __init__(
-        self,
-        environment: Environment,
-        messages: list[Mapping[str, str]],
-        prompt: list[int],
-        sample: int,
-        key: Key[Array, ""],
-    ):
-        self.environment, self.messages, self.prompt, self.sample, self.key = environment, messages, prompt, sample, key
-        self.tokens: list[int] = []
-        self.done = False
-        self.finish: Finish = "length"
-        self._written: list[bool] = []
-        self._logp: list[np.ndarray] = []
-        self._version: list[int] = []
-        self._turns: list[str] = []
-        self._routes: np.ndarray | None = None
-
-    def context(self) -> np.ndarray:
-        return np.array([*self.prompt, *self.tokens], np.int32)
-
-    def write(self, completion: Completion, text: str) -> None:
-        self.tokens += completion.tokens.tolist()
-        self._written += completion.written.tolist()
-        self._logp.append(completion.logp)
-        self._version += completion.version.tolist()
-        self._turns.append(text)
-        self._routes = completion.routes  # those of the context are among them
-        self.messages.append({"role": "assistant", "content": text})
-        self.finish = completion.finish
-
-    def hear(self, tokens: list[int]) -> None:
-        self.tokens += tokens
-        self._written += [False] * len(tokens)
-        self._logp.append(np.zeros(len(tokens), np.float32))
-        self._version += [-1] * len(tokens)
-
-    def episode(self) -> Episode:
-        return Episode(
-            prompt=np.array(self.prompt, np.int32),
-            tokens=np.array(self.tokens, np.int32),
-            written=np.array(self._written, bool),
-            logp=np.concatenate(self._logp),
-            version=np.array(self._version, np.int32),
-            turns=tuple(self._turns),
-            finish=self.finish,
-            routes=self._routes,
-        )
-
 
 def _plain(messages: Messages) -> str:
-    return "".join(message["content"] for message in messages)
+    """Their texts alone; of a tool's message, those of its parts."""
+    contents = [message["content"] for message in messages]
+    return "".join(c if isinstance(c, str) else "".join(part["text"] for part in c) for c in contents)
+
+
+def _tools(environment: Environment) -> Tools:
+    return getattr(environment, "tools", ())
 
 
 @jax.jit
@@ -336,15 +333,3 @@ def _keys_of_problems(
     seed, split = seeds
     base = jax.random.fold_in(jax.random.key(seed), split)
     return jax.vmap(jax.random.fold_in, (None, 0))(base, problems)
-
-
-@jax.jit
-def _keys_of_turn(
-    problems: Key[Array, " attempts"], samples: UInt32[jax.Array, " attempts"], turn: UInt32[jax.Array, ""]
-) -> Key[Array, " attempts"]:
-    """Behind all that a first turn draws with, which folds in the number of a token."""
-
-    def one(problem: jax.Array, sample: jax.Array) -> jax.Array:
-        return jax.random.fold_in(jax.random.fold_in(problem, sample), np.uint32(2**31) + turn)
-
-    return jax.vmap(one)(problems, samples)

@@ -21,7 +21,7 @@ def to_arrays(scored: Sequence[Scored]) -> dict[str, np.ndarray]:
         {
             "problem": dataclasses.asdict(group.group.problem),
             "number": group.group.number,
-            "episodes": [[list(episode.turns), episode.finish] for episode in group.group.episodes],
+            "episodes": [[list(e.turns), e.finish, e.ended, e.reward, e.failure] for e in group.group.episodes],
             "parts": list(group.parts),
         }
         for group in scored
@@ -57,13 +57,16 @@ def from_arrays(arrays: Mapping[str, Any]) -> list[Scored]:
     scored, episode = [], 0
     for number, group in enumerate(said):
         episodes = []
-        for turns, finish in group["episodes"]:
+        for turns, finish, ended, reward, failure in group["episodes"]:
             episodes.append(
                 Episode(
                     prompt=prompts[episode],
                     **{name: by_token[name][episode] for name in BY_TOKEN},
                     turns=tuple(turns),
                     finish=finish,
+                    ended=ended,
+                    reward=reward,
+                    failure=failure,
                     routes=None if routes is None else routes[episode],
                 )
             )

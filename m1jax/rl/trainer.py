@@ -14,7 +14,7 @@ from m1jax.model import MiniMaxM1, Remat
 from m1jax.rl.alarms import alarms
 from m1jax.rl.corrections import Correction
 from m1jax.rl.diagnostics import nothing_learnt, of_updates
-from m1jax.rl.environment import MakeEnvironment, SingleTurn
+from m1jax.rl.environment import MakeEnvironment
 from m1jax.rl.evaluation import marks, summary, write_samples
 from m1jax.rl.experience import Experience
 from m1jax.rl.generator import EngineGenerator
@@ -123,7 +123,7 @@ class Trainer:
         recipe: how.
         seed: of problems and sampling.
         judge: what rewards; None: the task's own rules.
-        environment: what the policy acts in, made anew for each attempt.
+        environment: what the policy acts in, made anew for each attempt; None: what the task says.
         profile: trace some updates into the run's `profile/`.
     """
 
@@ -137,7 +137,7 @@ class Trainer:
         seed: int,
         *,
         judge: Judge | None = None,
-        environment: MakeEnvironment = SingleTurn,
+        environment: MakeEnvironment | None = None,
         profile: bool = False,
     ):
         self._run, self._recipe, self._config = run, recipe, model.config

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator, Mapping
+from typing import Literal
 
 import jax
 import numpy as np
@@ -11,6 +12,11 @@ from m1jax.inference.types import Finish
 from m1jax.rl.tasks.base import Problem
 from m1jax.train import packing
 from m1jax.train.batch import Batch, column, optional_column
+
+Ended = Literal["done", "cut", "overflow", "turns", "failed"]
+"""Why an episode ended: the environment said so; the last turn was cut (see its `finish`); what the environment said
+left no room for another turn; there were as many turns as there may be; the environment broke down (which nobody can
+judge)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,6 +39,11 @@ class Episode:
     """why the last turn ended"""
     routes: UInt8[np.ndarray, "computed layers k"] | None = None
     """the experts of every token but the last, the prompt's too, where they were recorded"""
+    ended: Ended = "done"
+    reward: float | None = None
+    """what the environment gave in all turns; None where it leaves that to a judge"""
+    failure: str = ""
+    """what broke down, of one that failed"""
 
     @property
     def length(self) -> int:

@@ -91,23 +91,6 @@ def prompt_answer(record: dict[str, Any]) -> tuple[str, str]:
     return _text("prompt", prompt), _text("answer", answer)
 
 
-def read_problems(path: str | Path, encode: Callable[[str], Sequence[int]], longest: int) -> list[tuple[str, str]]:
-    """(prompt, answer) of every record `{"prompt": ..., "answer": ...}` of a file.
-
-    Raises:
-        UserError: as `Source` raises it, also for a prompt that `encode` makes more than `longest` tokens of.
-    """
-
-    def convert(record: dict[str, Any]) -> tuple[str, str]:
-        prompt, answer = prompt_answer(record)
-        if (tokens := len(encode(prompt))) > longest:
-            raise UserError(f"a prompt of {tokens} tokens; max_prompt_tokens is {longest}: raise it, or cut the prompt")
-        return prompt, answer
-
-    problems = Source(path, convert, PAIR, ("prompt", "answer"))
-    return [problems[index] for index in range(len(problems))]
-
-
 class Conversations(Source[Batch]):
     """Examples for fine-tuning, weight one on what the assistant writes and zero elsewhere.
 

@@ -73,6 +73,23 @@ def test_problems_and_reward_of_ones_own(files, tmp_path, caplog):
     assert settings["recipe"]["generation"]["prompts"] == 4
 
 
+def test_problems_by_pass_rate(files, tmp_path):
+    """Those that the reward calls right at times are trained on; a run that goes on has the same."""
+    reward = tmp_path / "even.py"
+    reward.write_text("def reward(response): return float(sum(map(ord, response)) % 2)\n")
+    command = ["train", "rl", f"{files}/model", "--data", f"{files}/easy.jsonl", "--reward", f"{reward}:reward", *PLAIN]
+    command += ["--pass-rate-problems", "9", "--runs", str(tmp_path)]
+    cli.main(command)
+    record = tmp_path / "rl/pass_rates.jsonl"
+    lines = [json.loads(line) for line in record.read_text().splitlines()]
+    assert len(lines) == 9
+    assert {line["attempts"] for line in lines} == {4, 8}  # twelve were asked, three of them a second time
+    assert all(line["kept"] == (0 < line["correct"] < 0.9 * line["attempts"]) for line in lines)
+    before = record.stat().st_mtime_ns
+    cli.main([*command, "--iterations", "2"])
+    assert record.stat().st_mtime_ns == before
+
+
 def test_prompts_are_measured_as_they_are_asked(files, tmp_path, capsys):
     """The chat format takes tokens too; a problem that does not fit is named by its line, before anything begins."""
     sizes = [*SIZES, "--max-prompt-tokens", "40", "--row-length", "64", "--runs", tmp_path]
@@ -98,6 +115,8 @@ def test_nothing_learnt_has_a_status_of_its_own(files, tmp_path, capsys):
         (["--name", ""], "a run needs a name"),
         (["--name", "../x"], "a run needs a name"),
         (["--reward", "none.py:f"], "there is no file none.py"),
+        (["--reward", "rules=x"], "'x' is no weight"),
+        (["--environment", "none.py:f"], "there is no file none.py"),
         (["--from", "nowhere"], "nowhere holds no checkpoints"),
         (["--max-weight", "0.28"], "did you mean 1.28?"),
         (["--format-reward", "1"], "format_reward = 1.0"),

@@ -8,7 +8,7 @@ from flax import nnx
 
 from m1jax.chat import Tokenizer, encode_chat, encode_prompt
 from m1jax.errors import UserError
-from m1jax.inference.types import Completion, Request, Sampling
+from m1jax.inference.types import Completion, Request, Sampling, Ticket
 from m1jax.rl.environment import SingleTurn
 from m1jax.rl.generator import EngineGenerator
 from m1jax.rl.rollout import GenerationRecipe, Prompts, Rollout
@@ -32,7 +32,7 @@ class Script:
     """Writes one text after the other, whatever it is asked; a text in capitals never ends."""
 
     def __init__(self, *texts):
-        self.texts, self.calls = texts, []
+        self.texts, self.calls, self.waiting, self.submitted = texts, [], {}, 0
 
     def load(self, params, version):
         self.version = version
@@ -40,19 +40,31 @@ class Script:
     def rest(self):
         pass
 
+    rows = 8
+
     def run(self, requests):
         text = self.texts[len(self.calls)]
         self.calls.append(list(requests))
-        found = []
-        for request in requests:
-            tokens = [*TOKENIZER.encode(text), TOKENIZER.eos_id][: request.sampling.max_new_tokens]
-            finish = "stop" if tokens[-1] == TOKENIZER.eos_id else "length"
-            logp = -np.arange(1, len(tokens) + 1, dtype=np.float32)
-            rest = {"nucleus_logp": logp, "routes": None, "finish": finish, "sample": 0}
-            written, version = np.ones(len(tokens), bool), np.full(len(tokens), 7, np.int32)
-            one = Completion(np.array(tokens, np.int32), logp, written=written, version=version, **rest)
-            found.append([one] * request.samples)
-        return found
+        return [[self.completion(request, text)] * request.samples for request in requests]
+
+    def submit(self, request):
+        ticket = Ticket(self.submitted)
+        self.submitted += 1
+        self.waiting[ticket] = request
+        return ticket
+
+    def step(self):
+        waiting, self.waiting = self.waiting, {}
+        completions = self.run(list(waiting.values()))
+        return [(ticket, one) for ticket, (one,) in zip(waiting, completions)]
+
+    def completion(self, request, text):
+        tokens = [*TOKENIZER.encode(text), TOKENIZER.eos_id][: request.sampling.max_new_tokens]
+        finish = "stop" if tokens[-1] == TOKENIZER.eos_id else "length"
+        logp = -np.arange(1, len(tokens) + 1, dtype=np.float32)
+        rest = {"nucleus_logp": logp, "routes": None, "finish": finish, "sample": 0}
+        written, version = np.ones(len(tokens), bool), np.full(len(tokens), 7, np.int32)
+        return Completion(np.array(tokens, np.int32), logp, written=written, version=version, **rest)
 
 
 class Twice:
@@ -92,7 +104,7 @@ def test_one_turn():
 
 def test_cut_at_the_limit():
     (group, _) = Rollout(Questions(), TOKENIZER, Script("yes"), recipe(max_new_tokens=2))("train", 0, 0)
-    assert {one.finish for one in group.episodes} == {"length"}
+    assert {(one.finish, one.ended) for one in group.episodes} == {("length", "cut")}
     assert group.episodes[0].turns == ("ye",)
 
 
@@ -135,7 +147,7 @@ def test_two_turns():
 def test_no_room_for_another_turn():
     (group, _) = Rollout(Questions(), TOKENIZER, Script("one"), recipe(max_new_tokens=20), Twice)("train", 0, 0)
     one = group.episodes[0]
-    assert (one.turns, one.finish, one.length) == (("one",), "length", 4)
+    assert (one.turns, one.finish, one.ended, one.length) == (("one",), "length", "overflow", 4)
 
 
 def test_prompts_that_do_not_fit_are_named():

@@ -1,18 +1,16 @@
 """Tasks: right demonstrations, pure problems, held-out problems that are never trained on, mixtures."""
 
 import collections
-import importlib.util
+from pathlib import Path
 
 import pytest
 
 from m1jax.errors import UserError
-from m1jax.rl.tasks import BUILT_IN, ProblemFile, UserProblems, get_task, split_response
+from m1jax.rl.tasks import BUILT_IN, Problem, ProblemFile, UserProblems, get_task, split_response
 from m1jax.rl.tasks.base import Turns
 
-with_gym = pytest.mark.skipif(importlib.util.find_spec("reasoning_gym") is None, reason="the extra `tasks` is missing")
 
-
-@pytest.mark.parametrize("name", BUILT_IN)
+@pytest.mark.parametrize("name", ["sums", "board"])
 def test_demonstrations_are_right_and_reproducible(name):
     task = get_task(name)
     for index in range(50):
@@ -74,13 +72,34 @@ def test_turns_follow_the_weights(weights, order):
         assert [number for s, number in found if s == source] == list(range(3 * order.count(source)))
 
 
+def test_a_mixture_by_weights():
+    mixture = get_task({"sums": 3, "board": 1})
+    assert collections.Counter(mixture.problem("train", 0, index).family for index in range(40)) == {
+        "sums": 30,
+        "board": 10,
+    }
+
+
+def test_many_odd_weights_come_close():
+    weights = [1 + number / 97 for number in range(50)]
+    turns = Turns(weights)
+    found = collections.Counter(turns[index][0] for index in range(20_000))
+    for source, weight in enumerate(weights):
+        assert found[source] / 20_000 == pytest.approx(weight / sum(weights), rel=0.05)
+
+
 def test_one_task_twice_is_no_mixture():
     with pytest.raises(UserError, match="names one task twice"):
         get_task("sums+sums")
 
 
 def user(*files):
-    return UserProblems([ProblemFile(path, pairs, weight) for path, pairs, weight in files])
+    return UserProblems(
+        [
+            ProblemFile(path, [Problem(*pair, family=Path(path).stem) for pair in pairs], weight)
+            for path, pairs, weight in files
+        ]
+    )
 
 
 def test_problems_of_ones_own():
@@ -113,34 +132,3 @@ def test_files_with_too_little_are_refused():
         user(("x.jsonl", [("a", "b"), ("a", "c")], 1.0))
     with pytest.raises(UserError, match=r"[xy]\.jsonl: all its 1 prompts are held out"):
         user(("x.jsonl", [("a", "b")], 1.0), ("y.jsonl", [("c", "d")], 1.0))
-
-
-@with_gym
-def test_reasoning_gym():
-    """Problems and their judge; families are families, so that accuracy is not counted problem by problem."""
-    task = get_task("chain_sum")
-    train = [task.problem("train", 0, index) for index in range(20)]
-    heldout = [task.problem("heldout", 0, index) for index in range(20)]
-    assert train[3] == task.problem("train", 0, 3)
-    assert {p.family for p in (*train, *heldout)} == {"chain_sum"}
-    assert len({p.id for p in (*train, *heldout)}) == 40
-    for problem in train:
-        assert task.correct(problem, problem.answer)
-        assert not task.correct(problem, f"{problem.answer}1")
-
-
-@with_gym
-def test_reasoning_gym_in_a_mixture():
-    mixture = get_task("sums+chain_sum")
-    problems = [mixture.problem("train", 0, index) for index in range(6)]
-    assert [p.family for p in problems] == ["sums", "chain_sum"] * 3
-    assert all(mixture.correct(p, p.answer) for p in problems)
-    assert not any(mixture.correct(p, "x") for p in problems)
-
-
-@with_gym
-def test_families_that_are_not_there():
-    with pytest.raises(UserError, match=r"'chain_sums' is neither built in .* chain_sum"):
-        get_task("chain_sums")
-    with pytest.raises(UserError, match=r"cannot make problems of this family"):
-        get_task("composite")

@@ -8,21 +8,26 @@ import pytest
 from m1jax.chat import Tokenizer
 from m1jax.errors import UserError
 from m1jax.train.data import (
+    PAIR,
     Conversations,
     Documents,
     Source,
     mixture,
     prompt_answer,
-    read_problems,
     weighted,
 )
 from m1jax.train.files import open_records
 
 
+def pairs(path):
+    found = Source(path, prompt_answer, PAIR, ("prompt", "answer"))
+    return [found[index] for index in range(len(found))]
+
+
 def test_reads_texts_and_numbers(tmp_path):
     file = tmp_path / "p.jsonl"
     file.write_text('{"prompt": "1+1=", "answer": 2}\n\n{"prompt": "é\u2028", "answer": "x", "id": 7}\n')
-    assert read_problems(file, Tokenizer.tiny().encode, 9) == [("1+1=", "2"), ("é\u2028", "x")]
+    assert pairs(file) == [("1+1=", "2"), ("é\u2028", "x")]
 
 
 @pytest.mark.parametrize(
@@ -37,28 +42,26 @@ def test_reads_texts_and_numbers(tmp_path):
         (b'{"prompt": "a", "answer": "b\\ud83d"}', "line 2: no valid Unicode at character 2"),
         (b'{"prompt": "a", "answer": ' + b"1" * 5000 + b"}", "line 2: not to be read as JSON"),
         (b"[" * 100_000, "line 2: not to be read as JSON"),
-        # Before the training begins, and not when that problem's turn comes.
-        (b'{"prompt": "aaaaaaaaaa", "answer": "b"}', "line 2: a prompt of 10 tokens; max_prompt_tokens is 9"),
     ],
 )
 def test_a_malformed_line_is_named(tmp_path, line, message):
     file = tmp_path / "p.jsonl"
     file.write_bytes(b'{"prompt": "a", "answer": "b"}\n' + line + b"\n")
     with pytest.raises(UserError, match="p.jsonl, " + message.replace("[", r"\[")):
-        read_problems(file, Tokenizer.tiny().encode, 9)
+        pairs(file)
 
 
 def test_missing_and_empty_files(tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
-        read_problems(tmp_path / "none.jsonl", Tokenizer.tiny().encode, 9)
+        pairs(tmp_path / "none.jsonl")
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(UserError, match="no lines"):
-        read_problems(tmp_path / "empty.jsonl", Tokenizer.tiny().encode, 9)
+        pairs(tmp_path / "empty.jsonl")
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path):
     (tmp_path / "p.jsonl").write_bytes(b"\xef\xbb\xbf" + b'{"prompt": "a", "answer": "b"}\r\n')
-    assert read_problems(tmp_path / "p.jsonl", Tokenizer.tiny().encode, 9) == [("a", "b")]
+    assert pairs(tmp_path / "p.jsonl") == [("a", "b")]
     (tmp_path / "t.txt").write_bytes(b"\xef\xbb\xbfhi")
     assert [record["text"] for record in open_records(tmp_path / "t.txt", "text")] == ["hi"]
 
@@ -66,14 +69,14 @@ def test_a_byte_order_mark_is_no_text(tmp_path):
 def test_compressed_lines(tmp_path):
     lines = b'{"prompt": "a", "answer": "b"}\n\n{"prompt": "c", "answer": "d"}\n'
     (tmp_path / "p.jsonl.gz").write_bytes(gzip.compress(lines))
-    assert read_problems(tmp_path / "p.jsonl.gz", Tokenizer.tiny().encode, 9) == [("a", "b"), ("c", "d")]
+    assert pairs(tmp_path / "p.jsonl.gz") == [("a", "b"), ("c", "d")]
     (tmp_path / "p.jsonl.gz").write_bytes(gzip.compress(lines + b"["))
     with pytest.raises(UserError, match=r"p\.jsonl\.gz, line 4, column 2: not JSON"):
-        read_problems(tmp_path / "p.jsonl.gz", Tokenizer.tiny().encode, 9)
+        pairs(tmp_path / "p.jsonl.gz")
     for damage in (lambda whole: whole[:-9], lambda whole: whole[:20] + b"?" + whole[21:], lambda whole: lines):
         (tmp_path / "p.jsonl.gz").write_bytes(damage(gzip.compress(lines)))
         with pytest.raises(UserError, match=r"p\.jsonl\.gz: not a whole gzip file"):
-            read_problems(tmp_path / "p.jsonl.gz", Tokenizer.tiny().encode, 9)
+            pairs(tmp_path / "p.jsonl.gz")
 
 
 def write_parquet(path, rows, **options):
@@ -100,17 +103,17 @@ def test_rows_of_parquet_are_named(tmp_path):
     path = tmp_path / "p.parquet"
     write_parquet(path, [{"prompt": "a", "answer": 1}, {"prompt": "a", "answer": None}])
     with pytest.raises(UserError, match=r"p\.parquet, row 2: no 'answer'"):
-        read_problems(path, Tokenizer.tiny().encode, 9)
+        pairs(path)
     with pytest.raises(UserError, match=r'p\.parquet: its columns are prompt, answer; expected \{"text"'):
         Documents(path, Tokenizer.tiny())
     whole = path.read_bytes()
     for damaged in (b"", whole[:-20], whole[:-8] + b"????PAR1", b'{"prompt": "a"}' * 9):
         path.write_bytes(damaged)
         with pytest.raises(UserError, match=r"p\.parquet: not a whole Parquet file"):
-            read_problems(path, Tokenizer.tiny().encode, 9)
+            pairs(path)
     path.unlink()
     with pytest.raises(UserError, match=r"p\.parquet: cannot be read"):
-        read_problems(path, Tokenizer.tiny().encode, 9)
+        pairs(path)
 
 
 def test_parquet_needs_a_library(tmp_path, monkeypatch):
@@ -149,7 +152,7 @@ def test_lengths_of_plain_text(tmp_path, content, lengths):
 def test_plain_text_has_no_prompts(tmp_path):
     (tmp_path / "t.txt").write_text("hello\n")
     with pytest.raises(UserError, match=r"t\.txt, line 1: no 'prompt' and no 'answer'; expected"):
-        read_problems(tmp_path / "t.txt", Tokenizer.tiny().encode, 9)
+        pairs(tmp_path / "t.txt")
     (tmp_path / "t.txt").write_bytes(b"caf\xe9\n")
     with pytest.raises(UserError, match=r"t\.txt, line 1: not UTF-8"):
         Documents(tmp_path / "t.txt", Tokenizer.tiny())

@@ -2,8 +2,10 @@
 
 from typing import NamedTuple, Protocol
 
-from m1jax.rl.tasks.base import Problem
+from m1jax.rl.tasks.base import Problem, Unjudged
 from m1jax.rl.types import Episode
+
+__all__ = ["Judge", "Unjudged", "Verdict"]
 
 
 class Verdict(NamedTuple):
@@ -26,7 +28,3 @@ class Judge(Protocol):
             Unjudged: this one cannot be judged; it is left out of its group.
         """
         ...
-
-
-class Unjudged(Exception):
-    """Why an episode could not be judged, in one line."""

@@ -8,7 +8,8 @@ from m1jax.rl.types import Episode
 class RuleJudge:
     """1 if the last turn, `<think>...</think>answer`, is right; `format_reward` if only its form is; else 0.
 
-    An episode that was cut at the limit has no form.
+    An episode that was cut at the limit has no form. Where the environment rewards, its reward counts instead, and is
+    right from 1 on.
 
     Args:
         task: decides whether the answer is right.
@@ -19,6 +20,8 @@ class RuleJudge:
         self._task, self._format_reward = task, format_reward
 
     def __call__(self, problem: Problem, episode: Episode) -> Verdict:
+        if episode.reward is not None:
+            return Verdict(episode.reward, 0.0, episode.reward >= 1)
         parts = split_response(episode.turns[-1]) if episode.finish == "stop" else None
         if parts is None:
             return Verdict(0.0, 0.0, False)

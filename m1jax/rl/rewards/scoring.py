@@ -47,6 +47,9 @@ def score(groups: Sequence[Group], judge: Judge, recipe: RewardRecipe, *, max_to
     failures: list[str] = []
     for i in range(jax.process_index(), len(groups), jax.process_count()):
         for j, episode in enumerate(groups[i].episodes):
+            if episode.ended == "failed":
+                failures.append(episode.failure)
+                continue
             try:
                 verdicts[:, i, j] = (*judge(groups[i].problem, episode), True)
             except Unjudged as error:

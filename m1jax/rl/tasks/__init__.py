@@ -1,36 +1,69 @@
-"""Verifiable tasks: two built-in families with a chain of thought, the user's own problems, and those of
-reasoning-gym."""
+"""Verifiable tasks: families with a chain of thought, tools or several turns, data files, reasoning-gym, plug-ins."""
 
-from m1jax.rl.tasks.base import Mixture, Problem, Split, Task, split_response
+from m1jax.rl import plugins
+from m1jax.rl.tasks.base import Problem, Split, Task, Unjudged, split_response
 from m1jax.rl.tasks.board import BoardMoves
-from m1jax.rl.tasks.reasoning_gym import ReasoningGym
+from m1jax.rl.tasks.games import PACKAGES, Game
+from m1jax.rl.tasks.guess import Guess
+from m1jax.rl.tasks.mixture import Mixture
+from m1jax.rl.tasks.plugin import Guarded, load_task
+from m1jax.rl.tasks.reasoning_gym import LEVELS, ReasoningGym
+from m1jax.rl.tasks.records import read_problems
+from m1jax.rl.tasks.shop import Shop
 from m1jax.rl.tasks.sums import DigitSums
 from m1jax.rl.tasks.user import ProblemFile, UserProblems
+from m1jax.rl.weights import Combination, parse
 
-BUILT_IN = {"sums": DigitSums, "board": BoardMoves}
+BUILT_IN = {"sums": DigitSums, "board": BoardMoves, "shop": Shop, "guess": Guess}
+LOGIC = "logic"
+"""all families of `LEVELS` together, under one weight"""
 
 
-def get_task(name: str) -> Task:
-    """A task by name: a built-in family, several joined by `+` (`sums+board`), or a family of reasoning-gym.
+def get_task(combination: Combination) -> Task:
+    """A task by name, or several with weights: `sums`, `sums=3+board`, `{"sums": 3, "board": 1}`.
+
+    A name is that of a built-in family; of a plug-in, `FILE.py:name` or an entry point of `m1jax.tasks`; of a family of
+    reasoning-gym (extra `tasks`), also with levels, `chain_sum@0-3`, or `logic`, all of those families together; of a
+    game, `gymnasium:FrozenLake-v1` or `textarena:GuessTheNumber-v0` (extra `games`).
 
     Raises:
-        UserError: no such task, or it needs an extra that is not installed.
+        UserError: no such task, one twice, no weight, or what a task needs is not installed.
     """
-    parts = [BUILT_IN[part]() if part in BUILT_IN else ReasoningGym(part) for part in name.split("+")]
-    return parts[0] if len(parts) == 1 else Mixture(parts)
+    weights = parse("task", combination)
+    if LOGIC in weights:
+        share = weights.pop(LOGIC) / len(LEVELS)
+        weights = dict.fromkeys(LEVELS, share) | weights
+    tasks = [_named(name) for name in weights]
+    return tasks[0] if len(tasks) == 1 else Mixture(tasks, list(weights.values()))
+
+
+def _named(name: str) -> Task:
+    if name in BUILT_IN:
+        return BUILT_IN[name]()
+    if name.partition(":")[0] in PACKAGES:
+        return Game(name)
+    if plugins.is_plugin("task", name):
+        return load_task(name)
+    gym = ReasoningGym(name)
+    return Guarded(gym, lambda error: f"task {name}: reasoning-gym: {plugins.described(error)}")
 
 
 __all__ = [
     "BUILT_IN",
+    "LEVELS",
     "BoardMoves",
     "DigitSums",
+    "Guarded",
     "Mixture",
     "Problem",
     "ProblemFile",
     "ReasoningGym",
     "Split",
     "Task",
+    "Unjudged",
     "UserProblems",
     "get_task",
+    "load_task",
+    "read_problems",
     "split_response",
 ]

@@ -11,13 +11,15 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from m1jax.errors import UserError
-
 Split = Literal["train", "heldout"]
+Verification = Literal["math", "exact", "constraints", "code"]
+"""How an answer is judged: equal as mathematics, equal as text, by the instructions that it keeps, by the tests that it
+passes."""
 
 _RESPONSE = re.compile(r"<think>((?:(?!</?think>).)*)</think>((?:(?!</?think>).)+)", re.DOTALL)
 HELDOUT_SHARE = 8
 """one problem in so many is held out"""
+_LONGEST_LAP = 10_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,14 +36,23 @@ class Problem:
     """which one it is within its task, where the task must find it again"""
     source: str = ""
     """name of the task it is from, in a mixture of several"""
+    verification: Verification = "math"
+    """of a problem from a file: what its answer is and how it is judged (`tasks.verification`)"""
 
     def demonstration(self, think: bool) -> str:
         """A correct response, with its chain of thought or straight away."""
         return f"<think>{self.thinking if think and self.thinking else ''}</think>{self.answer}"
 
 
+class Unjudged(Exception):
+    """Why an answer could not be judged, in one line."""
+
+
 class Task(Protocol):
-    """A source of problems and their judge."""
+    """A source of problems and their judge.
+
+    A task in which the policy speaks more than once has an attribute `environment`, too (`m1jax.rl.environment`).
+    """
 
     name: str
 
@@ -50,7 +61,11 @@ class Task(Protocol):
         ...
 
     def correct(self, problem: Problem, answer: str) -> bool:
-        """Whether the text after `</think>` answers the problem."""
+        """Whether the text after `</think>` answers the problem.
+
+        Raises:
+            Unjudged: that cannot be said.
+        """
         ...
 
 
@@ -81,17 +96,24 @@ class Family:
 class Turns:
     """Whose turn it is among several sources of which each is to come up in proportion to its weight.
 
-    The order repeats itself after as few turns as make the proportions whole, and is spread evenly within.
+    The order repeats itself after as few turns as make the proportions whole (of many odd weights, after some
+    thousands, which come close), and is spread evenly within.
     """
 
     def __init__(self, weights: Sequence[float]):
         smallest = min(weights)
-        shares = [Fraction(weight / smallest).limit_denominator(100) for weight in weights]
-        whole = math.lcm(*(share.denominator for share in shares))
-        self._counts = [int(share * whole) for share in shares]
-        # Occurrence i of n stands at (i + 1/2) / n of the way; equals in the order of the sources.
-        places = [((i + 0.5) / n, source) for source, n in enumerate(self._counts) for i in range(n)]
-        self._order = [source for _, source in sorted(places)]
+        ratios = [Fraction(weight / smallest).limit_denominator(100) for weight in weights]
+        whole = math.lcm(*(ratio.denominator for ratio in ratios))
+        if whole * sum(ratios) > _LONGEST_LAP:
+            whole = _LONGEST_LAP / sum(ratios)
+        self._counts = [max(1, round(ratio * whole)) for ratio in ratios]
+        # Every turn each source gains its share, and the one that has most gives a whole lap's.
+        gained, shares = np.zeros(len(weights), np.int64), np.array(self._counts)
+        self._order: list[int] = []
+        for _ in range(sum(self._counts)):
+            gained += shares
+            self._order.append(int(gained.argmax()))
+            gained[self._order[-1]] -= shares.sum()
         seen: Counter[int] = Counter()
         self._before = []
         for source in self._order:
@@ -111,30 +133,6 @@ class Order(Protocol):
     def __getitem__(self, index: int) -> tuple[int, int]:
         """(which source, how often it has come up before) at a turn."""
         ...
-
-
-class Mixture:
-    """Several tasks in turn.
-
-    Raises:
-        UserError: the same task twice.
-    """
-
-    def __init__(self, tasks: Sequence[Task]):
-        self.name = "+".join(task.name for task in tasks)
-        self._tasks = {task.name: task for task in tasks}
-        if len(self._tasks) < len(tasks):
-            raise UserError(f"task {self.name!r} names one task twice")
-        self.parts = len(tasks)
-        self.turns: Order = Turns([1.0] * len(tasks))
-
-    def problem(self, split: Split, seed: int, index: int) -> Problem:
-        source, number = self.turns[index]
-        task = list(self._tasks.values())[source]
-        return dataclasses.replace(task.problem(split, seed, number), source=task.name)
-
-    def correct(self, problem: Problem, answer: str) -> bool:
-        return self._tasks[problem.source].correct(problem, answer)
 
 
 def split_response(text: str) -> tuple[str, str] | None:

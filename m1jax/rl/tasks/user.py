@@ -1,23 +1,21 @@
-"""The user's own prompts and answers as a task; mathematical answers are judged by math-verify."""
+"""The problems of data files as a task; each record says how it is judged."""
 
 import zlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from m1jax.errors import UserError
-from m1jax.rl.math_judge import MathJudge
 from m1jax.rl.tasks.base import HELDOUT_SHARE, Order, Problem, Split, Turns
+from m1jax.rl.tasks.verification import Verifier
 
 
 class ProblemFile(NamedTuple):
     """Problems from one file."""
 
     path: str
-    pairs: Sequence[tuple[str, str]]
-    """(prompt, answer)"""
+    problems: Sequence[Problem]
     weight: float = 1.0
     """how many problems are taken from it, in proportion to the other files' weights"""
 
@@ -34,7 +32,7 @@ class UserProblems:
 
     def __init__(self, files: Sequence[ProblemFile]):
         self.name = "+".join(file.path for file in files)
-        prompts = {prompt for file in files for prompt, _ in file.pairs}
+        prompts = {problem.prompt for file in files for problem in file.problems}
         if len(prompts) < 2:
             raise UserError(f"{self.name}: {len(prompts)} different prompts; at least 2 are needed (one is held out)")
         # The smallest hash is always held out, so that a short file has a held-out problem too.
@@ -44,7 +42,7 @@ class UserProblems:
         heldout: dict[str, Problem] = {}
         self._train: list[list[Problem]] = []
         for file in files:
-            problems = {prompt: Problem(prompt, answer, family=Path(file.path).stem) for prompt, answer in file.pairs}
+            problems = {problem.prompt: problem for problem in file.problems}
             ordered = sorted(problems.values(), key=lambda problem: rank[problem.prompt])
             heldout |= {problem.prompt: problem for problem in ordered if rank[problem.prompt] < last}
             self._train.append([problem for problem in ordered if rank[problem.prompt] >= last])
@@ -53,7 +51,7 @@ class UserProblems:
         self._heldout = [heldout[prompt] for prompt in ranked[:last]]
         self.parts = len(files)
         self.turns: Order = Turns([file.weight for file in files])
-        self._judge = MathJudge()
+        self._verifier = Verifier()
         self._orders: dict[tuple[int, int], tuple[int, np.ndarray]] = {}
 
     def problem(self, split: Split, seed: int, index: int) -> Problem:
@@ -73,4 +71,4 @@ class UserProblems:
         return list(found.values())
 
     def correct(self, problem: Problem, answer: str) -> bool:
-        return self._judge.equal(problem.answer, answer)
+        return self._verifier.correct(problem, answer)

@@ -1,0 +1,1 @@
+"""Environments: tools, and adapters to the games of other packages."""

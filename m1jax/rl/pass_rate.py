@@ -1,0 +1,130 @@
+"""How often the policy solves each problem, before training: what it never or nearly always solves teaches little
+(MiniMax-M1 report, section 4.1.1: 0 < pass rate < 0.9 was kept)."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from flax import nnx
+
+from m1jax import processes
+from m1jax.chat import Tokenizer
+from m1jax.disk import write_atomically
+from m1jax.errors import UserError
+from m1jax.model import MiniMaxM1
+from m1jax.rl.environment import MakeEnvironment, environment_of
+from m1jax.rl.generator import EngineGenerator
+from m1jax.rl.rewards import Judge, RewardRecipe, score
+from m1jax.rl.rollout import GenerationRecipe, Rollout
+from m1jax.rl.tasks import Problem, Split, Task
+from m1jax.rl.types import Group
+
+BELOW = 0.9
+"""a rate that is kept is above zero and below this"""
+
+
+class PassRate(NamedTuple):
+    """What came of the attempts at one problem."""
+
+    prompt: str
+    correct: int
+    attempts: int
+    """that could be judged"""
+
+    @property
+    def kept(self) -> bool:
+        return 0 < self.correct < BELOW * self.attempts
+
+
+def attempts(
+    model: MiniMaxM1,
+    task: Task,
+    tokenizer: Tokenizer,
+    recipe: GenerationRecipe,
+    seed: int,
+    environment: MakeEnvironment | None = None,
+) -> Callable[[int], Sequence[Group]]:
+    """A policy's attempts at the training problems of a seed, for `estimate`."""
+    graph, params = nnx.split(model)
+    generator = EngineGenerator(
+        graph,
+        prompts=recipe.prompts,
+        samples=recipe.samples,
+        prompt_tokens=recipe.max_prompt_tokens,
+        new_tokens=recipe.max_new_tokens,
+    )
+    generator.load(params, 0)
+    rollout = Rollout(task, tokenizer, generator, recipe, environment)
+    return lambda first: rollout("train", seed, first)
+
+
+def estimate(attempt: Callable[[int], Sequence[Group]], judge: Judge, problems: int) -> dict[Problem, PassRate]:
+    """Lets the policy attempt training problems, until so many have been asked.
+
+    Args:
+        attempt: number of the first problem -> groups for it and those that follow, as `Rollout` makes them of the
+            training split.
+        judge: what is right.
+        problems: at least so many; one that comes up again is counted together.
+
+    Returns:
+        In the order in which the problems came up.
+    """
+    found: dict[Problem, PassRate] = {}
+    asked = 0
+    while asked < problems:
+        groups = attempt(asked)
+        asked += len(groups)
+        for scored in score(groups, judge, RewardRecipe(), max_tokens=1):
+            problem = scored.group.problem
+            before = found.get(problem, PassRate(problem.prompt, 0, 0))
+            right, all_of_them = int(scored.correct.sum()), len(scored.correct)
+            found[problem] = PassRate(problem.prompt, before.correct + right, before.attempts + all_of_them)
+    return found
+
+
+class Selected:
+    """A task whose training problems are only these, in an order shuffled anew for every pass; held-out problems stay.
+
+    Raises:
+        UserError: there are none.
+    """
+
+    def __init__(self, task: Task, problems: Sequence[Problem]):
+        if not problems:
+            raise UserError(
+                f"{task.name}: none of its problems has a pass rate above 0 and below {BELOW}; take easier or harder "
+                "ones, more --samples, or train without the filter"
+            )
+        self.name, self.environment = task.name, environment_of(task)
+        self._task, self._problems = task, problems
+
+    def problem(self, split: Split, seed: int, index: int) -> Problem:
+        if split == "heldout":
+            return self._task.problem(split, seed, index)
+        epoch, place = divmod(index, len(self._problems))
+        return self._problems[np.random.default_rng([seed, epoch]).permutation(len(self._problems))[place]]
+
+    def correct(self, problem: Problem, answer: str) -> bool:
+        return self._task.correct(problem, answer)
+
+
+def select(task: Task, rates: Callable[[], dict[Problem, PassRate]], record: Path) -> Selected:
+    """The task with the problems whose rates are kept, and a record of all rates, one line of JSON for each problem.
+
+    Args:
+        task: where they are from.
+        rates: estimates them; not called where there is a record, so that a run that goes on has the same problems.
+        record: a file, made if missing.
+    """
+    if record.exists():
+        lines = [json.loads(line) for line in record.read_text().splitlines()]
+        kept = [Problem(**line["problem"]) for line in lines if line["kept"]]
+        return Selected(task, kept)
+    found = rates()
+    if processes.writes():
+        lines = [{**rate._asdict(), "kept": rate.kept, "problem": vars(problem)} for problem, rate in found.items()]
+        write_atomically(record, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    return Selected(task, [problem for problem, rate in found.items() if rate.kept])

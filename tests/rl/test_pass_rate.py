@@ -1,0 +1,52 @@
+"""Pass rates: what is counted, what is kept, and that a run which goes on keeps the same."""
+
+import collections
+
+import pytest
+
+from m1jax.errors import UserError
+from m1jax.rl.pass_rate import PassRate, Selected, estimate, select
+from m1jax.rl.rewards import Verdict
+from m1jax.rl.tasks import Problem, get_task
+from m1jax.rl.types import Group
+from tests.rl.episodes import episode
+
+PROBLEMS = [Problem(f"p{number}", str(number)) for number in range(11)]
+
+
+def attempt(first):
+    """Ten attempts at each of two problems; problem n is solved n times. There are eleven problems."""
+    numbers = [number % 11 for number in (first, first + 1)]
+    return [
+        Group(PROBLEMS[number], tuple(episode("right" if i < number else "wrong") for i in range(10)))
+        for number in numbers
+    ]
+
+
+def judge(problem, one):
+    return Verdict(float(one.turns[0] == "right"), 0.0, one.turns[0] == "right")
+
+
+def test_rates_are_counted():
+    rates = estimate(attempt, judge, 13)  # two of them a second time
+    assert list(rates) == PROBLEMS
+    assert rates[PROBLEMS[3]] == PassRate("p3", 3, 10)
+    assert rates[PROBLEMS[1]] == PassRate("p1", 2, 20)
+    assert [rate.kept for rate in rates.values()] == [False, *[True] * 8, False, False]
+
+
+def test_what_is_kept_is_asked(tmp_path):
+    sums, record = get_task("sums"), tmp_path / "pass_rates.jsonl"
+    task = select(sums, lambda: estimate(attempt, judge, 11), record)
+    asked = collections.Counter(task.problem("train", 0, index) for index in range(80))
+    assert asked == dict.fromkeys(PROBLEMS[1:9], 10)
+    assert task.problem("heldout", 0, 4) == sums.problem("heldout", 0, 4)
+    assert task.correct(PROBLEMS[1], "1")
+    assert len(record.read_text().splitlines()) == 11
+    again = select(sums, lambda: pytest.fail("estimated again"), record)
+    assert [again.problem("train", 0, i) for i in range(80)] == [task.problem("train", 0, i) for i in range(80)]
+
+
+def test_nothing_left():
+    with pytest.raises(UserError, match=r"none of its problems has a pass rate above 0 and below 0\.9"):
+        Selected(get_task("sums"), [])
