@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.cispo_vs_rivals import loop, policy
+from experiments.cispo_vs_rivals import loop, policy, tasks
 from experiments.cispo_vs_rivals.loop import History, Settings, State
 from experiments.cispo_vs_rivals.policy import Params
 
@@ -43,6 +43,20 @@ def starts(seeds: Sequence[int], steps: int, file: Path) -> dict[int, Params]:
         np.savez(file, **stored)
     count = structure.num_leaves
     return {s: jax.tree.unflatten(structure, [stored[f"{s}.{steps}.{i}"] for i in range(count)]) for s in seeds}
+
+
+@jax.jit
+def recheck_accuracy(params: Params) -> jax.Array:
+    """Of every model, on the task RECHECKS: probability of the right last sum once all before it stands there."""
+
+    def one(params: Params) -> jax.Array:
+        keys = jax.random.split(jax.random.key(0), 1024)
+        tokens, _ = jax.vmap(tasks.demonstration, (0, None))(keys, jnp.array(tasks.RECHECKS))
+        logp, _ = policy.log_probs(params, tokens)
+        rechecks = tokens[:, tasks.PROMPT + 1] == tasks.RECHECK
+        return jnp.mean(jnp.exp(logp[:, 5]), where=rechecks)
+
+    return over_models(one)(params)
 
 
 def stacked(params: Sequence[Params]) -> Params:

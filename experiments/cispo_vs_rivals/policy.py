@@ -35,7 +35,7 @@ CONFIG = ModelConfig(
     softmax_alpha=8**0.25,
     mlp_alpha=8**0.25,
 )
-START_STEPS, START_BATCH, START_RATE = 1200, 128, 4e-3
+START_STEPS, START_BATCH, START_RATE = 4000, 256, 4e-3
 Params = nnx.State
 
 

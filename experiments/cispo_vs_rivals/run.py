@@ -5,6 +5,7 @@ python -m experiments.cispo_vs_rivals.run [--only TASK ...] [--arms ARM ...] [--
 
 import dataclasses
 import itertools
+import json
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from experiments.cispo_vs_rivals.arms import NAMES
 from experiments.cispo_vs_rivals.loop import Settings
 from experiments.cispo_vs_rivals.policy import Params
 from experiments.cispo_vs_rivals.results import Job, Record, Results, figures
+from m1jax.disk import write_atomically
 from m1jax.errors import UserError
 
 HERE = Path(__file__).parent
@@ -73,7 +75,10 @@ def main(config: Config) -> None:
     with policy.portable():
         seeds = (*range(size.primary_seeds), *size.tuning_seeds)
         starts = many.starts(seeds, size.start_steps, out / "starts.npz")
-        print(f"starts: {time.monotonic() - begun:.0f} s", flush=True)
+        worth = many.recheck_accuracy(many.stacked(list(starts.values())))
+        told = f"right after a recheck: {jnp.min(worth):.2f} to {jnp.max(worth):.2f}"
+        print(f"starts: {time.monotonic() - begun:.0f} s, {told}", flush=True)
+        write_atomically(out / "starts.json", json.dumps(dict(zip(starts, worth.tolist()))) + "\n")
         # The primary comparison first: it is there if time runs out.
         for part in (cells[:1], cells[1:]):
             wanted = [job for cell in part for job in tuning_jobs(*cell, config.arms, size)]
