@@ -6,7 +6,7 @@ the place of the norm and the routes can be changed.
 
 import dataclasses
 import itertools
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from m1jax.model import MiniMaxM1, head
 from m1jax.model.layers import Call, Place, rms_norm
 from m1jax.model.lightning import log_decays
 
+Unit = Literal["float32", "bfloat16"]
 HIDDEN, BATCH, TIME, VOCABULARY = 64, 2, 128, 256
 
 
@@ -84,12 +85,12 @@ def config(setting: Setting) -> ModelConfig:
     )
 
 
-def measure(setting: Setting, seed: int) -> Found:
+def measure(setting: Setting, seed: int, unit: Unit) -> Found:
     """One model drawn at random, and the same with its weights moved."""
     made = config(setting)
     model = MiniMaxM1(made, rngs=nnx.Rngs(seed), dtype=jnp.float32)
     graph, weights = nnx.split(model)
-    moved = nnx.merge(graph, half_an_ulp(weights, jax.random.key(seed + 1000)))
+    moved = nnx.merge(graph, half_an_ulp(weights, unit, seed))
     tokens = jax.random.randint(jax.random.key(seed + 2000), (BATCH, TIME), 0, VOCABULARY)
     streams, logits, routes = through(model, tokens, setting, None)
     moved_streams, moved_logits, moved_routes = through(moved, tokens, setting, routes if setting.replay else None)
@@ -102,14 +103,16 @@ def measure(setting: Setting, seed: int) -> Found:
     )
 
 
-def half_an_ulp(weights: Any, key: Array) -> Any:
-    """Half of the weights moved to the next float32, up or down: half a unit in the last place each, on average."""
-    keys = iter(jax.random.split(key, len(jax.tree.leaves(weights))))
+def half_an_ulp(weights: Any, unit: Unit, seed: int) -> Any:
+    """Half of the weights moved by one unit in the last place, up or down: half a unit each, on average. A bfloat16's
+    unit is 2^16 times a float32's."""
+    rng = np.random.default_rng(seed)
 
     def one(w: Array) -> Array:
-        chosen = jax.random.randint(next(keys), w.shape, 0, 4)
-        towards = jnp.where(chosen == 0, -jnp.inf, jnp.inf).astype(w.dtype)
-        return jnp.where(chosen < 2, jnp.nextafter(w, towards), w)
+        value = np.asarray(w)
+        step = np.spacing(np.abs(value)) * (1 if unit == "float32" else 2.0**16)
+        moved = value + rng.choice([-1, 0, 0, 1], value.shape) * step
+        return jnp.asarray(moved.astype(np.float32))
 
     return jax.tree.map(one, weights)
 
@@ -118,7 +121,8 @@ def through(
     model: MiniMaxM1, tokens: Int[Array, "batch time"], setting: Setting, routes: list[np.ndarray] | None
 ) -> tuple[list[np.ndarray], Float[np.ndarray, "batch time vocab"], list[np.ndarray]]:
     """The residual stream after every layer, logits, and the experts of every layer."""
-    made, unstacked = model.config, model.unstacked()
+    made = model.config
+    unstacked = jax.tree.map(np.asarray, model).unstacked()  # on the host: cutting compiles nothing there
     call = Call(jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape))
     decays = log_decays(made)
     blocks: Any = unstacked.runs
