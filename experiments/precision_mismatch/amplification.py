@@ -122,7 +122,8 @@ def through(
 ) -> tuple[list[np.ndarray], Float[np.ndarray, "batch time vocab"], list[np.ndarray]]:
     """The residual stream after every layer, logits, and the experts of every layer."""
     made = model.config
-    unstacked = jax.tree.map(np.asarray, model).unstacked()  # on the host: cutting compiles nothing there
+    # Cut on the host, where that compiles nothing.
+    unstacked = jax.tree.map(jnp.asarray, jax.tree.map(np.asarray, model).unstacked())
     call = Call(jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape))
     decays = log_decays(made)
     blocks: Any = unstacked.runs
