@@ -17,7 +17,7 @@ from experiments.cispo_vs_rivals.arms import ARMS
 from experiments.cispo_vs_rivals.policy import Params
 from m1jax.rl import corrections
 from m1jax.rl.losses import Surrogate, Tokens, policy_loss
-from m1jax.train.statistics import Max, Mean
+from m1jax.train.statistics import Mean
 
 PROMPTS, SAMPLES, UPDATES = 32, 8, 16
 SLOTS = PROMPTS // UPDATES
@@ -230,7 +230,7 @@ def _rounding(p: Array) -> Array:
     return p.astype(jnp.bfloat16).astype(p.dtype) - p
 
 
-def _value(statistic: Mean | Max | Any) -> Array:
+def _value(statistic: Mean) -> Array:
     """Over all micro-batches; NaN where nothing was counted."""
-    count = jnp.sum(statistic.count)
-    return jnp.sum(statistic.sum) / jnp.where(count == 0, jnp.nan, count)
+    count = jnp.sum(jnp.asarray(statistic.count))
+    return jnp.sum(jnp.asarray(statistic.sum)) / jnp.where(count == 0, jnp.nan, count)

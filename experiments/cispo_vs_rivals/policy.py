@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, Integer
 
 from experiments.cispo_vs_rivals import tasks
 from m1jax.config import ModelConfig
-from m1jax.model import MiniMaxM1, head
+from m1jax.model import MiniMaxM1, Output, head
 from pallas_kernels.ladder import Ladder
 
 CONFIG = ModelConfig(
@@ -73,7 +73,7 @@ def sample(
         ended = ended | (token == tasks.END)
         out = model.forward(token[:, None], cache, record_routes=True)
         new, logp = choose(out.hidden, ended, key)
-        return (new, out.cache, ended), (new, logp, out.routes[:, 0])
+        return (new, out.cache, ended), (new, logp, recorded(out)[:, 0])
 
     keys = jax.random.split(key, tasks.RESPONSE)
     cache = model.init_cache(len(prompts), tasks.PROMPT + tasks.RESPONSE)
@@ -81,8 +81,14 @@ def sample(
     ended = jnp.zeros(len(prompts), bool)
     token, logp = choose(read.hidden, ended, keys[0])
     _, (tokens, logps, routes) = jax.lax.scan(step, (token, read.cache, ended), keys[1:])
-    routes = jnp.concatenate([read.routes, jnp.moveaxis(routes, 0, 1)], axis=1)
+    routes = jnp.concatenate([recorded(read), jnp.moveaxis(routes, 0, 1)], axis=1)
     return jnp.concatenate([token[None], tokens]).T, jnp.concatenate([logp[None], logps]).T, routes
+
+
+def recorded(out: Output) -> Integer[Array, "rows time layers k"]:
+    """The experts that a forward pass was asked to record."""
+    assert out.routes is not None
+    return out.routes
 
 
 def log_probs(

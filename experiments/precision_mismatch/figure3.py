@@ -12,6 +12,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int, Integer
 
+from experiments.cispo_vs_rivals.policy import recorded
 from m1jax.config import ModelConfig
 from m1jax.model import Cache, MiniMaxM1, head
 from m1jax.model.cache import LightningCache
@@ -104,7 +105,7 @@ def sample(
         token, cache = carry
         out = model.forward(token[:, None], cache, record_routes=True)
         new, logp = choose(out.hidden, key)
-        return (new, rounded(out.cache, state_bits)), (new, logp, out.routes[:, 0])
+        return (new, rounded(out.cache, state_bits)), (new, logp, recorded(out)[:, 0])
 
     keys = jax.random.split(key, length - prompts.shape[1])
     out = model.forward(prompts, model.init_cache(len(prompts), length), record_routes=True)
@@ -113,7 +114,7 @@ def sample(
     return (
         jnp.concatenate([prompts, token[:, None], tokens.T], axis=1),
         jnp.concatenate([logp[None], logps]).T,
-        jnp.concatenate([out.routes, jnp.moveaxis(routes, 0, 1)], axis=1),
+        jnp.concatenate([recorded(out), jnp.moveaxis(routes, 0, 1)], axis=1),
     )
 
 

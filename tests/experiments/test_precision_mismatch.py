@@ -27,7 +27,7 @@ def test_slope_is_the_power_of_the_depth():
 
 def test_gap():
     sampler = np.log([[0.1, 0.5, 0.9]])
-    found = figure3.compare(sampler, sampler + [[0.0, 0.1, -0.2]])
+    found = figure3.compare(sampler, sampler + np.array([0.0, 0.1, -0.2]))
     assert found.largest == pytest.approx(0.2)
     assert found.mean == pytest.approx(0.1)
     assert figure3.compare(sampler, sampler).correlation == pytest.approx(1)
