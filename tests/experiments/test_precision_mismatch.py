@@ -1,5 +1,7 @@
 """The layers put together by hand are the model, and what is moved is moved by what is said."""
 
+import json
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -40,3 +42,11 @@ def test_the_verdict_asks_for_half_in_every_seed(left, said):
         for arm in figure3.ARMS for seed in run.SEEDS
     ]  # fmt: skip
     assert said in run.figure3_sentence(records)
+
+
+def test_readme_shows_the_results(tmp_path):
+    records = json.loads((run.HERE / "amplification.json").read_text())
+    shown = set((run.HERE / "README.md").read_text().splitlines())
+    assert {line for line in run.amplification_table(records).splitlines() if line.startswith("|")} <= shown
+    run.profile(records, tmp_path / "profile.png")
+    assert (tmp_path / "profile.png").stat().st_size > 10_000
