@@ -48,7 +48,7 @@ class Size:
     start_steps: int = policy.START_STEPS
 
 
-SMOKE = Size(2, 20, 1, 3)
+SMOKE = Size(1, 10, 1, 3)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
