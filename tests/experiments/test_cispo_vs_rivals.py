@@ -134,3 +134,15 @@ def test_results_are_read_back_and_the_rate_chosen_from_them(tmp_path):
 def test_an_unknown_arm_is_named():
     with pytest.raises(UserError, match="no 'ppo'"):
         dataclasses.replace(run.Config(), arms=("ppo",))
+
+
+@pytest.mark.slow
+def test_the_whole_of_it_runs_and_resumes(tmp_path, capsys):
+    config = run.Config(only=("recheck",), arms=("cispo", "dapo"), out=tmp_path, smoke=True)
+    run.main(config)
+    first = {file.name: file.read_text() for file in (tmp_path / "smoke").glob("*.json")}
+    assert {"runs-recheck.json", "tuning-recheck.json"} <= set(first)
+    assert "DAPO's batches over CISPO's" in capsys.readouterr().out
+    run.main(config)
+    assert {file.name: file.read_text() for file in (tmp_path / "smoke").glob("*.json")} == first
+    assert "tuning" not in capsys.readouterr().out.splitlines()[1]
