@@ -84,6 +84,11 @@ def test_last_only_returns_each_rows_last_real_token():
     np.testing.assert_allclose(logits, expected[jnp.arange(2), lengths - 1], atol=TOLERANCE)
 
 
+def test_on_a_gpu_pages_are_whole_pieces_of_its_kernels(monkeypatch):
+    monkeypatch.setattr("m1jax.model.cache.target_platform", lambda: "gpu")
+    assert MODELS["LSLS"].init_cache(1, 70).max_length == 128
+
+
 def test_a_full_cache_is_refused_before_anything_is_computed():
     model = MODELS["LSLS"]
     _, cache = model(random_tokens(0, 1, 6), model.init_cache(1, 8))
