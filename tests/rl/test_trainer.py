@@ -82,6 +82,8 @@ def test_nothing_to_learn_is_told(tmp_path, capsys):
     ]
     assert {name for name in records[0] if name.startswith("heldout_accuracy")} == {
         "heldout_accuracy",
+        "heldout_accuracy_low",
+        "heldout_accuracy_high",
         "heldout_accuracy_number",
     }
     with pytest.raises(SystemExit) as ending:  # nor the same command again

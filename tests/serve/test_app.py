@@ -318,7 +318,8 @@ def test_keys_limits_and_queue(make_engine, tokenizer):
         refused(response, 429, "try again later")
         assert response.headers["retry-after"] == "1"
         cut = live.post(CHAT, messages=USER, n=ROWS + 2)  # beyond its time
-        assert {choice["finish_reason"] for choice in cut.json()["choices"]} == {"length"}
+        reasons = {choice["finish_reason"] for choice in cut.json()["choices"]}
+        assert {"length"} <= reasons <= {"length", "stop"}, reasons  # a quick one may have ended by itself
         assert live.at_rest()
 
 
