@@ -125,7 +125,7 @@ def check_equal(run, want):
     assert [(r["phase"], r["step"], sorted(r)) for r in got] == [(r["phase"], r["step"], sorted(r)) for r in expected]
     for a, b in zip(got, expected):
         for name in sorted(a.keys() - {"phase", *MEASURED}):
-            # Quantiles come from a histogram: what rounding moves into the next bin moves them by a part of its width, 5e-3.
+            # Quantiles come from a histogram: what rounding moves into the next bin moves them by a part of its 5e-3.
             atol = 1e-3 if name.startswith("log_ratio_p") else 1e-6
             np.testing.assert_allclose(a[name], b[name], rtol=2e-4, atol=atol, err_msg=f"{name} at step {a['step']}")
     assert sorted(p.name for p in run.iterdir()) == sorted(p.name for p in want.iterdir())

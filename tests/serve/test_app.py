@@ -317,6 +317,14 @@ def test_keys_limits_and_queue(make_engine, tokenizer):
         response = live.post(CHAT, messages=USER, n=ROWS + 3)
         refused(response, 429, "try again later")
         assert response.headers["retry-after"] == "1"
+        engine = live.backend._engine
+        step = engine.step
+
+        def slow():
+            time.sleep(0.3)
+            return step()
+
+        engine.step = slow
         cut = live.post(CHAT, messages=USER, n=ROWS + 2)  # beyond its time
         reasons = {choice["finish_reason"] for choice in cut.json()["choices"]}
         assert {"length"} <= reasons <= {"length", "stop"}, reasons  # a quick one may have ended by itself
