@@ -93,7 +93,7 @@ def timed(command: list[str], environment: dict[str, str]) -> list[dict[str, flo
     done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
-    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"')]
     return [line for line in lines if line["number"] >= 4]
 
 
