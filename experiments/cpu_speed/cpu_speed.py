@@ -195,11 +195,13 @@ class Pair:
         return timings
 
     def decode(self, batch: int) -> tuple[Timing, Timing | None]:
-        """One step: a token for each of `batch` rows whose cache holds `CONTEXT` tokens; greedy choice included."""
+        """One step: a token for each of `batch` rows whose cache holds `CONTEXT` tokens; greedy choice included. Our
+        weights are as the engine has them."""
         tokens = self._tokens(batch, CONTEXT)
+        graph, parameters = nnx.split(self.ours.unstacked())
 
         def step(parameters: Any, token: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
-            logits, cache = nnx.merge(self.graph, parameters)(token[:, None], cache, last_only=True)
+            logits, cache = nnx.merge(graph, parameters)(token[:, None], cache, last_only=True)
             return jnp.argmax(logits, axis=-1).astype(jnp.int32), cache
 
         jitted = jax.jit(step, donate_argnums=2)
@@ -209,7 +211,7 @@ class Pair:
 
         def ours() -> Any:
             for _ in range(STEPS):
-                state[:] = jitted(self.parameters, state[0], state[1])
+                state[:] = jitted(parameters, state[0], state[1])
             return state
 
         their_state: list[Any] = []
