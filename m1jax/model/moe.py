@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+import functools
+from typing import Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from jaxtyping import Array, Float, Int, Integer
 from m1jax.config import ModelConfig
 from m1jax.model.layers import Weights, kept, linear
 from m1jax.model.parallel import experts
-from pallas_kernels import PADDING
+from pallas_kernels import PADDING, target_platform
 
 
 class Routing(NamedTuple):
@@ -61,7 +62,7 @@ class MoE(nnx.Module):
         Where the choice is ``replayed``, the weights are still today's probabilities of those experts, so that the
         router's gradient flows as it does for a choice of its own. An expert that does not exist has weight zero.
         """
-        logits = jnp.einsum("bti,ei->bte", x.astype(jnp.float32), self.gate[...], precision="highest")
+        logits = router_logits(x, self.gate[...])
         probabilities = jax.nn.softmax(kept(logits), axis=-1)
         if replayed is None:
             weights, experts = jax.lax.top_k(probabilities, self.k)
@@ -98,6 +99,46 @@ class MoE(nnx.Module):
             mixed = out.astype(jnp.float32) * (1 - share) + self.shared_mlp(x).astype(jnp.float32) * share
             out = mixed.astype(x.dtype)
         return out, routing
+
+
+def router_logits(
+    x: Float[Array, "batch time hidden"], gate: Float[Array, "experts hidden"]
+) -> Float[Array, "batch time experts"]:
+    """``x @ gate.T`` of a float32 gate, float32 whatever x is.
+
+    Bfloat16 activations on a GPU go through its matrix units, which know no float32: the gate is a sum of three
+    bfloat16 numbers. There the gradients are bfloat16 products, as all others are.
+    """
+    if x.dtype == jnp.bfloat16 and target_platform() == "gpu":
+        return cast(jax.Array, _on_matrix_units(x, gate))
+    return jnp.einsum("bti,ei->bte", x.astype(jnp.float32), gate, precision="highest")
+
+
+@jax.custom_vjp
+def _on_matrix_units(x: jax.Array, gate: jax.Array) -> jax.Array:
+    return _on_matrix_units_forward(x, gate)[0]
+
+
+def _on_matrix_units_forward(x: jax.Array, gate: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    rest, parts = gate, []
+    for _ in range(3):
+        part = jax.lax.reduce_precision(rest, 8, 7)  # a cast there and back counts as exact to XLA
+        parts.insert(0, part.astype(x.dtype))
+        rest = rest - part
+    products = jnp.einsum("bti,ei->bte", x, jnp.concatenate(parts), preferred_element_type=jnp.float32)
+    low, middle, high = jnp.split(products, 3, axis=-1)
+    return low + middle + high, (x, gate)
+
+
+def _on_matrix_units_backward(saved: tuple[jax.Array, jax.Array], given: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, gate = saved
+    given = given.astype(x.dtype)
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    dx = product("bte,ei->bti", given, gate.astype(x.dtype)).astype(x.dtype)
+    return dx, product("bte,bti->ei", given, x).astype(gate.dtype)
+
+
+_on_matrix_units.defvjp(_on_matrix_units_forward, _on_matrix_units_backward)
 
 
 def balancing_loss(
