@@ -39,7 +39,7 @@ class Sizes:
     longest: int = 1_048_576
 
 
-REHEARSAL = Sizes(preset="m1-tiny", large="m1-demo", rows=2, tokens=32, long=64, longest=256)
+REHEARSAL = Sizes(preset="m1-demo", large="m1-demo", rows=2, tokens=32, long=64, longest=256)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,6 +77,15 @@ class Case:
     @property
     def config(self) -> ModelConfig:
         return HALF_M1 if self.preset == "half-m1" else ModelConfig.preset(self.preset)
+
+
+_PIPELINED = "all_gather", "reduce_scatter", "all_reduce"
+FLAGS = {
+    "pipelined": " ".join(f"--xla_gpu_enable_pipelined_{kind}=true" for kind in _PIPELINED),
+    "no overlap": "--xla_gpu_enable_latency_hiding_scheduler=false",
+    "two collectives at once": "--xla_gpu_experimental_parallel_collective_overlap_limit=2",
+}
+"""What XLA might do otherwise: a name, and flags"""
 
 
 def cases(cards: int, sizes: Sizes) -> list[Case]:
@@ -121,7 +130,3 @@ def cases(cards: int, sizes: Sizes) -> list[Case]:
                 )
             )  # fmt: skip
     return found
-
-
-FLAGS: dict[str, str] = {}
-"""What XLA might do otherwise: a name, and flags"""

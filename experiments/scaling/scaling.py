@@ -61,10 +61,12 @@ class Schedule:
             "CUDA_VISIBLE_DEVICES": ",".join(map(str, chosen)),
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
             "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.94",
+            "JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR", str(self.folder / "cache")),
             "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {case.flags}".strip(),
         }
         if self.rehearsal:
-            environment |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+            environment |= {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+            environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
         if compile_only:  # so that what was taken to try kernels is given back at once
             environment["XLA_PYTHON_CLIENT_ALLOCATOR"] = "platform"
         with self.folder.joinpath(f"{case.name}.log").open("ab") as log:

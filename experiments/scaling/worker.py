@@ -2,8 +2,9 @@
 
     python -m experiments.scaling.worker FOLDER NAME [--compile]
 
-Reads the case from `NAME.case` in the folder, says `NAME.ready` there when it has compiled, waits for `NAME.go`, leaves `NAME.json`, and what ran on the cards
-in `NAME.kernels.txt`. With --compile it ends when it has compiled: the next process finds the program in JAX's cache.
+Reads the case from `NAME.case` in the folder, says `NAME.ready` there when it has compiled, waits for `NAME.go`, leaves
+`NAME.json`, and what ran on the cards in `NAME.kernels.txt`. With --compile it ends when it has compiled: the next
+process finds the program in JAX's cache.
 """
 
 from __future__ import annotations
@@ -55,10 +56,9 @@ def measure(case: Case, folder: Path, compile_only: bool) -> None:
         placed = None
         if mesh is not None:
             placed = parameter_shardings(described, mesh)
-            described = jax.tree.map(
-                lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), described, placed
-            )
-        batch = place_batch(own_share(rows(case, config.vocab_size, np, Batch)))
+            described = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), described, placed)
+        batch = rows(case, config.vocab_size, np, Batch)
+        batch = jax.device_put(batch) if mesh is None else place_batch(own_share(batch))
         step = make_train_step(supervised_loss(graph, config.router_aux_loss_coef, case.remat), optimizer)  # pyright: ignore[reportArgumentType]
         lowered = step.lower(described, batch)
         lowering = time.perf_counter() - began
