@@ -7,7 +7,7 @@ import functools
 import math
 
 from m1jax.config import LIGHTNING, SOFTMAX, ModelConfig
-from m1jax.sharding import parse_mesh
+from m1jax.sharding import is_shardable, parse_mesh
 
 HALF_M1 = ModelConfig(
     vocab_size=100_352,
@@ -121,12 +121,9 @@ def cases(cards: int, sizes: Sizes) -> list[Case]:
     for n in counts:
         meshes = [f"data={n}", f"fsdp={n}"]
         found += [wide(name=f"{m}, strong", mesh=m, rows=rows, beside="one", same="one") for m in meshes]
+    most = functools.partial(wide, rows=cards * rows, beside="one", same=f"one, {cards} times")
     for name, flags in FLAGS.items():
-        for mesh in (f"fsdp={cards}", f"data={cards}"):
-            found.append(
-                wide(
-                    name=f"{mesh}, {name}", mesh=mesh, rows=cards * rows, flags=flags, beside="one",
-                    same=f"one, {cards} times",
-                )
-            )  # fmt: skip
-    return found
+        meshes = (f"fsdp={cards}", f"data={cards}")
+        found += [most(name=f"{mesh}, {name}", mesh=mesh, flags=flags) for mesh in meshes]
+    sizes_of = ((case, parse_mesh(case.mesh)) for case in found)
+    return [c for c, mesh in sizes_of if is_shardable(c.config, mesh, batch=c.rows, time=c.tokens)]

@@ -115,8 +115,8 @@ class Schedule:
             if time.monotonic() > self.end - 20:
                 return self.say(f"{case.name} left out: no time")
             process = self.start(case, chosen, compile_only=False)
-            ready = self.folder / f"{case.name}.ready"
-            while process.poll() is None and not ready.exists() and time.monotonic() < self.end:
+            ready = [self.folder / f"{case.name}.{number}.ready" for number in range(case.processes)]
+            while process.poll() is None and not all(f.exists() for f in ready) and time.monotonic() < self.end:
                 time.sleep(0.05)
             with self.having(chosen):
                 began = time.monotonic()

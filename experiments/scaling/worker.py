@@ -2,7 +2,7 @@
 
     python -m experiments.scaling.worker FOLDER NAME [--compile]
 
-Reads the case from `NAME.case` in the folder, says `NAME.ready` there when it has compiled, waits for `NAME.go`, leaves
+Reads the case from `NAME.case` in the folder, says `NAME.0.ready` there when it has compiled, waits for `NAME.go`, leaves
 `NAME.json`, and what ran on the cards in `NAME.kernels.txt`. With --compile it ends when it has compiled: the next
 process finds the program in JAX's cache.
 """
@@ -67,7 +67,7 @@ def measure(case: Case, folder: Path, compile_only: bool) -> None:
         start = jax.jit(begin, out_shardings=placed).lower().compile()
         if compile_only:
             return
-        folder.joinpath(f"{case.name}.ready").touch()
+        folder.joinpath(f"{case.name}.{jax.process_index()}.ready").touch()
         while not folder.joinpath(f"{case.name}.go").exists():
             time.sleep(0.05)
         state = start()
