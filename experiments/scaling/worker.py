@@ -2,9 +2,9 @@
 
     python -m experiments.scaling.worker FOLDER NAME [--compile]
 
-Reads the case from `NAME.case` in the folder, says `NAME.0.ready` there when it has compiled, waits for `NAME.go`, leaves
-`NAME.json`, and what ran on the cards in `NAME.kernels.txt`. With --compile it ends when it has compiled: the next
-process finds the program in JAX's cache.
+Reads the case from `NAME.case` in the folder, says `NAME.0.ready` there when it has compiled (0: the process), waits for
+`NAME.go`, leaves `NAME.json`, and what ran on the cards in `NAME.kernels.txt`. With --compile it ends when it has
+compiled: the next process finds the program in JAX's cache.
 """
 
 from __future__ import annotations

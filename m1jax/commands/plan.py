@@ -16,7 +16,7 @@ from m1jax.config import ModelConfig
 from m1jax.errors import UserError, require_positive
 from m1jax.plan import hardware, search
 from m1jax.plan.memory import memory
-from m1jax.plan.setup import Setup, Task
+from m1jax.plan.setup import Remat, Setup, Task
 from m1jax.plan.speed import exchanges, speed
 from m1jax.sharding import AXES, ROWS, parse_mesh
 
@@ -53,8 +53,10 @@ class Config:
     """Micro-batches of an update, one after the other."""
     piece: int = 1
     """Generation: tokens of each sequence per step; 1 is decoding, 4096 a piece of a prompt."""
-    remat: bool = True
-    """Recompute each layer for the backward pass instead of keeping its activations."""
+    remat: Remat = "layers"
+    """Training: what the backward pass computes again: whole layers (least memory), what is cheap, or nothing."""
+    sequences: int = 1
+    """Training: equally long ones packed into a row."""
     price: float | None = None
     """Dollars per device and hour; default: the list price that the output names."""
     search: bool = False
@@ -114,6 +116,7 @@ def _setup(config: Config, chip: hardware.Chip, devices: int) -> Setup:
         micro_batches=config.micro_batches,
         piece=config.piece,
         remat=config.remat,
+        sequences=config.sequences,
     )
     asked = f"{config.task} of {config.preset} at {start.context:,} tokens"
     if config.search:

@@ -84,7 +84,7 @@ def _training(setup: Setup) -> Bytes:
     routed = m.experts_per_token * gathered_tokens(setup) / expert_pieces(setup)
     inner = m.intermediate_size / setup.mesh["tensor"]
     saved = m.num_layers * setup.rows_per_device * setup.residual_time * hidden
-    if not setup.remat:
+    if setup.remat == "none":
         saved = m.num_layers * (
             expert_bytes(setup) + attention_bytes(setup)  # gathered weights are kept as well
             + tokens * (13 * hidden + 13 * m.num_heads * m.head_dim / setup.mesh["tensor"])
