@@ -137,6 +137,8 @@ def main() -> None:
     if chosen.values:
         return values(folder, chosen.cards)
     folder.mkdir(parents=True, exist_ok=True)
+    os.setpgrp()
+    signal.signal(signal.SIGTERM, lambda *_: os.killpg(0, signal.SIGKILL))  # the jobs, too
     job = Job(folder, chosen.preset, chosen.cpu)
     finished(job.start("init", ["init", chosen.preset, str(job.model)], 1), "init")
     with ThreadPoolExecutor() as pool:

@@ -15,6 +15,7 @@ from m1jax.collectives import collectives, totals
 from m1jax.config import ModelConfig
 from m1jax.errors import UserError, require_positive
 from m1jax.plan import hardware, search
+from m1jax.plan.expected import expected
 from m1jax.plan.memory import memory
 from m1jax.plan.setup import Remat, Setup, Task
 from m1jax.plan.speed import exchanges, speed
@@ -179,6 +180,7 @@ def _summary(
 ) -> dict[str, Any]:
     """All figures under names that are also those of --json; bytes, seconds and dollars."""
     bound = speed(setup, chip, price)
+    parts_of_time = expected(setup, chip.rates) if chip.rates and setup.devices <= chip.host else None
     total = sum(parts.values())
     fits = total <= chip.memory
     return {
@@ -202,6 +204,7 @@ def _summary(
         **dataclasses.asdict(bound),
         "bound_by": bound.bound_by,
         "step_seconds": bound.seconds,
+        "expected_seconds": parts_of_time,
         "price_per_device_hour": price,
         "price_source": chip.price_source if config.price is None else "--price",
     }
@@ -246,7 +249,18 @@ def _print(plan: dict[str, Any]) -> None:
     times = f"operations {plan['compute']:.3g} s, HBM {plan['hbm']:.3g} s, links {plan['links']:.3g} s"
     table.add_row("a step", f"{plan['step_seconds']:.3g} s, bound by {plan['bound_by']} ({times})")
     table.add_row("MFU", f"at most {plan['mfu']:.1%}")
+    if plan["expected_seconds"]:
+        seconds = sum(plan["expected_seconds"].values())
+        table.add_row(
+            "expected", f"{seconds:.3g} s, MFU {plan['mfu'] * plan['step_seconds'] / seconds:.1%}: {_longest(plan)}"
+        )
     price = f"at ${plan['price_per_device_hour']:.2f} an hour ({plan['price_source']})"
     cost = f"{plan['million_tokens_seconds']:.3g} s, ${plan['million_tokens_dollars']:.3g} {price}"
     table.add_row("a million tokens", cost)
     console.print(table)
+
+
+def _longest(plan: dict[str, Any]) -> str:
+    """What the expected time goes to, longest first."""
+    parts = sorted(plan["expected_seconds"].items(), key=lambda part: -part[1])
+    return ", ".join(f"{name} {seconds:.3g}" for name, seconds in parts)

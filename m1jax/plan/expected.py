@@ -23,7 +23,9 @@ INNER_PASSES = 41  # [tokens, heads x channels]: activations of q, k, v, their s
 EXPERT_PASSES = 10  # [routed tokens, width of an expert]
 ROUTED_PASSES = 5  # [routed tokens, hidden]: to the experts and back
 FORWARD = 0.35  # the share of these that belongs to the forward pass, which remat "layers" repeats
-PARAMETER_BYTES = 38  # AdamW 26 (float32 parameter and moments read and written, bfloat16 gradient read), cast 6, norm 2,
+PARAMETER_BYTES = (
+    38  # AdamW 26 (float32 parameter and moments read and written, bfloat16 gradient read), cast 6, norm 2,
+)
 # gradient written to its stack 4
 HEAD_PRODUCTS = 5  # two of split weights forward, one backward to have the probabilities again, two gradients
 HEAD_BYTES = 7  # per token and word, beside products
