@@ -62,7 +62,7 @@ def table(results: dict[str, dict[str, float]]) -> str:
     lines.append("|---|---|---|---|---|---|---|---|")
     for name, found in results.items():
         setup, topology = case(name)
-        task = setup.task + (", no remat" if setup.remat == "none" else "") + (f", piece {setup.piece}" * (setup.piece > 1))
+        task = setup.task + ", no remat" * (setup.remat == "none") + f", piece {setup.piece}" * (setup.piece > 1)
         computed = sum(memory(setup).values())
         lines.append(
             f"| {name} | {task} | {topology}, {CASES[name][1]} | {setup.rows} x {setup.context:,} | "

@@ -2,8 +2,8 @@
 
     python -m experiments.scaling.worker FOLDER NAME [--compile]
 
-Reads the case from `NAME.case` in the folder, says `NAME.0.ready` there when it has compiled (0: the process), waits for
-`NAME.go`, leaves `NAME.json`, and what ran on the cards in `NAME.kernels.txt`. With --compile it ends when it has
+Reads the case from `NAME.case` in the folder, says `NAME.0.ready` there when it has compiled (0: the process), waits
+for `NAME.go`, leaves `NAME.json`, and what ran on the cards in `NAME.kernels.txt`. With --compile it ends when it has
 compiled: the next process finds the program in JAX's cache.
 """
 

@@ -1,8 +1,8 @@
 """Time of one step as it is to be expected: measured rates of kernels, products, copies and collectives
 (`m1jax.plan.hardware.Rates`), and how much each has to do.
 
-Elementwise work is counted in passes over arrays, read off the compiled update (`m1-2b`, one H200): what fuses with what
-is XLA's choice, and the same for all sizes. Nothing here was fitted to the time of a model.
+Elementwise work is counted in passes over arrays, read off the compiled update (`m1-2b`, one H200): what fuses with
+what is XLA's choice, and the same for all sizes. Nothing here was fitted to the time of a model.
 """
 
 from __future__ import annotations
