@@ -446,12 +446,7 @@ def _trained(
 
 
 def _products_in(dtype: jnp.dtype, weights: Any) -> Any:
-    """A run's matrices in the compute dtype, cast once for forward and backward pass; routers and norms stay.
-
-    On a mesh nothing: there each layer's weights are cast where they are gathered.
-    """
-    if ambient_mesh() is not None:
-        return weights
+    """A run's matrices in the compute dtype, cast once for forward and backward pass; routers and norms stay."""
 
     def cast(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
         parameter, _ = parameters.find(path)

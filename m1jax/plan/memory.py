@@ -17,7 +17,7 @@ from m1jax.config import LIGHTNING, ModelConfig
 from m1jax.model import MiniMaxM1
 from m1jax.model.cache import key_value_bytes, state_bytes
 from m1jax.model.head import CHUNK_ELEMENTS
-from m1jax.model.parallel import MOE_TOKENS
+from m1jax.model.parallel import pieces
 from m1jax.plan.setup import Setup
 from m1jax.sharding import CUT, parameter_specs, vocabulary_is_cut
 
@@ -59,6 +59,11 @@ def gathered_tokens(setup: Setup) -> int:
     return setup.rows_per_device * setup.residual_time * setup.expert_group
 
 
+def expert_pieces(setup: Setup) -> int:
+    """Pieces that a device takes them in."""
+    return pieces(setup.rows_per_device * setup.residual_time, setup.expert_group, setup.model.hidden_size)
+
+
 def head_bytes(setup: Setup) -> float:
     """The head in float32 on one device, gathered for use."""
     return 4 * setup.model.hidden_size * words(setup)
@@ -76,15 +81,15 @@ def _training(setup: Setup) -> Bytes:
     count = layers + other
     tokens = setup.rows_per_device * setup.time_per_device
     hidden = 2 * m.hidden_size  # bytes of one token between layers
-    routed = m.experts_per_token * min(MOE_TOKENS, gathered_tokens(setup))
+    routed = m.experts_per_token * gathered_tokens(setup) / expert_pieces(setup)
     inner = m.intermediate_size / setup.mesh["tensor"]
     saved = m.num_layers * setup.rows_per_device * setup.residual_time * hidden
-    if not setup.remat:
+    if setup.remat == "none":
         saved = m.num_layers * (
             expert_bytes(setup) + attention_bytes(setup)  # gathered weights are kept as well
             + tokens * (13 * hidden + 13 * m.num_heads * m.head_dim / setup.mesh["tensor"])
         )  # fmt: skip
-        if gathered_tokens(setup) <= MOE_TOKENS:  # else its pieces are recomputed in any case
+        if expert_pieces(setup) == 1:  # else its pieces are recomputed in any case
             saved += m.num_layers * routed * (10 * m.hidden_size + 19 * inner)
     layer = (
         ATTENTION_ARRAYS * tokens * hidden
@@ -114,7 +119,7 @@ def _generation(setup: Setup) -> Bytes:
     kv = rows * setup.context / tensor * key_value_bytes(m, jnp.bfloat16)
     softmax = m.num_layers - m.layer_types.count(LIGHTNING)
     layer = kv / max(softmax, 1) if setup.piece > 1 else 0.0  # its keys and values; decoding takes those of all layers
-    routed = m.experts_per_token * min(MOE_TOKENS, gathered_tokens(setup))
+    routed = m.experts_per_token * gathered_tokens(setup) / expert_pieces(setup)
     experts = routed * (8 * m.hidden_size + 4 * m.intermediate_size / tensor)
     experts += expert_bytes(setup) / 3  # w1, w3 and w2 are cut out, or gathered, one after the other
     table = head_bytes(setup) / 2 if math.prod(setup.mesh[axis] for axis in CUT) > 1 else 0.0  # of words, gathered
