@@ -217,7 +217,9 @@ class Engine:
         if not sequences:
             return
         self._copy()
-        allowances = [s.allowance(self._runner.capacity.steps) for s in sequences]
+        # A first token is told at once.
+        steps = self._runner.capacity.steps if all(s.new for s in sequences) else 1
+        allowances = [s.allowance(steps) for s in sequences]
         # Rows that fall idle are worth a look only where somebody waits for them.
         waiting = any(part.waiting for part in self._parts)
         patience = max(1, len(allowances) // 8) if waiting else len(allowances)
