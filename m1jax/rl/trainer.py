@@ -148,7 +148,7 @@ class Trainer:
             raise UserError("share_prompts: groups are not spread over a mesh; train without one, or without this")
         generator = EngineGenerator(
             self._graph,
-            prompts=generation.prompts,
+            prompts=generation.in_work,
             samples=generation.samples,
             prompt_tokens=generation.max_prompt_tokens,
             new_tokens=generation.max_new_tokens,
