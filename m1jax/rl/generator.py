@@ -40,6 +40,10 @@ class Generator(Protocol):
         """Works a little on what was submitted: the completions that have ended now."""
         ...
 
+    def cancel(self, tickets: Sequence[Ticket]) -> list[tuple[Ticket, Completion]]:
+        """Ends all that is in work where it is; these must be all."""
+        ...
+
     def rest(self) -> None:
         """Give memory back until parameters are loaded again."""
         ...
@@ -114,6 +118,12 @@ class EngineGenerator:
     def step(self) -> list[tuple[Ticket, Completion]]:
         assert self._engine is not None, "nothing is loaded"
         return [(event.ticket, event.completion) for event in self._engine.step() if isinstance(event, Finished)]
+
+    def cancel(self, tickets: Sequence[Ticket]) -> list[tuple[Ticket, Completion]]:
+        assert self._engine is not None, "nothing is loaded"
+        for ticket in tickets:
+            self._engine.cancel(ticket)
+        return self.step()
 
     def rest(self) -> None:
         if self._engine is not None:
