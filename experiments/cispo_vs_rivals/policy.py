@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import sys
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -123,6 +124,15 @@ def start(key: Array, steps: int = START_STEPS) -> Params:
 
     (params, _), _ = jax.lax.scan(step, (params, optimizer.init(params)), jax.random.split(key, steps))
     return params
+
+
+@contextlib.contextmanager
+def of(config: ModelConfig) -> Iterator[None]:
+    """Another model under test."""
+    with mock.patch.object(sys.modules[__name__], "CONFIG", config):
+        _graph.cache_clear()
+        yield
+    _graph.cache_clear()
 
 
 @contextlib.contextmanager

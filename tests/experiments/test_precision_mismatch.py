@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from experiments.cispo_vs_rivals.policy import portable
-from experiments.precision_mismatch import amplification, figure3, run
+from experiments.precision_mismatch import amplification, at_size, figure3, run
 
 
 def test_layers_put_together_are_the_model():
@@ -39,9 +39,9 @@ def test_gap():
 def test_the_verdict_asks_for_half_in_every_seed(left, said):
     records = [
         arm._asdict() | {"mean": left if arm.head == "float32" else 1.0, "seed": seed}
-        for arm in figure3.ARMS for seed in run.SEEDS
+        for arm in figure3.ARMS for seed in at_size.SEEDS
     ]  # fmt: skip
-    assert said in run.figure3_sentence(records)
+    assert said in at_size.sentence(records)
 
 
 def test_readme_shows_the_results(tmp_path):
