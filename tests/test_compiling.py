@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -13,3 +15,17 @@ def test_only_on_a_gpu(monkeypatch):
     assert compiling.compiler_options() is None
     monkeypatch.setattr(compiling, "target_platform", lambda: "gpu")
     assert compiling.compiler_options() == compiling.GPU_OPTIONS
+
+
+def test_jit():
+    calls = []
+
+    @functools.partial(compiling.jit, static_argnames="power")
+    def raised(x, power):
+        """To a power."""
+        calls.append(power)
+        return x**power
+
+    assert raised(3.0, power=2) == 9 and raised(2.0, power=2) == 4
+    assert calls == [2] and raised.__doc__ == "To a power."
+    assert raised.lower(3.0, power=3).compile()(2.0) == 8
