@@ -25,6 +25,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Int, Int32, UInt8, UInt32
 
 from m1jax import parameters
+from m1jax.compiling import jit
 from m1jax.config import ModelConfig
 from m1jax.inference.capacity import Capacity
 from m1jax.inference.device import Decoded
@@ -279,7 +280,7 @@ def _copy(cache: Cache, copies: Int[Array, "COPIES 4"]) -> Cache:
     return jax.lax.fori_loop(0, jnp.sum(jnp.any(copies >= 0, axis=1)), one, cache)
 
 
-@functools.partial(jax.jit, static_argnames=("time", "record_routes"), donate_argnames="cache")
+@functools.partial(jit, static_argnames=("time", "record_routes"), donate_argnames="cache")
 def _prefill(
     model: MiniMaxM1,
     cache: Cache,
@@ -304,7 +305,7 @@ class Out(NamedTuple):
     top_logp: Any
 
 
-@functools.partial(jax.jit, static_argnames=("capacity", "record_routes", "top"), donate_argnames="cache")
+@functools.partial(jit, static_argnames=("capacity", "record_routes", "top"), donate_argnames="cache")
 def _decode(
     model: MiniMaxM1,
     cache: Cache,
