@@ -43,7 +43,6 @@ class Schedule:
         self.end, self.compiled_by = self.began + seconds, self.began + compile_seconds
         self.locks = [threading.Lock() for _ in range(cards)]
         self.running: set[subprocess.Popen[bytes]] = set()
-        self.turn = 0
 
     def say(self, text: str) -> None:
         print(f"{time.monotonic() - self.began:6.1f} s  {text}", flush=True)
@@ -81,11 +80,10 @@ class Schedule:
         self.running.discard(process)
 
     def compile(self, every: list[Case], at_once: int) -> None:
-        """All cases, each on cards of its own choice; returns when they are done, or late."""
+        """All cases; returns when they are done, or late."""
 
         def one(number: int, case: Case) -> None:
-            chosen = [(number + i) % self.cards for i in range(self.cards)][: case.cards]
-            process = self.start(case, chosen, compile_only=True)
+            process = self.start(case, self.choose(number, case), compile_only=True)
             while process.poll() is None and time.monotonic() < self.compiled_by:
                 time.sleep(0.1)
             late = process.poll() is None
@@ -104,10 +102,9 @@ class Schedule:
                 stack.enter_context(self.locks[card])
             yield
 
-    def choose(self, case: Case) -> list[int]:
-        """Cards next to each other, others for each case that leaves some free."""
-        first = self.turn * case.cards % self.cards
-        self.turn += case.cards < self.cards
+    def choose(self, number: int, case: Case) -> list[int]:
+        """Cards next to each other; first is another one for each case, because there XLA tries kernels."""
+        first = number * (case.cards if case.cards < self.cards else 1) % self.cards
         return [(first + i) % self.cards for i in range(case.cards)]
 
     def measure(self, every: list[Case]) -> None:
@@ -133,7 +130,7 @@ class Schedule:
             self.say(f"{case.name} {why}{self.last_words(case)}")
 
         with ThreadPoolExecutor(AHEAD) as pool:
-            for future in [pool.submit(one, case, self.choose(case)) for case in every]:
+            for future in [pool.submit(one, case, self.choose(number, case)) for number, case in enumerate(every)]:
                 future.result()
 
     def last_words(self, case: Case) -> str:
