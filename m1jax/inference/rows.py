@@ -56,11 +56,24 @@ class Rows(NamedTuple, Generic[A]):
     @classmethod
     def of(cls, packed: A) -> Rows[A]:
         """The columns of an int32 array [rows, width]."""
-        integers = [packed[:, column] for column in range(8)]
-        floats = [packed[:, column].view(np.float32) for column in range(8, 11)]
-        keys, end_ids, pages = np.cumsum([11, _key_words(), END_IDS])
+        tokens, lengths, allowances, numbers, samples, slots, patience, run = (packed[:, i] for i in range(8))
+        temperature, top_p, certain = (packed[:, i].view(np.float32) for i in range(8, 11))
+        first, second, third = np.cumsum([11, _key_words(), END_IDS])
         return Rows(
-            *integers, *floats, packed[:, keys:end_ids].view(np.uint32), packed[:, end_ids:pages], packed[:, pages:]
+            tokens=tokens,
+            lengths=lengths,
+            allowances=allowances,
+            numbers=numbers,
+            samples=samples,
+            slots=slots,
+            patience=patience,
+            run=run,
+            temperature=temperature,
+            top_p=top_p,
+            certain=certain,
+            keys=packed[:, first:second].view(np.uint32),
+            end_ids=packed[:, second:third],
+            pages=packed[:, third:],
         )
 
     @classmethod

@@ -131,7 +131,7 @@ class ModelRunner:
         rows = np.array([sequence.row for sequence in sequences])
         # The rows of a part lie in a part of the program; without parts, anywhere.
         places = rows if self.capacity.parts > 1 else np.arange(len(rows))
-        size = next(size for size in self._decode_rows if size >= len(rows))
+        size = self.program_rows(len(rows))
         packed = Rows.at_rest(size, self.capacity)
         packed[places] = self._packed[rows]
         wants_top = any(sequence.request.top for sequence in sequences)
@@ -176,10 +176,14 @@ class ModelRunner:
             )
         return out
 
+    def program_rows(self, decoding: int) -> int:
+        """Rows of the program that serves so many."""
+        return next(rows for rows in self._decode_rows if rows >= decoding)
+
     def idle(self, rows: int) -> None:
-        """Run the decode program of so many rows, with nothing to write."""
-        at = np.arange(0)
-        jax.block_until_ready(self._decode(Rows.at_rest(rows, self.capacity), 1, self._allowed([], at, rows), False))
+        """A call of the decode program of so many rows, with nothing to write."""
+        allowed = self._allowed([], np.arange(0), rows)
+        jax.device_get(self._decode(Rows.at_rest(rows, self.capacity), 1, allowed, False).all)
 
     def _compile(self) -> None:
         """Run every program once, with no work to do."""
