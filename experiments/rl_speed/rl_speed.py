@@ -75,7 +75,13 @@ def main(config: Config) -> None:
                 if side == "ours":
                     command, around = [sys.executable, "-m", "experiments.rl_speed.ours", job], {}
                 else:
-                    command, around = [str(config.trl), str(HERE / "theirs.py"), job], {"PYTHONPATH": config.trl_path}
+                    command, around = (
+                        [str(config.trl), str(HERE / "theirs.py"), job],
+                        {
+                            "PYTHONPATH": config.trl_path,
+                            "HF_HUB_OFFLINE": "1",
+                        },
+                    )
                     if not config.gpu:
                         around["OMP_NUM_THREADS"] = str(config.threads)
                 found[side] += lines_of(command, around, log)

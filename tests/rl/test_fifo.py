@@ -81,9 +81,9 @@ def fifo(generator, recipe=GENERATION, task=None):
     return Fifo(Rollout(task or Numbers(), TOKENIZER, generator, recipe), generator, 0, recipe.fifo_window)
 
 
-def taken(queue, generator, version, count=2):
-    generator.load(None, version)
-    with contextlib.closing(queue.groups(30, lambda problem: False)) as groups:
+def taken(queue, generator, version, count=2, *, params=None, limit=30):
+    generator.load(params, version)
+    with contextlib.closing(queue.groups(limit, lambda problem: False)) as groups:
         return list(itertools.islice(groups, count))
 
 
@@ -95,7 +95,7 @@ def test_who_is_whole_goes_first_within_the_window():
     assert found[0] == [1, 2]
     assert found[1][:1] == [3]
     assert found[1][1] == 0
-    assert sorted(sum(found, [])) == [0, 1, 2, 3, 4, 6, 7, 8]
+    assert sorted(number for some in found for number in some) == [0, 1, 2, 3, 4, 6, 7, 8]
     assert all(number - found[0][0] < 4 + 2 * batch for batch, some in enumerate(found) for number in some)
 
 
@@ -133,25 +133,30 @@ def _plain(episode):
     return {n: getattr(episode, n).tolist() for n in ("prompt", "tokens", "written", "logp", "version")}
 
 
+class Halted(EngineGenerator):
+    """Stops in the middle of its second step."""
+
+    left = 1
+
+    def step(self):
+        if not self.left:
+            self.left = -1
+            raise KeyboardInterrupt
+        self.left -= 1
+        return super().step()
+
+
 def test_what_goes_on_is_what_the_policy_writes():
     """Log-probabilities of a response in two pieces are those of the whole: it is read again, not remembered."""
-    recipe = dataclasses.replace(GENERATION, max_new_tokens=24)
-    model = tiny.model()
+    model, recipe = tiny.model(), dataclasses.replace(GENERATION, max_new_tokens=24)
     graph, params = nnx.split(model)
-    generator = EngineGenerator(graph, prompts=4, samples=2, prompt_tokens=2, new_tokens=24)
+    generator = Halted(graph, prompts=4, samples=2, prompt_tokens=2, new_tokens=24)
     queue = fifo(generator, recipe)
     generator.load(params, 0)
-    with contextlib.closing(queue.groups(24, lambda problem: False)):
-        pass
-    groups = queue.groups(24, lambda problem: False)
-    next(groups)
-    groups.close()
-    pieces = [len(e.tokens) for g in queue._groups.values() for e in g.episodes]
-    assert any(0 < n < 24 for n in pieces)
-    generator.load(params, 1)
-    with contextlib.closing(queue.groups(24, lambda problem: False)) as groups:
-        found = [episode for group in itertools.islice(groups, 2) for episode in group.episodes]
-    assert any(len(set(episode.version.tolist())) == 2 for episode in found)
+    with pytest.raises(KeyboardInterrupt):
+        next(queue.groups(24, lambda problem: False))
+    found = [episode for group in taken(queue, generator, 1, params=params, limit=24) for episode in group.episodes]
+    assert all(set(episode.version.tolist()) == {0, 1} for episode in found)
     for episode in found:
         ids = np.concatenate([episode.prompt, episode.tokens])[None]
         logp, _ = model.log_probs(model.forward(ids[:, :-1]).hidden, ids[:, 1:])
