@@ -51,7 +51,7 @@ class Size:
     model: ModelConfig = LARGE
     start_steps: int = 250
     """of a piece of the start; then it is asked whether the sums are learned"""
-    start_pieces: int = 10
+    start_pieces: int = 6
     """at most"""
     together: int = 6
     """starts side by side"""
