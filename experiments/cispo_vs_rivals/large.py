@@ -10,6 +10,7 @@ import json
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from experiments.cispo_vs_rivals.policy import Params
 from experiments.cispo_vs_rivals.results import Job, Results
 from m1jax.config import ModelConfig
 from m1jax.disk import write_atomically
+from pallas_kernels.experts import reference
 
 LARGE = dataclasses.replace(
     policy.CONFIG,
@@ -51,7 +53,7 @@ class Size:
     model: ModelConfig = LARGE
     start_steps: int = 250
     """of a piece of the start; then it is asked whether the sums are learned"""
-    start_pieces: int = 10
+    start_pieces: int = 6
     """at most"""
     together: int = 6
     """starts side by side"""
@@ -193,12 +195,19 @@ def _piece(state: Any, first: jax.Array, last: jax.Array, *, steps: int) -> Any:
     return many.over_models(one)(state, first, last)
 
 
+def _experts(x: Any, w1: Any, w3: Any, w2: Any, routes: Any, weights: Any) -> jax.Array:
+    """`reference.forward`, which insists on float32 products, without that."""
+    share = jnp.sum(weights[:, :, None] * (routes[:, :, None] == jnp.arange(len(w1))), axis=1)
+    up, gate = jnp.einsum("nd,efd->enf", x, w1), jnp.einsum("nd,efd->enf", x, w3)
+    return jnp.einsum("enf,edf->nd", jax.nn.silu(up) * gate * share.T[:, :, None], w2)
+
+
 def piece(state: Any, first: jax.Array, last: jax.Array, *, steps: int) -> tuple[Any, np.ndarray]:
     """So many more steps of every start, at rates that go from `first` to `last`; the loss of the last of them.
 
     Products are those of a GPU's matrix units: nothing here compares a sampler with a trainer.
     """
-    with jax.default_matmul_precision("tensorfloat32"):
+    with mock.patch.object(reference, "forward", _experts), jax.default_matmul_precision("tensorfloat32"):
         state, loss = _piece(state, first, last, steps=steps)
     return state, np.asarray(loss)
 

@@ -35,7 +35,7 @@ RL_ARMS = (
     Arm("bfloat16", "bfloat16", True),
 )
 RL = RLRecipe(
-    optimizer=OptimizerConfig(learning_rate=2e-5, warmup_steps=16),
+    optimizer=OptimizerConfig(learning_rate=4e-5, warmup_steps=16),
     generation=GenerationRecipe(prompts=32, samples=8, rounds=1, max_prompt_tokens=14, max_new_tokens=40, chat=False),
     update=UpdateRecipe(updates=16, row_length=512, rows=4),
     evaluation=EvaluationRecipe(evaluate_every=10, evaluate_rounds=2),
