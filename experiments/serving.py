@@ -4,15 +4,18 @@ import contextlib
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 
 @contextlib.contextmanager
-def serving(model: Path, *options: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """(address, process) of `m1jax serve`; ended by SIGTERM, which must be obeyed within 30 s and with status 0."""
+def serving(model: Path, *options: str, before: Sequence[str] = ()) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """(address, process) of `m1jax serve`; ended by SIGTERM, which must be obeyed within 30 s and with status 0.
+
+    `before`: words in front of the command, as `taskset -c 0`, which must become the process itself.
+    """
     process = subprocess.Popen(
-        [sys.executable, "-m", "m1jax.cli", "serve", str(model), "--port", "0", *options],
+        [*before, sys.executable, "-m", "m1jax.cli", "serve", str(model), "--port", "0", *options],
         stdout=subprocess.PIPE,
         text=True,
         env=os.environ,

@@ -185,10 +185,15 @@ class TextStream:
 
     def feed(self, ids: Iterable[int]) -> str:
         """The text that these ids complete."""
-        return "".join(map(self._next, ids))
+        new = [int(i) for i in ids]
+        text = self._tokenizer.decode(self._ids + new)
+        if not text.endswith("\ufffd"):  # as most do; the same as one after the other, at the cost of one
+            text, self._ids, self._given = text[self._given :], [], 0
+            return text
+        return "".join(map(self._next, new))
 
     def _next(self, token: int) -> str:
-        self._ids.append(int(token))
+        self._ids.append(token)
         text = self._tokenizer.decode(self._ids)
         if not text.endswith("\ufffd"):
             new, self._ids, self._given = text[self._given :], [], 0

@@ -76,7 +76,7 @@ class Sequence:
 
     def allowance(self, steps: int) -> int:
         """How many tokens the next `steps` decode steps may write before somebody must look."""
-        left = self.left if self.matcher is None else 1
+        left = self.left
         if self.thought is not None and self.thought.left is not None:
             left = min(left, self.thought.left)
         return min(steps, left)

@@ -56,7 +56,6 @@ class Work:
         self._backend = backend
         self.samples = self._left = sum(request.samples for request in requests)
         self._inbox: asyncio.Queue[list[tuple[int, Event]] | Failed] = asyncio.Queue()
-        self._loop = asyncio.get_running_loop()
 
     def cancel(self, number: int | None = None, sample: int | None = None) -> None:
         """End everything, or one sample of one request; its end is told like any other."""
@@ -122,6 +121,7 @@ class Backend:
         self._most = self.capacity.rows * self.capacity.parts + queue_limit
         self._inbox: queue.SimpleQueue[_Submit | _Cancel | _Close] = queue.SimpleQueue()
         self._places: dict[Ticket, _Place] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._open: set[Work] = set()
         self._before = Counts()
@@ -153,6 +153,8 @@ class Backend:
         return self._before if engine is None else self._before + engine.counts
 
     def start(self) -> None:
+        """From within the loop that requests come from."""
+        self._loop = asyncio.get_running_loop()
         self._thread.start()
 
     def drain(self, seconds: float) -> None:
@@ -205,7 +207,7 @@ class Backend:
             self._stop(error := ApiError(503, "The server is stopping."))
             while not self._inbox.empty():
                 if isinstance(message := self._inbox.get(), _Submit):
-                    _call(message.work, _refuse, message.accepted, error)
+                    self._call(_refuse, message.accepted, error)
 
     def _serve(self) -> None:
         while True:
@@ -254,9 +256,9 @@ class Backend:
             for ticket in tickets:
                 del self._places[ticket]
                 engine.cancel(ticket)
-            _call(message.work, _refuse, message.accepted, ApiError(400, str(error)))
+            self._call(_refuse, message.accepted, ApiError(400, str(error)))
         else:
-            _call(message.work, _accept, message.accepted)
+            self._call(_accept, message.accepted)
 
     def _deliver(self, events: Sequence[Event]) -> None:
         found: dict[Work, list[tuple[int, Event]]] = {}
@@ -268,18 +270,23 @@ class Backend:
             place.left -= isinstance(event, Finished)
             if not place.left:
                 del self._places[event.ticket]
-        for work, some in found.items():
-            _call(work, work.put, some)
+        if found:  # all in one call: each wakes the loop's thread, which then takes the interpreter from this one
+            self._call(_put, list(found.items()))
 
     def _stop(self, error: ApiError) -> None:
         for work in {place.work for place in self._places.values()}:
-            _call(work, work.put, Failed(error))
+            self._call(work.put, Failed(error))
         self._places.clear()
 
+    def _call(self, function: Callable[..., None], *arguments: object) -> None:
+        assert self._loop is not None
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            self._loop.call_soon_threadsafe(function, *arguments)
 
-def _call(work: Work, function: Callable[..., None], *arguments: object) -> None:
-    with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-        work._loop.call_soon_threadsafe(function, *arguments)
+
+def _put(told: list[tuple[Work, list[tuple[int, Event]]]]) -> None:
+    for work, events in told:
+        work.put(events)
 
 
 def _accept(accepted: asyncio.Future[None]) -> None:

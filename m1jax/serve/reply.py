@@ -90,6 +90,11 @@ class Reply:
 
     def feed(self, wrote: Wrote, delta: Delta) -> None:
         """Adds what these tokens bring."""
+        if not self._job.stops and not self._job.logprobs:  # nothing can end between them
+            self.tokens += len(wrote.tokens)
+            delta.tokens += wrote.tokens
+            self._add(delta, self._text.feed(t for t in wrote.tokens if t != self._tokenizer.eos_id))
+            return
         for place, token in enumerate(wrote.tokens):
             if self.enough:
                 break

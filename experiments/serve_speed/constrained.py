@@ -1,0 +1,81 @@
+"""What constrained requests cost the batch they are in: 32 free ones against the same with 8 that must be JSON.
+
+    python -m experiments.serve_speed.constrained runs/m1-100m
+
+The engine alone, by turns, one process. A reply that must be JSON is a list of objects, long enough to last to the end.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+import m1jax
+from experiments.serve_speed.client import prompts
+from m1jax.chat import Tokenizer
+from m1jax.inference import Request, Sampling
+from m1jax.serve.backend import engines
+from m1jax.serve.grammar import Grammars
+
+HERE = Path(__file__).parent
+ITEM = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 12}, "amount": {"type": "integer"}},
+    "required": ["name", "amount"],
+    "additionalProperties": False,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--requests", type=int, default=32)
+    parser.add_argument("--constrained", type=int, default=8, help="of them")
+    parser.add_argument("--tokens", type=int, default=256, help="of each reply, at most")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, help="default: constrained-MODEL.json beside this file")
+    given = parser.parse_args()
+    model, tokenizer = m1jax.from_pretrained(given.model), Tokenizer.from_dir(given.model)
+    schema = {"type": "array", "items": ITEM, "minItems": given.tokens // 40}
+    form = Grammars(tokenizer, model.config.vocab_size).json(schema)
+    engine = engines(model, rows=given.requests, max_length=1024)()
+    sampling = Sampling(max_new_tokens=given.tokens, end_ids=(tokenizer.eos_id,))
+
+    def run(seed: int, constrained: int) -> float:
+        """Tokens a second."""
+        requests = [
+            Request(
+                np.array(prompt, np.int32), jax.random.key(seed), sampling, constraint=form if n < constrained else None
+            )
+            for n, prompt in enumerate(prompts(given.requests, seed))
+        ]
+        start, written = time.perf_counter(), 0
+        for number, completion in engine.run(requests):
+            written += len(completion.tokens)
+            if number < constrained:
+                json.loads(tokenizer.decode(completion.tokens[:-1]))
+        return written / (time.perf_counter() - start)
+
+    rates: dict[str, list[float]] = {"free": [], "constrained": []}
+    for constrained in (0, given.constrained):
+        run(1000, constrained)
+    for seed in range(given.rounds):
+        rates["free"].append(run(seed, 0))
+        rates["constrained"].append(run(seed, given.constrained))
+        share = statistics.median(rates["constrained"]) / statistics.median(rates["free"])
+        told = {"device": jax.devices()[0].device_kind, **vars(given), "tokens_per_second": rates, "share": share}
+        (given.out or HERE / f"constrained-{given.model.name}.json").write_text(
+            json.dumps(told, indent=1, default=str) + "\n"
+        )
+        print(
+            f"free {rates['free'][-1]:.0f}, constrained {rates['constrained'][-1]:.0f} tokens/s: {share:.1%}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
