@@ -27,9 +27,9 @@ def read(directory: Path) -> tuple[dict[str, float], list[str]]:
 def summary(cards: list[list[Any]]) -> tuple[dict[str, float], list[str]]:
     """`read`, of each card's events."""
     cards = [events for events in cards if events]
-    totals: collections.Counter[str] = collections.Counter()
-    calls: collections.Counter[str] = collections.Counter()
-    names: collections.Counter[str] = collections.Counter()
+    totals: dict[str, float] = collections.defaultdict(float)
+    names: dict[str, float] = collections.defaultdict(float)
+    calls: dict[str, int] = collections.defaultdict(int)
     for events in cards:
         spans: dict[bool, Spans] = {True: [], False: []}
         for event in events:
@@ -43,7 +43,8 @@ def summary(cards: list[list[Any]]) -> tuple[dict[str, float], list[str]]:
         totals["collectives"] += covered(spans[True])
         totals["exposed"] += covered(everything) - covered(spans[False])
     count = max(1, len(cards))
-    lines = [f"{ms / count:9.3f} ms {calls[label] // count:6d} x {label}" for label, ms in names.most_common()]
+    longest = sorted(names.items(), key=lambda found: -found[1])
+    lines = [f"{ms / count:9.3f} ms {calls[label] // count:6d} x {label}" for label, ms in longest]
     return {name: total / count for name, total in totals.items()}, lines
 
 
