@@ -34,7 +34,7 @@ class Config:
     """What to run and where to write it."""
 
     preset: str = "m1-1b"
-    steps: int = 5
+    steps: int = 6
     """Of each; the first one or two are not counted."""
     ways: tuple[str, ...] = tuple(WAYS)
     """one, split, both"""
@@ -61,7 +61,7 @@ def main(config: Config) -> None:
                 flags["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
             lines = lines_of([sys.executable, "-m", "experiments.rl_speed.ours", job], flags, log)
             # The first step of a split waits for its own batch, the second's was written beside the compilation.
-            result[way] = medians(lines, sizes.warm + (way == "split"))
+            result[way] = medians(lines, min(sizes.warm + 2 * (way == "split"), len(lines) - 1))
             config.out.write_text(json.dumps(with_ratios(result), indent=1) + "\n")
     print(json.dumps(with_ratios(result), indent=1))
 

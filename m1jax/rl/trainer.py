@@ -153,6 +153,7 @@ class Trainer:
             prompt_tokens=generation.max_prompt_tokens,
             new_tokens=generation.max_new_tokens,
             record_routes=replay,
+            alone=bool(recipe.generator_mesh),
         )
         rollout = Rollout(task, tokenizer, generator, generation, environment, record_routes=replay)
         judge = judge or RuleJudge(task, recipe.reward.format_reward)
