@@ -43,7 +43,6 @@ RL = RLRecipe(
     checkpoint_every=100_000,
 )
 SMALL_RL = dataclasses.replace(RL, iterations=2, evaluation=EvaluationRecipe(evaluate_every=2, evaluate_rounds=1))
-KEPT = ("reward", "accuracy", "heldout_accuracy", "pearson", "sampler_gap", "entropy", "grad_norm", "kl_k3")
 Record = dict[str, Any]
 
 
@@ -130,10 +129,10 @@ def rl_runs(out: Path, work: Path) -> list[Record]:
 
             def noted(phase: str, step: int, values: dict[str, float], arm=arm, append=append, begun=begun) -> None:
                 append(phase, step, values)
-                kept = {name: values[name] for name in KEPT if name in values}
                 if phase == PHASE:
-                    lines.add(arm._asdict() | {"step": step} | kept | {"seconds": time.monotonic() - begun})
-                    print(f"{arm}: {step}, {kept}", flush=True)
+                    kept = {name: float(x) for name, x in values.items() if isinstance(x, int | float | np.number)}
+                    lines.add(arm._asdict() | {"step": step} | kept | {"since": time.monotonic() - begun})
+                    print(f"{arm}: {step}, accuracy {kept.get('accuracy')}", flush=True)
 
             run.log.append = noted  # pyright: ignore[reportAttributeAccessIssue]
             model = nnx.merge(figure3.graph_of(size), jax.tree.map(jax.numpy.copy, params))
