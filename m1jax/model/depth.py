@@ -163,6 +163,8 @@ class _Piece(NamedTuple):
     """how many arrays h is"""
     seen: Tree
     kept: list[jax.ShapeDtypeStruct]
+    shared: list[bool]
+    """of each that is kept: whether the forward pass reads it too"""
 
     @staticmethod
     def of(layer: Layer, run: int, weights: Tree, h: Tree, constants: Tree) -> _Piece:
@@ -186,17 +188,21 @@ class _Piece(NamedTuple):
         for variable in closed.jaxpr.invars[before : before + len(jax.tree.leaves(h))]:
             del places[variable]  # h is another in each layer
         sources = [None if hasattr(v, "val") else places.get(v) for v in leaves]
-        kept = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v, s in zip(leaves, sources) if s is None]
+        own = [v for v, source in zip(leaves, sources) if source is None]
+        kept = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in own]
+        read = {id(v) for equation in closed.jaxpr.eqns for v in equation.invars}
         return _Piece(
             lambda *flat: list(jaxpr_as_fun(closed)(*flat)),
             trees["outputs"], trees["pullback"], sources, len(jax.tree.leaves(h)), trees["seen"], kept,
+            [id(v) in read for v in own],
         )  # fmt: skip
 
     def forward(self, weights: Tree, h: Tree, constants: Tree, number: Any) -> tuple[Any, Tree, list[jax.Array]]:
         flat = self.program(*jax.tree.leaves((weights, h, constants)), jnp.asarray(number, jnp.int32))
         outputs, leaves = _split(flat, self.outputs)
         h, seen = jax.tree.unflatten(self.outputs, outputs)
-        return h, seen, [x for x, source in zip(leaves, self.sources) if source is None]
+        kept = [x for x, source in zip(leaves, self.sources) if source is None]
+        return h, seen, [_apart(x) if shared else x for x, shared in zip(kept, self.shared)]
 
     def backward(self, weights: Tree, constants: Tree, number: Any, kept: list[jax.Array], given: Any) -> Any:
         h = [None] * self.streams
@@ -228,6 +234,12 @@ def _at(tree: Tree, number: Any) -> Tree:
 
 def _put(stacks: Tree, number: Any, tree: Tree) -> Tree:
     return jax.tree.map(lambda stack, x: jax.lax.dynamic_update_index_in_dim(stack, x, number, 0), stacks, tree)
+
+
+def _apart(x: jax.Array) -> jax.Array:
+    """x, which on a GPU is copied into its place of a stack. Where the forward pass reads it too, XLA would have the
+    product or kernel that made it run twice, once for each place."""
+    return jax.lax.optimization_barrier(x) if target_platform() == "gpu" else x
 
 
 def _room(shape: tuple[int, ...], dtype: Any) -> jax.Array:

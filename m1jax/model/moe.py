@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Literal, NamedTuple, cast
 
 import jax
@@ -133,9 +132,8 @@ def _on_matrix_units_forward(x: jax.Array, gate: jax.Array) -> tuple[jax.Array, 
 def _on_matrix_units_backward(saved: tuple[jax.Array, jax.Array], given: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, gate = saved
     given = given.astype(x.dtype)
-    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    dx = product("bte,ei->bti", given, gate.astype(x.dtype)).astype(x.dtype)
-    return dx, product("bte,bti->ei", given, x).astype(gate.dtype)
+    dx = jnp.einsum("bte,ei->bti", given, gate.astype(x.dtype))
+    return dx, jnp.einsum("bte,bti->ei", given, x, preferred_element_type=jnp.float32).astype(gate.dtype)
 
 
 _on_matrix_units.defvjp(_on_matrix_units_forward, _on_matrix_units_backward)
