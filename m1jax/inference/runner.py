@@ -73,6 +73,7 @@ class ModelRunner:
         self._rows = Rows.of(self._packed)
         self._settled: list[tuple[list[int], int] | None] = [None] * len(self._packed)
         self._decode_rows = capacity.decode if capacity.parts == 1 else (len(self._packed),)
+        self._at_rest = {rows: Rows.at_rest(rows, capacity) for rows in self._decode_rows}
         words = -(-self.vocab_size // 32)
         self._free = {rows: jnp.full((rows, words), ALL, jnp.uint32) for rows in self._decode_rows if constrains}
         self.load(params)
@@ -131,7 +132,7 @@ class ModelRunner:
         # The rows of a part lie in a part of the program; without parts, anywhere.
         places = rows if self.capacity.parts > 1 else np.arange(len(rows))
         size = self.program_rows(len(rows))
-        packed = Rows.at_rest(size, self.capacity)
+        packed = self._at_rest[size].copy()
         packed[places] = self._packed[rows]
         wants_top = any(sequence.request.top for sequence in sequences)
         out = self._decode(packed, patience, self._allowed(sequences, places, size), wants_top)
@@ -182,7 +183,7 @@ class ModelRunner:
     def idle(self, rows: int) -> None:
         """A call of the decode program of so many rows, with nothing to write."""
         allowed = self._allowed([], np.arange(0), rows)
-        jax.device_get(self._decode(Rows.at_rest(rows, self.capacity), 1, allowed, False).all)
+        jax.device_get(self._decode(self._at_rest[rows], 1, allowed, False).all)
 
     def _compile(self) -> None:
         """Run every program once, with no work to do."""
