@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
+from m1jax.sharding import ambient_mesh
 from pallas_kernels import target_platform
 
 
@@ -117,7 +118,7 @@ def _nucleus(
     probs: Float[Array, "rows vocab"], top_p: Float[Array, " rows"], u: Float[Array, " rows"]
 ) -> tuple[Int[Array, " rows"], Float[Array, " rows"]]:
     """A token of the nucleus, and the nucleus' probability: inversion in the order of falling probability."""
-    if target_platform() == "cpu":  # whose cache holds a row, but not all of them
+    if target_platform() == "cpu" and ambient_mesh() is None:  # whose cache holds a row, but not all of them
         return jax.lax.map(lambda row: _nucleus_of_row(*row), (probs, top_p, u))
     return jax.vmap(_nucleus_of_row)(probs, top_p, u)
 
