@@ -188,6 +188,8 @@ class Engine:
         """Read prompts, so many of their tokens that those who decode need not wait too long."""
         self._copy()
         capacity, running = self._runner.capacity, [s for part in self._parts for s in part.running]
+        if not any(sequence.pending for sequence in running):
+            return
         left = max(FIXED + capacity.stall, PATIENCE * capacity.steps * len(running) // capacity.parts)
         if all(sequence.pending for sequence in running):  # nobody waits
             left = max(left, FIXED + math.prod(capacity.prefill[-1]))

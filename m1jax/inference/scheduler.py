@@ -146,12 +146,14 @@ class Scheduler:
             if sequence.row < 0:  # preempted a moment ago
                 continue
             need = self._pages_ahead(sequence) - len(sequence.pages)
+            if need <= 0:
+                continue
             while not self._make_room(need):
                 self._preempt(self.running[-1])
                 if sequence.row < 0:
                     break
             else:
-                sequence.pages += self.pages.take(max(0, need))
+                sequence.pages += self.pages.take(need)
 
     def _pages_ahead(self, sequence: Sequence) -> int:
         """Pages for its tokens and those that the next decode steps may write."""
