@@ -121,13 +121,13 @@ class ModelRunner:
         return [routes[i, : chunk.count] for i, chunk in zip(places, chunks)]
 
     def decode(self, sequences: Several[Sequence], allowances: Several[int], patience: int) -> Decoded[np.ndarray]:
-        for sequence, allowance in zip(sequences, allowances):
+        for sequence in sequences:
             row = sequence.row
             settled = self._settled[row]
             if settled is None or settled[0] is not sequence.pages or settled[1] != len(sequence.pages):
                 settle(self._rows, sequence)
                 self._settled[row] = (sequence.pages, len(sequence.pages))
-            advance(self._rows, sequence, allowance)
+        advance(self._rows, sequences, allowances)
         rows = np.array([sequence.row for sequence in sequences])
         # The rows of a part lie in a part of the program; without parts, anywhere.
         places = rows if self.capacity.parts > 1 else np.arange(len(rows))
