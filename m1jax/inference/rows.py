@@ -105,11 +105,14 @@ def settle(rows: Rows[np.ndarray], sequence: Sequence) -> None:
     rows.pages[row, : len(sequence.pages)] = sequence.pages
 
 
-def advance(rows: Rows[np.ndarray], sequence: Sequence, allowance: int) -> None:
+def advance(rows: Rows[np.ndarray], sequences: Several[Sequence], allowances: Several[int]) -> None:
     """Write down what every decode step changes."""
-    row = sequence.row
-    rows.tokens[row], rows.lengths[row] = sequence.tokens[-1], sequence.computed
-    rows.allowances[row], rows.numbers[row], rows.run[row] = allowance, sequence.new, sequence.certain
+    at = [sequence.row for sequence in sequences]
+    rows.tokens[at] = [sequence.tokens[-1] for sequence in sequences]
+    rows.lengths[at] = [sequence.computed for sequence in sequences]
+    rows.numbers[at] = [sequence.new for sequence in sequences]
+    rows.run[at] = [sequence.certain for sequence in sequences]
+    rows.allowances[at] = allowances
 
 
 class Prompts(NamedTuple, Generic[A]):

@@ -74,6 +74,7 @@ class ModelRunner:
         self._rows = Rows.of(self._packed)
         self._settled: list[tuple[list[int], int] | None] = [None] * len(self._packed)
         self._decode_rows = capacity.decode if capacity.parts == 1 else (len(self._packed),)
+        self._at_rest = {rows: Rows.at_rest(rows, capacity) for rows in self._decode_rows}
         words = -(-self.vocab_size // 32)
         self._free = {rows: jnp.full((rows, words), ALL, jnp.uint32) for rows in self._decode_rows if constrains}
         self.load(params)
@@ -121,18 +122,18 @@ class ModelRunner:
         return [routes[i, : chunk.count] for i, chunk in zip(places, chunks)]
 
     def decode(self, sequences: Several[Sequence], allowances: Several[int], patience: int) -> Decoded[np.ndarray]:
-        for sequence, allowance in zip(sequences, allowances):
+        for sequence in sequences:
             row = sequence.row
             settled = self._settled[row]
             if settled is None or settled[0] is not sequence.pages or settled[1] != len(sequence.pages):
                 settle(self._rows, sequence)
                 self._settled[row] = (sequence.pages, len(sequence.pages))
-            advance(self._rows, sequence, allowance)
+        advance(self._rows, sequences, allowances)
         rows = np.array([sequence.row for sequence in sequences])
         # The rows of a part lie in a part of the program; without parts, anywhere.
         places = rows if self.capacity.parts > 1 else np.arange(len(rows))
         size = self.program_rows(len(rows))
-        packed = Rows.at_rest(size, self.capacity)
+        packed = self._at_rest[size].copy()
         packed[places] = self._packed[rows]
         wants_top = any(sequence.request.top for sequence in sequences)
         out = self._decode(packed, patience, self._allowed(sequences, places, size), wants_top)
@@ -183,7 +184,7 @@ class ModelRunner:
     def idle(self, rows: int) -> None:
         """A call of the decode program of so many rows, with nothing to write."""
         allowed = self._allowed([], np.arange(0), rows)
-        jax.device_get(self._decode(Rows.at_rest(rows, self.capacity), 1, allowed, False).all)
+        jax.device_get(self._decode(self._at_rest[rows], 1, allowed, False).all)
 
     def _compile(self) -> None:
         """Run every program once, with no work to do."""

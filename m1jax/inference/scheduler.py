@@ -145,13 +145,16 @@ class Scheduler:
         for sequence in self.running.copy():
             if sequence.row < 0:  # preempted a moment ago
                 continue
-            need = self._pages_ahead(sequence) - len(sequence.pages)
+            # Most have enough, whatever they are allowed.
+            if len(sequence.tokens) - 1 + self.capacity.steps <= len(sequence.pages) * self.capacity.page_size:
+                continue
+            need = max(0, self._pages_ahead(sequence) - len(sequence.pages))
             while not self._make_room(need):
                 self._preempt(self.running[-1])
                 if sequence.row < 0:
                     break
             else:
-                sequence.pages += self.pages.take(max(0, need))
+                sequence.pages += self.pages.take(need)
 
     def _pages_ahead(self, sequence: Sequence) -> int:
         """Pages for its tokens and those that the next decode steps may write."""
