@@ -2,12 +2,11 @@
 
 import dataclasses
 import itertools
-import json
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import jax
 import numpy as np
@@ -15,6 +14,7 @@ from flax import nnx
 
 from experiments.precision_mismatch import figure3
 from experiments.precision_mismatch.figure3 import ARMS, Arm, Scale, Text
+from experiments.precision_mismatch.lines import Lines, Record
 from experiments.precision_mismatch.switches import Bits, precision
 from m1jax.chat import Tokenizer
 from m1jax.rl.recipe import EvaluationRecipe, GenerationRecipe, RLRecipe, UpdateRecipe
@@ -43,20 +43,6 @@ RL = RLRecipe(
     checkpoint_every=100_000,
 )
 SMALL_RL = dataclasses.replace(RL, iterations=2, evaluation=EvaluationRecipe(evaluate_every=2, evaluate_rounds=1))
-Record = dict[str, Any]
-
-
-class Lines:
-    """Records in a file, one a line; every one is on disk when `add` returns."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-        self.records: list[Record] = [json.loads(x) for x in file.read_text().splitlines()] if file.exists() else []
-
-    def add(self, record: Record) -> None:
-        self.records.append(record)
-        with self.file.open("a") as file:
-            file.write(json.dumps(record) + "\n")
 
 
 def parameters(size: Scale, work: Path, seed: int) -> tuple[nnx.State, float]:

@@ -1,6 +1,6 @@
 """Why did M1's sampler and trainer disagree, and what halves it? See README.md beside this file.
 
-python -m experiments.precision_mismatch.run [--part figure3 | rl | amplification ...] [--out FOLDER]
+python -m experiments.precision_mismatch.run [--part figure3 | rl | amplification | trained ...] [--out FOLDER]
 """
 
 import dataclasses
@@ -13,13 +13,13 @@ import numpy as np
 import tyro
 
 from experiments.cispo_vs_rivals.policy import portable
-from experiments.precision_mismatch import amplification, at_size
+from experiments.precision_mismatch import amplification, at_size, trained
 from m1jax.disk import write_atomically
 
 HERE = Path(__file__).parent
 SEEDS = (0, 1, 2)
 DEPTHS = (2, 4, 8, 16, 32)
-Part = Literal["figure3", "rl", "amplification"]
+Part = Literal["figure3", "rl", "amplification", "trained"]
 Record = dict[str, Any]
 
 
@@ -41,6 +41,9 @@ def main(config: Config) -> None:
         at_size.rl_runs(config.out, config.work)
     if "amplification" in config.part:
         texts.append(of_amplification(config.out))
+    if "trained" in config.part:
+        with portable():
+            trained.measure(config.out)
     text = "\n".join(texts)
     print(text)
 
