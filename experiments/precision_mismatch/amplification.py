@@ -110,8 +110,8 @@ def compare(
 
 
 def half_an_ulp(weights: Any, unit: Unit, seed: int, part: str = "") -> Any:
-    """Half of the weights (whose path has `part` in it) moved by one unit in the last place, up or down: half a unit each,
-    on average. A bfloat16's unit is 2^16 times a float32's."""
+    """Half of the weights (of those whose path has `part` in it) moved by one unit in the last place, up or down: half
+    a unit each, on average. A bfloat16's unit is 2^16 times a float32's."""
     rng = np.random.default_rng(seed)
 
     def one(path: Any, w: Array) -> Array:
