@@ -43,7 +43,7 @@ def main(config: Config) -> None:
         texts.append(of_amplification(config.out))
     if "trained" in config.part:
         with portable():
-            trained.measure(config.out)
+            texts.append(trained.table(trained.measure(config.out)))
     text = "\n".join(texts)
     print(text)
 

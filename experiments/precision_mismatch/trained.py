@@ -15,7 +15,7 @@ from jaxtyping import Array
 
 from experiments.precision_mismatch import amplification, figure3
 from experiments.precision_mismatch.amplification import Setting, Unit
-from experiments.precision_mismatch.lines import Lines
+from experiments.precision_mismatch.lines import Lines, Record
 from m1jax.config import M1_ALPHA, SOFTMAX
 from m1jax.model import MiniMaxM1
 
@@ -24,6 +24,7 @@ STEPS, ROWS, RATE = 600, 16, 2e-3
 BASE = "depth 16"
 PARTS = ("embed_tokens", "['attention']", "['w", "['gate']", "layernorm", "lm_head")
 """of paths of parameters, moved alone in the model of sixteen layers"""
+NAMES = dict(zip(("", *PARTS), ("everything", "embedding", "attention", "experts", "routers", "norms", "head")))
 
 
 def settings() -> dict[str, Setting]:
@@ -66,8 +67,8 @@ def rows(code: np.ndarray, rng: np.random.Generator, count: int) -> np.ndarray:
     return np.stack([code[s : s + amplification.TIME + 1] for s in starts]).astype(np.int32)
 
 
-def measure(out: Path) -> None:
-    """Adds to `trained.jsonl` what is not there yet."""
+def measure(out: Path) -> list[Record]:
+    """Adds to `trained.jsonl` what is not there yet; all of it."""
     lines, code = Lines(out / "trained.jsonl"), figure3.corpus()
     there = {(r["name"], r["seed"]) for r in lines.records}
     for name, setting in settings().items():
@@ -86,3 +87,33 @@ def measure(out: Path) -> None:
                     found.append({"unit": unit, "replay": replay, "part": part} | moved._asdict())
             lines.add({"name": name, "seed": seed, "loss": loss, "found": found})
             print(f"{name}, seed {seed}: loss {loss:.3f}, {time.monotonic() - begun:.0f} s", flush=True)
+    return lines.records
+
+
+def table(records: list[Record]) -> str:
+    """Markdown: what the logits change by, medians over seeds; then by which weights are moved."""
+
+    def median(name: str, what: str, unit: Unit, replay: bool = False, part: str = "") -> float:
+        wanted = {"unit": unit, "replay": replay, "part": part}
+        found = [f for r in records if r["name"] == name for f in r["found"] if wanted.items() <= f.items()]
+        return float(np.median([f[what] for f in found]))
+
+    lines = [
+        "| setting | loss | float32's unit, relative | largest | bfloat16's unit, relative | routes replayed "
+        "| flipped routes |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name in dict.fromkeys(r["name"] for r in records):
+        loss = np.median([r["loss"] for r in records if r["name"] == name])
+        lines.append(
+            f"| {name} | {loss:.2f} | {median(name, 'logits', 'float32'):.1e} "
+            f"| {median(name, 'logits_max', 'float32'):.1e} | {median(name, 'logits', 'bfloat16'):.1e} "
+            f"| {median(name, 'logits', 'bfloat16', True):.1e} | {median(name, 'flipped', 'bfloat16'):.2%} |"
+        )
+    lines += ["", "| moved alone (sixteen layers) | float32's unit | bfloat16's unit | flipped routes |"]
+    lines += ["|---|---|---|---|"]
+    for part in ("", *PARTS):
+        figures = [median(BASE, "logits", unit, False, part) for unit in get_args(Unit)]
+        flipped = median(BASE, "flipped", "bfloat16", False, part)
+        lines.append(f"| {NAMES[part]} | {figures[0]:.1e} | {figures[1]:.1e} | {flipped:.2%} |")
+    return "\n".join(lines) + "\n"
