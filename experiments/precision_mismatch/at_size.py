@@ -185,3 +185,50 @@ def picture(pairs: dict[str, np.ndarray], file: Path) -> None:
     figure.tight_layout()
     figure.savefig(file, dpi=100)
     plt.close(figure)
+
+
+def rl_table(records: Sequence[Record]) -> str:
+    """Markdown: what became of each run."""
+    lines = [
+        "| head | lightning states | routes | batches | accuracy, first five | last five | held out, at the end "
+        "| Pearson, median (least) | largest gap, median (most) | entropy at the end |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for arm in RL_ARMS:
+        found = [r for r in of_arm(records, arm) if r["step"] > 0]
+        if not found:
+            continue
+        series = {name: [r[name] for r in found] for name in ("accuracy", "pearson", "sampler_gap", "entropy")}
+        heldout = [r["heldout_accuracy"] for r in found if "heldout_accuracy" in r]
+        lines.append(
+            f"| {arm.head} | {arm.state} | {'replayed' if arm.replay else 'free'} | {len(found)} "
+            f"| {np.mean(series['accuracy'][:5]):.3f} | {np.mean(series['accuracy'][-5:]):.3f} "
+            f"| {heldout[-1] if heldout else float('nan'):.3f} "
+            f"| {np.median(series['pearson']):.5f} ({min(series['pearson']):.5f}) "
+            f"| {np.median(series['sampler_gap']):.2f} ({max(series['sampler_gap']):.2f}) "
+            f"| {series['entropy'][-1]:.3f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def rl_picture(records: Sequence[Record], file: Path) -> None:
+    """Accuracy, correlation and largest gap against batches."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shown = {"accuracy": "accuracy", "pearson": "Pearson correlation", "sampler_gap": "largest gap, nats"}
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.6))
+    for arm in RL_ARMS:
+        found = [r for r in of_arm(records, arm) if r["step"] > 0]
+        for axis, name in zip(axes, shown):
+            axis.plot([r["step"] for r in found], [r[name] for r in found], label=str(arm), linewidth=1.2)
+    for axis, label in zip(axes, shown.values()):
+        axis.set_xlabel("generation batches of 16 updates")
+        axis.set_ylabel(label)
+    axes[2].set_yscale("log")
+    axes[0].legend(fontsize=6)
+    figure.tight_layout()
+    figure.savefig(file, dpi=100)
+    plt.close(figure)

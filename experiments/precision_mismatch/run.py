@@ -38,7 +38,9 @@ def main(config: Config) -> None:
     if "figure3" in config.part:
         texts.append(of_figure3(config.out, config.work))
     if "rl" in config.part:
-        at_size.rl_runs(config.out, config.work)
+        records = at_size.rl_runs(config.out, config.work)
+        at_size.rl_picture(records, config.out / "rl.png")
+        texts.append(at_size.rl_table(records))
     if "amplification" in config.part:
         texts.append(of_amplification(config.out))
     if "trained" in config.part:
