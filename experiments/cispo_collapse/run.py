@@ -60,6 +60,8 @@ class Config:
     minutes: float | None = None
     """no piece is begun after so many"""
     out: Path = HERE / "results"
+    work: Path = HERE / "work"
+    """where runs are, to go on from: 80 MB a block"""
     smoke: bool = False
     """a tiny size, to see that all of it works"""
 
@@ -67,25 +69,27 @@ class Config:
 def main(config: Config) -> None:
     size = SMOKE if config.smoke else Size()
     out = config.out / "smoke" if config.smoke else config.out
-    out.mkdir(parents=True, exist_ok=True)
+    for folder in (out, config.work):
+        folder.mkdir(parents=True, exist_ok=True)
     rates = chosen(config)
     begun = time.monotonic()
     with policy.portable():
-        starts = many.starts(range(size.seeds), size.start_steps, out / "starts.npz")
+        starts = many.starts(range(size.seeds), size.start_steps, config.work / "starts.npz")
         print(f"starts: {time.monotonic() - begun:.0f} s", flush=True)
         for first, replay in itertools.product(range(0, size.seeds, size.together), (False, True)):
             seeds = range(first, first + size.together)
             cells = [Cell(*cell) for cell in itertools.product(ARMS, MISMATCHES, (False, True), [replay], seeds)]
             name = f"replay-{'on' if replay else 'off'}-{first}"
             begin = many.begin(many.stacked([starts[c.seed] for c in cells]), jnp.array([c.seed for c in cells]))
-            state, history = stored.load(out / f"{name}.npz", begin)
+            state, history = stored.load(config.work / f"{name}.npz", begin)
             while history is None or history.accuracy.shape[1] < size.pieces * size.batches:
                 if config.minutes is not None and time.monotonic() - begun > 60 * config.minutes:
                     break
                 state, more = many.train(state, settings(cells, rates), batches=size.batches, replay=replay)
                 more = jax.device_get(more)
                 history = more if history is None else jax.tree.map(lambda *x: np.concatenate(x, axis=1), history, more)
-                stored.save(out / f"{name}.npz", state, history)
+                stored.save(config.work / f"{name}.npz", state, history)
+                np.savez_compressed(out / f"{name}.npz", **history._asdict())
                 write(out / f"{name}.json", cells, history, rates)
                 gaps = [more.gap[[c.mismatch == m for c in cells]].mean() for m in MISMATCHES]
                 print(
@@ -94,6 +98,9 @@ def main(config: Config) -> None:
                     flush=True,
                 )
     records = [record for file in sorted(out.glob("replay-*.json")) for record in json.loads(file.read_text())]
+    if not records:
+        print("nothing has been run yet: give it more --minutes")
+        return
     records = report.watched(records)
     text = report.table(records)
     (out / "table.md").write_text(text)

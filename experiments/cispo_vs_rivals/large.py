@@ -8,6 +8,7 @@ import functools
 import itertools
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -42,8 +43,7 @@ LARGE = dataclasses.replace(
 )
 SMOKE = dataclasses.replace(LARGE, hidden_size=32, intermediate_size=16, head_dim=8, rotary_dim=8, num_heads=4)
 ARMS = ("dapo", "cispo")
-THIRD = "grpo"
-START_RATES = (3e-4, 1e-3, 3e-3)
+START_RATE, START_BATCH = 5e-4, 64
 LEARNED = 0.95
 """probability of the right last sum, from which a start has learned the sums"""
 
@@ -51,14 +51,14 @@ LEARNED = 0.95
 @dataclasses.dataclass(frozen=True)
 class Size:
     model: ModelConfig = LARGE
-    start_steps: int = 250
+    start_steps: int = 300
     """of a piece of the start; then it is asked whether the sums are learned"""
-    start_pieces: int = 6
+    start_pieces: int = 5
     """at most"""
-    together: int = 6
-    """starts side by side"""
+    groups: tuple[tuple[int, ...], ...] = ((100, *range(8)), tuple(range(8, 17)))
+    """seeds whose starts are made side by side; the first tunes, the last only makes the groups equally large"""
     loop: run.Size = dataclasses.field(
-        default_factory=lambda: run.Size(rates=(1e-5, 3e-5, 1e-4, 3e-4), tuning_seeds=(100, 101), updates=(16,))
+        default_factory=lambda: run.Size(batches=40, rates=(1e-5, 3e-5, 1e-4, 3e-4), tuning_seeds=(100,), updates=(16,))
     )
 
 
@@ -76,7 +76,8 @@ class Config:
 
 
 def main(config: Config) -> None:
-    size = Size(SMOKE, 3, 2, 3, run.Size(3, 3, (1e-3, 3e-3), (100,), 1, 2, (16,))) if config.smoke else Size()
+    size = Size(SMOKE, 3, 2, ((100, 0), (1, 2)), run.Size(2, 3, (1e-3, 3e-3), (100,), 1, 2, (16,)))
+    size = size if config.smoke else Size()
     for folder in (config.out, config.starts):
         folder.mkdir(parents=True, exist_ok=True)
     begun = time.monotonic()
@@ -86,73 +87,61 @@ def main(config: Config) -> None:
 
     tuning, runs = Results(config.out, "tuning"), Results(config.out, "runs")
     with policy.of(size.model), policy.portable():
-        starts, told = all_starts(size, config.starts)
-        write_atomically(config.out / "starts.json", json.dumps(told) + "\n")
-        print(f"starts: {time.monotonic() - begun:.0f} s", flush=True)
         how = run.Config(width=config.width, out=config.out, minutes=config.minutes)
-        for jobs, results in (
-            (tuning_jobs(ARMS, size.loop), tuning),
-            (lambda: main_jobs(ARMS, size.loop.primary_seeds, tuning), runs),
-            (tuning_jobs((THIRD,), size.loop), tuning),
-            (lambda: main_jobs((THIRD,), size.loop.seeds, tuning), runs),
-        ):
-            run.execute(jobs(), results, starts, size.loop, how, in_time)
+        for group in size.groups:
+            starts, told = starts_of(group, size, config.starts)
+            write_atomically(config.out / f"starts-{group[0]}.json", json.dumps(told) + "\n")
+            print(f"starts of {group}: {time.monotonic() - begun:.0f} s", flush=True)
+            jobs = [job for job in tuning_jobs(size.loop) if job.seed in group]
+            run.execute(jobs, tuning, starts, size.loop, how, in_time)
+            seeds = [seed for seed in group if seed < size.loop.primary_seeds]
+            run.execute(main_jobs(seeds, tuning), runs, starts, size.loop, how, in_time)
+            print(f"runs of {group}: {time.monotonic() - begun:.0f} s", flush=True)
     text = report.table(runs, tuning, size.loop.rates)
     (config.out / "table.md").write_text(text)
     report.picture(runs, config.out)
     print(text)
 
 
-def tuning_jobs(arms: tuple[str, ...], size: run.Size) -> Any:
-    cells = itertools.product(arms, size.rates, size.tuning_seeds)
-    return lambda: [Job("recheck", arm, 16, rate, seed) for arm, rate, seed in cells]
+def tuning_jobs(size: run.Size) -> list[Job]:
+    cells = itertools.product(ARMS, size.rates, size.tuning_seeds)
+    return [Job("recheck", arm, 16, rate, seed) for arm, rate, seed in cells]
 
 
-def main_jobs(arms: tuple[str, ...], seeds: int, tuning: Results) -> list[Job]:
+def main_jobs(seeds: Sequence[int], tuning: Results) -> list[Job]:
     """Seed by seed, so that what is there when time runs out is paired."""
-    rates = {arm: tuning.chosen("recheck", arm, 16) for arm in arms}
-    cells = itertools.product(range(seeds), arms)
+    rates = {arm: tuning.chosen("recheck", arm, 16) for arm in ARMS}
+    cells = itertools.product(seeds, ARMS)
     return [Job("recheck", arm, 16, rate, seed) for seed, arm in cells if (rate := rates[arm]) is not None]
 
 
-def all_starts(size: Size, folder: Path) -> tuple[dict[int, Params], dict[str, Any]]:
-    """The supervised start of every seed, and how it was made; from the folder where they are there already."""
-    seeds = (*size.loop.tuning_seeds, *range(size.loop.primary_seeds))
+def starts_of(group: Sequence[int], size: Size, folder: Path) -> tuple[dict[int, Params], dict[str, Any]]:
+    """The supervised starts of a group of seeds, and how they were made; from the folder where they are there."""
     structure = jax.tree.structure(jax.eval_shape(lambda: policy.fresh(jax.random.key(0))))
-    told_file = folder / "made.json"
-    told: dict[str, Any] = json.loads(told_file.read_text()) if told_file.exists() else {}
-    if "rate" not in told:
-        tried = np.repeat(START_RATES, len(size.loop.tuning_seeds))
-        begin = fresh(jnp.array(size.loop.tuning_seeds * len(START_RATES)))
-        _, loss = piece(begin, jnp.array(tried), jnp.array(tried), steps=size.start_steps)
-        means = np.where(np.isfinite(loss), loss, np.inf).reshape(len(START_RATES), -1).mean(axis=1)
-        told["rate"] = START_RATES[int(np.argmin(means))]
-        print(f"start: losses {dict(zip(START_RATES, means.tolist()))}", flush=True)
-    for first in range(0, len(seeds), size.together):
-        group = seeds[first : first + size.together]
-        if (folder / f"{group[-1]}.npz").exists():
-            continue
+    told_file = folder / f"made-{group[0]}.json"
+    if not told_file.exists():
         state = fresh(jnp.array(group))
-        steady = jnp.full(len(group), told["rate"])
+        steady = jnp.full(len(group), START_RATE)
+        made = 0
         for made in range(1, size.start_pieces + 1):
             state, loss = piece(state, steady, steady, steps=size.start_steps)
             worth = many.recheck_accuracy(state[0])
-            print(f"start of {group}: {made} pieces, loss {loss.mean():.3f}, right {worth.min():.3f}", flush=True)
+            print(f"{made} pieces, loss {loss.mean():.3f}, right {np.round(worth, 3).tolist()}", flush=True)
             if worth.min() >= LEARNED:
                 break
         state, loss = piece(state, steady, jnp.zeros_like(steady), steps=size.start_steps)
         worth = many.recheck_accuracy(state[0])
-        told |= {str(s): {"right": float(w), "pieces": made + 1} for s, w in zip(group, worth)}
         leaves = jax.tree.leaves(jax.device_get(state[0]))
         for n, seed in enumerate(group):
             np.savez(folder / f"{seed}.npz", *(leaf[n] for leaf in leaves))
+        told = {"seeds": list(group), "right": worth.tolist(), "pieces": made + 1, "loss": float(loss.mean())}
         write_atomically(told_file, json.dumps(told) + "\n")
     found = {}
-    for seed in seeds:
+    for seed in group:
         with np.load(folder / f"{seed}.npz") as arrays:
             leaves = [arrays[f"arr_{n}"] for n in range(structure.num_leaves)]
         found[seed] = jax.tree.unflatten(structure, leaves)
-    return found, told
+    return found, json.loads(told_file.read_text())
 
 
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(b1=0.9, b2=0.95))
@@ -177,8 +166,8 @@ def _piece(state: Any, first: jax.Array, last: jax.Array, *, steps: int) -> Any:
     def one(state: Any, first: jax.Array, last: jax.Array) -> Any:
         def loss(params: Params, key: jax.Array) -> jax.Array:
             key_task, key_each = jax.random.split(key)
-            task = jax.random.randint(key_task, (policy.START_BATCH,), 0, len(tasks.TASKS))
-            tokens, weight = jax.vmap(tasks.demonstration)(jax.random.split(key_each, policy.START_BATCH), task)
+            task = jax.random.randint(key_task, (START_BATCH,), 0, len(tasks.TASKS))
+            tokens, weight = jax.vmap(tasks.demonstration)(jax.random.split(key_each, START_BATCH), task)
             return -jnp.sum(weight * policy.log_probs(params, tokens)[0]) / jnp.sum(weight)
 
         def step(state: Any, share: jax.Array) -> Any:

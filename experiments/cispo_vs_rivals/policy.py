@@ -46,8 +46,9 @@ def fresh(key: Array) -> Params:
 
 
 def model_of(params: Params) -> MiniMaxM1:
-    """The model, layer by layer: at this size a scan's copies would cost more than its layers."""
-    return nnx.merge(_graph(), params).unstacked()
+    """The model; a small one layer by layer, as a scan's copies would cost more than its layers."""
+    model = nnx.merge(_graph(), params)
+    return model.unstacked() if CONFIG.num_layers <= 4 else model
 
 
 @functools.cache

@@ -2,12 +2,11 @@
 
 import dataclasses
 import itertools
-import json
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import jax
 import numpy as np
@@ -15,6 +14,7 @@ from flax import nnx
 
 from experiments.precision_mismatch import figure3
 from experiments.precision_mismatch.figure3 import ARMS, Arm, Scale, Text
+from experiments.precision_mismatch.lines import Lines, Record
 from experiments.precision_mismatch.switches import Bits, precision
 from m1jax.chat import Tokenizer
 from m1jax.rl.recipe import EvaluationRecipe, GenerationRecipe, RLRecipe, UpdateRecipe
@@ -26,7 +26,7 @@ from m1jax.train.run import Run
 SEEDS = (0, 1, 2)
 SHOWN = 3000
 """pairs of an arm in the scatter"""
-RL_SEED = 0
+RL_SEED, RL_START_STEPS = 0, 500
 RL_ARMS = (
     Arm("float32", "float32", False),
     Arm("bfloat16", "float32", False),
@@ -38,34 +38,20 @@ RL = RLRecipe(
     optimizer=OptimizerConfig(learning_rate=4e-5, warmup_steps=16),
     generation=GenerationRecipe(prompts=32, samples=8, rounds=1, max_prompt_tokens=14, max_new_tokens=40, chat=False),
     update=UpdateRecipe(updates=16, row_length=512, rows=4),
-    evaluation=EvaluationRecipe(evaluate_every=10, evaluate_rounds=2),
-    iterations=30,
+    evaluation=EvaluationRecipe(evaluate_every=20, evaluate_rounds=1),
+    iterations=20,
     checkpoint_every=100_000,
 )
 SMALL_RL = dataclasses.replace(RL, iterations=2, evaluation=EvaluationRecipe(evaluate_every=2, evaluate_rounds=1))
-Record = dict[str, Any]
 
 
-class Lines:
-    """Records in a file, one a line; every one is on disk when `add` returns."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-        self.records: list[Record] = [json.loads(x) for x in file.read_text().splitlines()] if file.exists() else []
-
-    def add(self, record: Record) -> None:
-        self.records.append(record)
-        with self.file.open("a") as file:
-            file.write(json.dumps(record) + "\n")
-
-
-def parameters(size: Scale, work: Path, seed: int) -> tuple[nnx.State, float]:
-    """Trained ones, from the folder where they are there already."""
+def parameters(size: Scale, file: Path, seed: int, demonstrations: float) -> tuple[nnx.State, float]:
+    """Trained ones, from the file where it is there already."""
     abstract = nnx.state(nnx.eval_shape(lambda: figure3.MiniMaxM1(size.config, rngs=nnx.Rngs(0))))
-    structure, file = jax.tree.structure(abstract), work / f"trained-{seed}.npz"
+    structure = jax.tree.structure(abstract)
     if not file.exists():
         begun = time.monotonic()
-        params, loss = figure3.trained(size, Text(size, seed), seed)
+        params, loss = figure3.trained(size, Text(size, seed, demonstrations), seed)
         leaves = jax.tree.leaves(jax.device_get(params))
         made = file.with_suffix(".part.npz")
         np.savez(made, *leaves, loss=loss)
@@ -77,14 +63,14 @@ def parameters(size: Scale, work: Path, seed: int) -> tuple[nnx.State, float]:
         return jax.tree.unflatten(structure, leaves), float(arrays["loss"])
 
 
-def scatter(out: Path, work: Path) -> list[Record]:
+def scatter(out: Path, work: Path, seeds: Sequence[int]) -> list[Record]:
     """Figure 3's numbers: `figure3.jsonl`, and pairs of the first seed in `scatter.npz`. Every seed by itself, so that
     whole seeds are there when time runs out."""
     size, lines = figure3.scale(), Lines(out / "figure3.jsonl")
     pairs_file = out / "scatter.npz"
     pairs = dict(np.load(pairs_file)) if pairs_file.exists() else {}
-    for seed in SEEDS:
-        params, loss = parameters(size, work, seed)
+    for seed in seeds:
+        params, loss = parameters(size, work / f"trained-{seed}.npz", seed, figure3.DEMONSTRATIONS)
         prompts = Text(size, 500 + seed).code(size.samples, figure3.PROMPT)
         # The head first: it is what the report's claim is about.
         for state, head in itertools.product(get_args(Bits), get_args(Bits)):
@@ -110,13 +96,14 @@ def scatter(out: Path, work: Path) -> list[Record]:
     return lines.records
 
 
-def rl_runs(out: Path, work: Path) -> list[Record]:
+def rl_runs(out: Path, work: Path, arms: Sequence[Arm]) -> list[Record]:
     """What each arm does to a short RL run with the product's own trainer: `rl.jsonl`, a line per generation batch."""
     size, lines = figure3.scale(), Lines(out / "rl.jsonl")
     recipe = SMALL_RL if jax.default_backend() == "cpu" else RL
-    params, _ = parameters(size, work, RL_SEED)
+    start = dataclasses.replace(size, steps=min(size.steps, RL_START_STEPS))
+    params, _ = parameters(start, work / "rl-start.npz", RL_SEED, 1.0)
     task, words = get_task(figure3.TASK), Tokenizer.tiny()
-    for arm in RL_ARMS:
+    for arm in arms:
         there = [r for r in lines.records if Arm(r["head"], r["state"], r["replay"]) == arm]
         if any(r["step"] == recipe.iterations for r in there):
             continue
@@ -147,9 +134,12 @@ def of_arm(records: Sequence[Record], arm: Arm) -> list[Record]:
 
 def sentence(records: Sequence[Record]) -> str:
     """The verdict, as the README laid down."""
-    before = of_arm(records, Arm("bfloat16", "bfloat16", False))
-    after = of_arm(records, Arm("float32", "bfloat16", False))
-    left = [b["mean"] / a["mean"] for a, b in zip(before, after)]
+    means = {(r["head"], r["state"], r["seed"]): r["mean"] for r in records if not r["replay"]}
+    left = [
+        mean / means["bfloat16", state, seed]
+        for (head, state, seed), mean in means.items()
+        if head == "float32" and ("bfloat16", state, seed) in means
+    ]
     cause = all(share <= 0.5 for share in left)
     said = "The head is the cause" if cause else "The head is not the cause here"
     return f"{said}: in float32 it leaves {min(left):.0%} to {max(left):.0%} of the mean gap."
@@ -165,6 +155,8 @@ def table(records: Sequence[Record]) -> str:
     ]
     for arm in ARMS:
         found = of_arm(records, arm)
+        if not found:
+            continue
         shown = {name: [r[name] for r in found] for name in figure3.Gap._fields}
         least = min(shown["correlation"])
         lines.append(
@@ -196,6 +188,53 @@ def picture(pairs: dict[str, np.ndarray], file: Path) -> None:
         axis.set_title(f"head {arm.head}, states {arm.state},\nroutes {routes}", fontsize=8)
     figure.supxlabel("probability in the sampler")
     figure.supylabel("probability in the trainer")
+    figure.tight_layout()
+    figure.savefig(file, dpi=100)
+    plt.close(figure)
+
+
+def rl_table(records: Sequence[Record]) -> str:
+    """Markdown: what became of each run."""
+    lines = [
+        "| head | lightning states | routes | batches | accuracy, first five | last five | held out, at the end "
+        "| Pearson, median (least) | largest gap, median (most) | entropy at the end |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for arm in RL_ARMS:
+        found = [r for r in of_arm(records, arm) if r["step"] > 0]
+        if not found:
+            continue
+        series = {name: [r[name] for r in found] for name in ("accuracy", "pearson", "sampler_gap", "entropy")}
+        heldout = [r["heldout_accuracy"] for r in found if "heldout_accuracy" in r]
+        lines.append(
+            f"| {arm.head} | {arm.state} | {'replayed' if arm.replay else 'free'} | {len(found)} "
+            f"| {np.mean(series['accuracy'][:5]):.3f} | {np.mean(series['accuracy'][-5:]):.3f} "
+            f"| {heldout[-1] if heldout else float('nan'):.3f} "
+            f"| {np.median(series['pearson']):.5f} ({min(series['pearson']):.5f}) "
+            f"| {np.median(series['sampler_gap']):.2f} ({max(series['sampler_gap']):.2f}) "
+            f"| {series['entropy'][-1]:.3f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def rl_picture(records: Sequence[Record], file: Path) -> None:
+    """Accuracy, correlation and largest gap against batches."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shown = {"accuracy": "accuracy", "pearson": "Pearson correlation", "sampler_gap": "largest gap, nats"}
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.6))
+    for arm in RL_ARMS:
+        found = [r for r in of_arm(records, arm) if r["step"] > 0]
+        for axis, name in zip(axes, shown):
+            axis.plot([r["step"] for r in found], [r[name] for r in found], label=str(arm), linewidth=1.2)
+    for axis, label in zip(axes, shown.values()):
+        axis.set_xlabel("generation batches of 16 updates")
+        axis.set_ylabel(label)
+    axes[2].set_yscale("log")
+    axes[0].legend(fontsize=6)
     figure.tight_layout()
     figure.savefig(file, dpi=100)
     plt.close(figure)

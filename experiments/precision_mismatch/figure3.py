@@ -73,8 +73,9 @@ def corpus() -> Int[np.ndarray, " bytes"]:
 class Text:
     """Rows of training: source code, and demonstrations of the task that reinforcement learning is given."""
 
-    def __init__(self, size: Scale, seed: int) -> None:
+    def __init__(self, size: Scale, seed: int, demonstrations: float = DEMONSTRATIONS) -> None:
         self._size, self._seed, self._rng = size, seed, np.random.default_rng(seed)
+        self._demonstrations = round(demonstrations * size.rows)
         self._code, self._task, self._words = corpus(), get_task(TASK), Tokenizer.tiny()
         self._number = 0
 
@@ -85,7 +86,7 @@ class Text:
     def batch(self) -> Int[np.ndarray, "rows time+1"]:
         wanted = self._size.length + 1
         rows = self.code(self._size.rows, wanted)
-        for row in rows[: round(DEMONSTRATIONS * len(rows))]:
+        for row in rows[: self._demonstrations]:
             ids: list[int] = []
             while len(ids) < wanted:
                 problem = self._task.problem("train", self._seed + 1_000_000, self._number)

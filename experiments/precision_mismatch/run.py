@@ -1,6 +1,6 @@
 """Why did M1's sampler and trainer disagree, and what halves it? See README.md beside this file.
 
-python -m experiments.precision_mismatch.run [--part figure3 | rl | amplification ...] [--out FOLDER]
+python -m experiments.precision_mismatch.run [--part figure3 | rl | amplification | trained ...] [--out FOLDER]
 """
 
 import dataclasses
@@ -13,19 +13,25 @@ import numpy as np
 import tyro
 
 from experiments.cispo_vs_rivals.policy import portable
-from experiments.precision_mismatch import amplification, at_size
+from experiments.precision_mismatch import amplification, at_size, trained
 from m1jax.disk import write_atomically
 
 HERE = Path(__file__).parent
 SEEDS = (0, 1, 2)
 DEPTHS = (2, 4, 8, 16, 32)
-Part = Literal["figure3", "rl", "amplification"]
+Part = Literal["figure3", "rl", "amplification", "trained"]
 Record = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     part: tuple[Part, ...] = get_args(Part)
+    seeds: tuple[int, ...] = at_size.SEEDS
+    """of figure 3"""
+    rl_arms: tuple[int, ...] = tuple(range(len(at_size.RL_ARMS)))
+    """numbers in `at_size.RL_ARMS`"""
+    trained: tuple[str, ...] = tuple(trained.settings())
+    """settings of the amplification with trained weights"""
     out: Path = HERE
     work: Path = HERE / "work"
     """of trained models, 0.7 GB each on a GPU"""
@@ -36,18 +42,23 @@ def main(config: Config) -> None:
     config.work.mkdir(parents=True, exist_ok=True)
     texts = []
     if "figure3" in config.part:
-        texts.append(of_figure3(config.out, config.work))
+        texts.append(of_figure3(config.out, config.work, config.seeds))
     if "rl" in config.part:
-        at_size.rl_runs(config.out, config.work)
+        records = at_size.rl_runs(config.out, config.work, [at_size.RL_ARMS[n] for n in config.rl_arms])
+        at_size.rl_picture(records, config.out / "rl.png")
+        texts.append(at_size.rl_table(records))
     if "amplification" in config.part:
         texts.append(of_amplification(config.out))
+    if "trained" in config.part:
+        with portable():
+            texts.append(trained.table(trained.measure(config.out, config.trained)))
     text = "\n".join(texts)
     print(text)
 
 
-def of_figure3(out: Path, work: Path) -> str:
+def of_figure3(out: Path, work: Path, seeds: Sequence[int]) -> str:
     """Trains, samples, scores; returns the table."""
-    records = at_size.scatter(out, work)
+    records = at_size.scatter(out, work, seeds)
     at_size.picture(dict(np.load(out / "scatter.npz")), out / "figure3.png")
     return at_size.table(records)
 
