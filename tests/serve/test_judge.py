@@ -1,4 +1,4 @@
-"""A generative judge on a real server: random weights say nothing of use, but JSON of a schema where it is asked for."""
+"""A generative judge on a real server: random weights say nothing of use, but JSON of a schema if asked for it."""
 
 import contextlib
 

@@ -5,7 +5,7 @@ import numpy as np
 from m1jax.rl.environment import Messages, Step
 from m1jax.rl.tasks.base import Family, Problem
 
-HIGHEST = 999
+HIGHEST = 255
 
 
 class GuessingGame:
@@ -35,7 +35,7 @@ class GuessingGame:
 
 
 class Guess(Family):
-    """A number from 0 to 999, in ten guesses."""
+    """A number from 0 to 255, in eight guesses."""
 
     name = "guess"
     environment = GuessingGame
