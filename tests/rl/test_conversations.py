@@ -279,7 +279,7 @@ def test_guessing():
     assert {TOKENIZER.decode(one.prompt) for one in found} == {"0-255:"}
     blind = episodes(lambda text: "<think>x</think>none", None, game)
     assert {(one.reward, len(one.turns), TOKENIZER.decode(one.tokens[~one.written])) for one in blind} == {
-        (0.0, 10, "?" * 9)
+        (0.0, 8, "?" * 7)
     }
 
 
