@@ -57,9 +57,7 @@ RECIPES = {
     "shop": (SFT, RL, (0.6, 0.2)),
     # Eight sums of three digits in a row are harder to learn than calls.
     "guess": (
-        dataclasses.replace(
-            SFT, optimizer=dataclasses.replace(SFT.optimizer, learning_rate=3e-3), steps=1600, row_length=48
-        ),
+        dataclasses.replace(SFT, optimizer=dataclasses.replace(SFT.optimizer, learning_rate=3e-3), row_length=48),
         dataclasses.replace(RL, iterations=24),
         (0.9, 0.2),
     ),

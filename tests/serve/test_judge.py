@@ -28,7 +28,7 @@ def episode(text):
 
 @contextlib.contextmanager
 def asking(live, **options):
-    config = EndpointConfig(url=f"{live.client.base_url}v1", model="tiny", timeout=60, **options)
+    config = EndpointConfig(url=f"{live.client.base_url}/v1", model="tiny", timeout=60, **options)
     with contextlib.closing(Endpoint(config)) as made:
         yield made
 
