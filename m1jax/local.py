@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import jax
 
 from m1jax.agent import ContextOverflow, Messages
-from m1jax.chat import TextStream, Tokenizer, Tool, encode_prompt
+from m1jax.chat import TextStream, Tokenizer, Tool, encode_prompt, partings
 from m1jax.errors import require_seed
 from m1jax.inference import Engine, Finished, RepetitionStop, Request, Sampling, Wrote
 from m1jax.inference.thinking import thinking_budget
@@ -70,7 +70,8 @@ class LocalModel:
         sampling = dataclasses.replace(self._sampling, max_new_tokens=min(room, self._sampling.max_new_tokens))
         key = jax.random.fold_in(self._key, self._turns)
         self._turns += 1
-        ticket, text = self._engine.submit(Request(prompt, key, sampling)), TextStream(self._tokenizer)
+        request = Request(prompt, key, sampling, junctions=partings(self._tokenizer, prompt, messages))
+        ticket, text = self._engine.submit(request), TextStream(self._tokenizer)
         try:
             while self._engine.busy:
                 for event in self._engine.step():

@@ -1,4 +1,4 @@
-"""litellm against a running server: python litellm_client.py http://127.0.0.1:8000 (never its 1.82.7 or 1.82.8)."""
+"""litellm against a server: python litellm_client.py http://127.0.0.1:8000 MODEL (never its 1.82.7 or 1.82.8)."""
 
 import json
 import sys

@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+import urllib.request
 from typing import Any
 
 import openai
@@ -59,11 +60,19 @@ def protocol(client: Any, model: str) -> None:
             raise AssertionError(wrong)
 
 
-def rounds(client: Any, model: str) -> list[tuple[int, float, int]]:
-    """An agent whose history grows: (tokens of the prompt, seconds, tokens written) of each round."""
+def prefilled(place: str) -> int:
+    """Tokens of prompts that the server has computed so far."""
+    with urllib.request.urlopen(f"{place}/metrics") as answer:
+        lines = answer.read().decode().splitlines()
+    return int(float(next(line.split()[1] for line in lines if line.startswith("m1jax_prefilled_tokens "))))
+
+
+def rounds(client: Any, model: str, place: str) -> list[tuple[int, float, int, int]]:
+    """An agent whose history grows: (tokens of the prompt, seconds, tokens written, tokens prefilled) of each round."""
     messages: list = [{"role": "user", "content": "Keep notes. " * 3}]
     found = []
     for number in range(ROUNDS):
+        before = prefilled(place)
         start = time.perf_counter()
         answer = client.chat.completions.create(
             model=model, messages=messages, tools=[TOOL], tool_choice="required", max_tokens=120, seed=number,
@@ -72,7 +81,8 @@ def rounds(client: Any, model: str) -> list[tuple[int, float, int]]:
         seconds = time.perf_counter() - start
         message = answer.choices[0].message
         assert answer.choices[0].finish_reason == "tool_calls"
-        found.append((answer.usage.prompt_tokens, seconds, answer.usage.completion_tokens))
+        usage = answer.usage
+        found.append((usage.prompt_tokens, seconds, usage.completion_tokens, prefilled(place) - before))
         messages.append(message.model_dump(exclude_none=True))
         for call in message.tool_calls:
             arguments = json.loads(call.function.arguments)
@@ -84,7 +94,7 @@ def main() -> None:
     client = openai.OpenAI(base_url=f"{sys.argv[1]}/v1", api_key="none", max_retries=0, timeout=120)
     model = client.models.list().data[0].id
     protocol(client, model)
-    found = rounds(client, model)
+    found = rounds(client, model, sys.argv[1])
     print(json.dumps({"version": openai.__version__, "rounds": found}))
 
 

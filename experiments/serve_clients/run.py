@@ -60,14 +60,21 @@ def main() -> None:
         if given.openai:
             found = told(str(given.openai / "bin/python"), str(HERE / "openai_client.py"), place)
             rounds = found.pop("rounds")
-            per_token = [seconds / written for _, seconds, written in rounds]
+            per_token = [seconds / written for _, seconds, written, _ in rounds]
+            thirds = slice(1, len(rounds) // 3), slice(-(len(rounds) // 3), None)
             result["openai"] = found | {
                 "rounds": len(rounds),
                 "prompt_tokens": [rounds[0][0], rounds[-1][0]],
-                "milliseconds_per_written_token": {
-                    "first_third": 1000 * statistics.median(per_token[1 : len(rounds) // 3]),
-                    "last_third": 1000 * statistics.median(per_token[-(len(rounds) // 3) :]),
+                "medians": {
+                    name: {
+                        "seconds": statistics.median(seconds for _, seconds, _, _ in rounds[third]),
+                        "prefilled_tokens": statistics.median(tokens for *_, tokens in rounds[third]),
+                        "milliseconds_per_written_token": 1000 * statistics.median(per_token[third]),
+                    }
+                    for name, third in zip(("first_third", "last_third"), thirds)
                 },
+                "prefilled_tokens_most": max(tokens for *_, tokens in rounds[1:]),
+                "all": rounds,
             }
         if given.litellm:
             result["litellm"] = told(str(given.litellm / "bin/python"), str(HERE / "litellm_client.py"), place, name)

@@ -2,7 +2,7 @@
 
 from m1jax.chat.parser import CallError, Content, Event, Message, Reasoning, StreamParser, ToolCall, parse_message
 from m1jax.chat.template import render, template_source
-from m1jax.chat.tokenizer import TextStream, Tokenizer, encode_chat, encode_prompt
+from m1jax.chat.tokenizer import TextStream, Tokenizer, encode_chat, encode_prompt, partings
 from m1jax.chat.tools import Tool, as_tools
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "encode_chat",
     "encode_prompt",
     "parse_message",
+    "partings",
     "render",
     "template_source",
 ]

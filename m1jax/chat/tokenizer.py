@@ -231,6 +231,21 @@ def encode_prompt(
     return _encode(tokenizer, messages, tools, True)[0]
 
 
+def partings(tokenizer: Tokenizer, prompt: np.ndarray, messages: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
+    """Lengths of a conversation's prompt at which others are likely to part from it: the end of the system prompt and
+    the tools, and the beginning of the last message, where it is a user's.
+
+    Args:
+        prompt: what `encode_prompt` made of the messages.
+    """
+    turns = np.flatnonzero(prompt == tokenizer.bos_id)  # the last one is the assistant's, to be written
+    spoken = [message["role"] for message in plain(messages) if message["role"] != "system"]
+    places = {int(turns[-1 - len(spoken)])} if 0 < len(spoken) < len(turns) - 1 else set()
+    if spoken[1:] and spoken[-1] == "user":
+        places.add(int(turns[-2]))
+    return tuple(sorted(places))
+
+
 def encode_chat(
     tokenizer: Tokenizer,
     messages: Sequence[Mapping[str, Any]],

@@ -9,8 +9,10 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
+import math
 import queue
 import threading
+import time
 import traceback
 from collections.abc import AsyncIterator, Callable, Sequence
 
@@ -26,6 +28,11 @@ from m1jax.serve.errors import ApiError
 from m1jax.serve.schema import MOST_LOGPROBS
 
 log = logging.getLogger("m1jax.serve")
+
+QUIET = 0.001
+"""Seconds without a further request after which an engine that was idle begins."""
+TOGETHER = 0.02
+"""Seconds that it waits at most."""
 
 
 def engines(model: MiniMaxM1, *, rows: int | None = None, max_length: int | None = None) -> Callable[[], Engine]:
@@ -231,12 +238,18 @@ class Backend:
                     return
 
     def _read(self, engine: Engine) -> bool:
-        """Takes in what was sent; waits for it where there is nothing else to do. True: close."""
+        """Takes in what was sent; waits for it where there is nothing else to do. True: close.
+
+        Requests that come together begin together: who is late by a moment would wait for a whole step.
+        """
+        until = 0.0 if engine.busy else math.inf
         while True:
             try:
-                message = self._inbox.get(block=not engine.busy)
+                wait = min(QUIET, until - time.monotonic())
+                message = self._inbox.get(block=wait > 0, timeout=wait if engine.busy and wait > 0 else None)
             except queue.Empty:
                 return False
+            until = min(until, time.monotonic() + TOGETHER)
             if isinstance(message, _Close):
                 return True
             if isinstance(message, _Submit):

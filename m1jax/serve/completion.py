@@ -19,6 +19,7 @@ class CompletionFormat:
         self._job, self._served = job, served
         self._ids, self._usage = return_token_ids, usage_in_stream
         self._offsets: dict[int, int] = {}
+        self._begun: set[int] = set()
 
     def whole(self, replies: Sequence[Delta], usage: Usage) -> Completion:
         return Completion(
@@ -63,7 +64,10 @@ class CompletionFormat:
         if self._job.logprobs:
             choice["logprobs"] = self._logprobs(index, delta.logprobs).model_dump()
         if self._ids:
-            choice |= {"token_ids": delta.tokens, "prompt_token_ids": self._prompt(index)}
+            choice["token_ids"] = delta.tokens
+            if index not in self._begun:
+                self._begun.add(index)
+                choice["prompt_token_ids"] = self._prompt(index)
         yield self._chunk([choice])
 
     def last(self, usage: Usage) -> Iterator[dict[str, Any]]:

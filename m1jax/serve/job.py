@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from m1jax.chat import Tokenizer, Tool, as_tools, encode_prompt
+from m1jax.chat import Tokenizer, Tool, as_tools, encode_prompt, partings
 from m1jax.errors import UserError
 from m1jax.inference import RepetitionStop, Request, Sampling, ThinkingBudget
 from m1jax.inference.capacity import Capacity
@@ -84,7 +84,9 @@ def chat_job(asked: ChatRequest, served: Served) -> Job:
         raise ApiError(400, "top_logprobs needs logprobs: true.", param="top_logprobs")
     request = _request(asked, served, prompt, asked.top_logprobs or 0)
     return Job(
-        requests=[dataclasses.replace(request, constraint=constraint)],
+        requests=[
+            dataclasses.replace(request, constraint=constraint, junctions=partings(served.tokenizer, prompt, messages))
+        ],
         stops=asked.stops,
         tools=offered or None,
         most_calls=None if asked.parallel_tool_calls else 1,

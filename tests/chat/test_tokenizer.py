@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from m1jax.chat import TextStream, Tokenizer, render
+from m1jax.chat import TextStream, Tokenizer, encode_prompt, partings, render
 from m1jax.chat.tokenizer import SPECIAL_TOKENS
 from m1jax.errors import UserError
 
@@ -85,3 +85,33 @@ def test_directories_that_hold_no_tokenizer_of_ours(tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": model}))
     with pytest.raises(UserError, match=r"tokenizer\.json: the tokenizer has no token '<beginning_of_sentence>'"):
         Tokenizer.from_dir(tmp_path)
+
+
+SYSTEM, USER, AI = (
+    {"role": role, "content": f"<beginning_of_sentence> {role}"} for role in ("system", "user", "assistant")
+)
+NOTHING = {"role": "system", "content": ""}
+RESULT = {"role": "tool", "name": "add", "content": "3"}
+TOOLS = [{"type": "function", "function": {"name": "add"}}]
+
+
+@pytest.mark.parametrize(
+    ("messages", "tools", "common"),
+    [
+        ([USER], [], []),
+        ([SYSTEM, USER], [], [[SYSTEM]]),
+        ([USER], TOOLS, [[NOTHING]]),
+        ([USER, AI, USER], [], [[USER, AI]]),
+        ([SYSTEM, USER, AI, USER], TOOLS, [[SYSTEM], [SYSTEM, USER, AI]]),
+        ([SYSTEM, USER, AI, RESULT, RESULT], TOOLS, [[SYSTEM]]),
+        ([USER, USER], [], [[USER]]),
+        ([SYSTEM], [], []),
+    ],
+)
+def test_where_conversations_part(messages, tools, common):
+    """Behind the system prompt and the tools, and before the last question."""
+    tokenizer = Tokenizer.tiny()
+    prompt = encode_prompt(tokenizer, messages, tools)
+    opening = len(tokenizer.encode("<beginning_of_sentence>ai name=assistant\n"))
+    lengths = [len(encode_prompt(tokenizer, part, tools)) - opening for part in common]
+    assert list(partings(tokenizer, prompt, messages)) == lengths

@@ -495,3 +495,49 @@ def test_what_an_engine_was_not_made_for():
     with pytest.raises(UserError, match="it has a constraint"):
         engine.submit(request([1], constraint=object()))
     assert not engine.busy
+
+
+class Seen(list):
+    """A constraint that allows everything, and the matcher of its only completion."""
+
+    def begin(self):
+        return self
+
+    def take(self, tokens):
+        self.extend(tokens)
+
+
+@pytest.mark.parametrize("capacity", [CAPACITY, ROOMY])
+def test_a_matcher_sees_every_token_before_the_next(capacity):
+    class Looking(FakeRunner):
+        constrains = True
+
+        def decode(self, sequences, allowances, patience):
+            for sequence, allowance in zip(sequences, allowances):
+                if sequence.matcher is not None:
+                    assert allowance == 1
+                    assert sequence.matcher == sequence.tokens[sequence.prompt :]
+            return super().decode(sequences, allowances, patience)
+
+    def run(*constraints):
+        engine = Engine(Looking(capacity))
+        budget = ThinkingBudget(tokens=4, close=(48, 49))
+        requests = [
+            request([n, n + 1], seed=n, max_new_tokens=5 + 2 * n, thinking_budget=budget if n % 2 else None)
+            for n in range(6)
+        ]
+        requests = [dataclasses.replace(r, constraint=c) for r, c in zip(requests, constraints)]
+        tickets = [engine.submit(r) for r in requests]
+        done, steps = {}, 0
+        while engine.busy:
+            audit(engine)
+            done |= {e.ticket: e.completion for e in engine.step() if isinstance(e, Finished)}
+            steps += 1
+        for r, ticket in zip(requests, tickets):
+            check(r, done[ticket])
+        return [done[ticket].tokens.tolist() for ticket in tickets], steps
+
+    free = run(*[None] * 6)
+    watched = [Seen(), None, None, Seen(), Seen(), None]
+    assert run(*watched) == free  # no more rounds of the scheduler than without
+    assert [list(seen) for seen in watched if seen is not None] == [free[0][n] for n in (0, 3, 4)]

@@ -66,6 +66,23 @@ def test_a_reply_that_does_not_parse_is_a_named_failure(reply):
     assert made.tally.figures()["failed_unparsed"] == 1
 
 
+@pytest.mark.parametrize(
+    ("reply", "grade"),
+    [('{"reason": "x</think>", "grade": "4"}', 4), ('{"reason": "x", "grade": "6"}', None), ("Grade: 5", None),
+     ('{"reason": "x"}', None), ("[1]", None), ('{"grade": 5}', None)],
+)  # fmt: skip
+def test_replies_of_a_schema(reply, grade):
+    with asking(completion(reply), structured=True) as (made, script):
+        judge = GradeJudge(made)
+        if grade is None:
+            with pytest.raises(JudgeFailure, match="judge: unparsed"):
+                judge.grade(PROBLEM, "Lima")
+        else:
+            assert judge.grade(PROBLEM, "Lima") == grade
+    form = script.asked[0]["response_format"]
+    assert form["json_schema"]["schema"]["properties"]["grade"]["enum"] == ["1", "2", "3", "4", "5"]
+
+
 def test_a_reply_that_was_cut_is_no_grade():
     with asking(completion("Grade: 5", finish="length")) as (made, _), pytest.raises(JudgeFailure, match="cut off"):
         GradeJudge(made)(PROBLEM, episode("<think></think>Lima"))

@@ -67,6 +67,18 @@ def test_a_reply(live, tokenizer):
     }
 
 
+def test_what_conversations_have_in_common_is_read_once(live):
+    book = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Once upon a time. " * 20}]
+    spent = []
+    for question in ("Who?", "And how does it end?"):
+        before = live.backend.counts.prefilled
+        prompt = live.post(CHAT, messages=[*book, {"role": "user", "content": question}], max_tokens=2).json()["usage"]
+        spent.append((live.backend.counts.prefilled - before, prompt["prompt_tokens"]))
+    (first, long), (second, _) = spent
+    assert first == long - 1
+    assert second < 80
+
+
 def test_the_same_seed_gives_the_same_reply(live):
     seen = [live.chat(max_tokens=12, seed=s)["choices"][0]["message"] for s in (5, 5, 6, None)]
     assert seen[0] == seen[1]

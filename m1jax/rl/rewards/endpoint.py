@@ -46,6 +46,9 @@ class EndpointConfig:
     temperature: float = 0.0
     max_tokens: int = 4096
     """of a reply, thinking included"""
+    structured: bool = False
+    """ask for JSON of a schema (`response_format`), which the endpoint must enforce, as `m1jax serve` does: then all
+    replies parse"""
     dollars_in: float = 0.0
     """per million tokens asked"""
     dollars_out: float = 0.0
@@ -140,8 +143,13 @@ class Endpoint:
     def close(self) -> None:
         self._client.close()
 
-    def chat(self, messages: Messages) -> Reply:
-        """The reply to a conversation.
+    @property
+    def structured(self) -> bool:
+        """Whether it can be asked by a schema."""
+        return self._config.structured
+
+    def chat(self, messages: Messages, schema: Mapping[str, Any] | None = None) -> Reply:
+        """The reply to a conversation; JSON of this schema, if there is one.
 
         Raises:
             JudgeFailure: there is none, after as many attempts as there are.
@@ -150,7 +158,7 @@ class Endpoint:
         for attempt in range(self._config.retries + 1):
             began = time.monotonic()
             try:
-                reply = self._once(messages)
+                reply = self._once(messages, schema)
             except _Passing as error:
                 self.tally.add(requests=1, seconds=time.monotonic() - began)
                 if attempt == self._config.retries:
@@ -167,14 +175,17 @@ class Endpoint:
         self.tally.add(failure=kind)
         return JudgeFailure(kind, message)
 
-    def _once(self, messages: Messages) -> Reply:
+    def _once(self, messages: Messages, schema: Mapping[str, Any] | None) -> Reply:
         config = self._config
-        asked = {
+        asked: dict[str, Any] = {
             "model": config.model,
             "messages": [dict(message) for message in messages],
             "temperature": config.temperature,
             "max_tokens": config.max_tokens,
         }
+        if schema is not None:
+            form = {"name": "judgement", "strict": True, "schema": dict(schema)}
+            asked["response_format"] = {"type": "json_schema", "json_schema": form}
         try:
             response = self._client.post("chat/completions", json=asked)
         except self._timed_out as error:
