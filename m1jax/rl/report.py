@@ -110,6 +110,7 @@ def _drawn(lines: Mapping[str, Sequence[tuple[float, float]]], across: str) -> s
     from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     with rc_context({"svg.fonttype": "none"}):
         figure = Figure(figsize=(4.2, 2.6), layout="constrained")
@@ -117,6 +118,7 @@ def _drawn(lines: Mapping[str, Sequence[tuple[float, float]]], across: str) -> s
         for name, points in lines.items():
             axes.plot(*zip(*points), marker="." if len(points) < 30 else "", label=name)
         axes.set_xlabel(across)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         if len(lines) > 1:
             axes.legend(fontsize="small")
