@@ -30,7 +30,7 @@ class Sizes:
         return 2 * (self.prompt_tokens + self.new_tokens)
 
 
-CPU = Sizes(prompts=8, samples=8, prompt_tokens=10, new_tokens=32, updates=1, rows=32, warm=3)
+CPU = Sizes(prompts=8, samples=8, prompt_tokens=10, new_tokens=32, updates=1, rows=8, warm=3)
 GPU = Sizes(prompts=32, samples=8, prompt_tokens=64, new_tokens=512, updates=16, rows=8, warm=1)
 
 
@@ -48,6 +48,8 @@ class Job:
     mesh: str = ""
     generator_mesh: str = ""
     staleness: int = 0
+    keep_memory: bool = True
+    """see `m1jax.train.allocator`"""
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))

@@ -20,7 +20,7 @@ from m1jax.rl.stream import split
 from m1jax.rl.tasks import Problem
 from m1jax.rl.trainer import Trainer
 from m1jax.rl.types import Episode
-from m1jax.train import placement
+from m1jax.train import allocator, placement
 from m1jax.train.data import load_tokenizer
 from m1jax.train.optimizer import OptimizerConfig
 from m1jax.train.run import Run
@@ -101,6 +101,8 @@ class Clock:
 
 def main(job: Job) -> None:
     recipe, directory, clock = recipe_of(job), Path(job.model), Clock()
+    if not job.keep_memory:
+        allocator.keep_freed_memory = lambda: None
     EngineGenerator.run = clock.around(EngineGenerator.run)
     with placement.use_mesh(job.mesh, split(recipe.generator_mesh)[0]):
         run = Run(job.run, {"recipe": recipe})

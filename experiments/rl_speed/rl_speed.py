@@ -54,6 +54,10 @@ class Config:
     """Training steps of each run; the first few are not counted."""
     repeat: int = 2
     """Runs of each, in turn."""
+    rows: int | None = None
+    """Of our micro-batches; None: what is best there."""
+    keep_memory: bool = True
+    """Ours keeps the memory that it frees."""
     threads: int = 2
     """PyTorch's threads on a CPU; XLA takes one per core it may use."""
     out: Path = HERE / "result.json"
@@ -62,6 +66,7 @@ class Config:
 def main(config: Config) -> None:
     """Prints a table and writes the figures."""
     sizes = GPU if config.gpu else CPU
+    sizes = sizes if config.rows is None else dataclasses.replace(sizes, rows=config.rows)
     found: dict[str, Lines] = {"ours": [], "trl": []}
     log = config.out.with_suffix(".jsonl")
     log.unlink(missing_ok=True)
@@ -71,17 +76,19 @@ def main(config: Config) -> None:
         for turn in range(config.repeat):
             for side in found if config.trl is not None else ("ours",):
                 run = home / f"{side}{turn}"
-                job = Job(model=str(home / side), run=str(run), steps=config.steps, sizes=sizes).to_json()
+                job = Job(
+                    model=str(home / side),
+                    run=str(run),
+                    steps=config.steps,
+                    sizes=sizes,
+                    keep_memory=config.keep_memory,
+                ).to_json()
+                around = {}
                 if side == "ours":
-                    command, around = [sys.executable, "-m", "experiments.rl_speed.ours", job], {}
+                    command = [sys.executable, "-m", "experiments.rl_speed.ours", job]
                 else:
-                    command, around = (
-                        [str(config.trl), str(HERE / "theirs.py"), job],
-                        {
-                            "PYTHONPATH": config.trl_path,
-                            "HF_HUB_OFFLINE": "1",
-                        },
-                    )
+                    command = [str(config.trl), str(HERE / "theirs.py"), job]
+                    around = {"PYTHONPATH": config.trl_path, "HF_HUB_OFFLINE": "1"}
                     if not config.gpu:
                         around["OMP_NUM_THREADS"] = str(config.threads)
                 found[side] += lines_of(command, around, log)

@@ -1,6 +1,6 @@
 """Two GPUs, one that generates and one that trains, beside steps that do one after the other.
 
-256 responses of 512 tokens to 32 prompts, 16 updates of CISPO (`rl_speed --gpu`'s sizes), random weights, bfloat16.
+256 responses of 512 tokens to 32 prompts of 512, 16 updates of CISPO, random weights, bfloat16.
 Three trainings, each in a process of its own: on one card; on both cards, which generate and then train together
 (--mesh fsdp=2); one card generating beside the other that trains (--generator-mesh data=1, staleness 1). Run:
 
@@ -34,6 +34,8 @@ class Config:
     """What to run and where to write it."""
 
     preset: str = "m1-1b"
+    prompt_tokens: int = 512
+    """More of them make training dearer and generation hardly: what two cards can gain depends on their balance."""
     steps: int = 6
     """Of each; the first one or two are not counted."""
     ways: tuple[str, ...] = tuple(WAYS)
@@ -45,7 +47,7 @@ class Config:
 
 def main(config: Config) -> None:
     """Prints a table and writes the figures, as far as they are there."""
-    sizes = CPU if config.cpu else GPU
+    sizes = CPU if config.cpu else dataclasses.replace(GPU, prompt_tokens=config.prompt_tokens)
     result: dict[str, dict[str, float]] = {}
     log = config.out.with_suffix(".jsonl")
     log.unlink(missing_ok=True)

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import itertools
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -158,15 +159,19 @@ def test_what_goes_on_is_what_the_policy_writes():
     found = [episode for group in taken(queue, generator, 1, params=params, limit=24) for episode in group.episodes]
     assert all(set(episode.version.tolist()) == {0, 1} for episode in found)
     for episode in found:
-        ids = np.concatenate([episode.prompt, episode.tokens])[None]
+        ids = jnp.concatenate([episode.prompt, episode.tokens])[None]
         logp, _ = model.log_probs(model.forward(ids[:, :-1]).hidden, ids[:, 1:])
         np.testing.assert_allclose(logp[0, len(episode.prompt) - 1 :], episode.logp, atol=2e-4)
 
 
 def test_a_training_stopped_in_mid_window_ends_alike(tmp_path, monkeypatch):
     """In the middle of an update's batch, with another in flight and responses that are cut off."""
-    generation = dataclasses.replace(RECIPE.generation, fifo_window=4, max_new_tokens=8)
-    recipe = dataclasses.replace(RECIPE, generation=generation, staleness=1, iterations=3)
+    # The repetition stop makes lengths differ.
+    generation = dataclasses.replace(
+        RECIPE.generation, fifo_window=4, max_new_tokens=24, repetition_tokens=1, repetition_probability=0.0065
+    )
+    update = dataclasses.replace(RECIPE.update, row_length=32)
+    recipe = dataclasses.replace(RECIPE, generation=generation, update=update, staleness=1, iterations=3)
     want, records = trained(tmp_path / "whole", recipe, judge_of(*range(20)))
     assert any(r["older_tokens"] > 0 for r in records[1:])
     stopped = []
