@@ -94,6 +94,13 @@ class SoftmaxCache(NamedTuple):
             page = jnp.take_along_axis(pages, positions // size, axis=1, mode="fill", fill_value=-1)
             there = page >= 0 if segment_ids is None else (page >= 0) & (segment_ids != PADDING)
             at = (layer, jnp.where(there, page, self.keys.shape[1]), positions % size)
+        if k.shape[:2] == (1, 1) and target_platform() == "cpu":
+            # XLA:CPU makes one token's place a slice, which it writes twice, for who reads the keys now and who does
+            # later, into copies of all. Two places it leaves as they are: the second lies nowhere.
+            layer, first, second = (jnp.broadcast_to(x, (1, 1)) for x in at)
+            nowhere = jnp.full((1, 1), self.keys.shape[1])
+            at = tuple(jnp.concatenate(x) for x in ((layer, layer), (first, nowhere), (second, second)))
+            k, v = jnp.concatenate([k, k]), jnp.concatenate([v, v])
         return SoftmaxCache(
             self.keys.at[at].set(k.astype(self.keys.dtype), mode="drop"),
             self.values.at[at].set(v.astype(self.values.dtype), mode="drop"),

@@ -1,5 +1,7 @@
 """One cache, never wrong: every way of feeding tokens equals the plain forward pass."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import jaxtyping
@@ -132,3 +134,13 @@ def test_segments_and_a_cache_do_not_mix():
 def test_arrays_of_another_shape_are_refused(arguments, name):
     with pytest.raises((UserError, jaxtyping.TypeCheckError), match=name):  # under test, signatures are checked first
         MODELS["LSLS"](**arguments)
+
+
+def test_one_row_decodes_without_copying_its_pages():
+    model = small_model("LS")
+    cache = model.init_cache(batch=1, max_length=4096)
+    step = jax.jit(lambda model, tokens, cache: model(tokens, cache), donate_argnums=2)
+    program = step.lower(model, jnp.zeros((1, 1), jnp.int32), cache).compile().as_text()
+    shape = ",".join(map(str, cache.runs[1].keys.shape))
+    assert f"f32[{shape}]" in program
+    assert not re.findall(rf"f32\[{shape}\]\S* copy\(.*", program)
