@@ -49,7 +49,7 @@ class Job:
             return subprocess.Popen([*line, *arguments], env=environment, stdout=log, stderr=log)
 
     def train(self, name: str, mesh: str, *more: str, cards: int, processes: int = 1) -> subprocess.Popen[bytes]:
-        data = str(Path(__file__).parents[2] / "CHANGELOG.md")
+        data = str(Path(__file__).with_name("README.md"))
         arguments = ["train", "pretrain", str(self.model), "--data", data, "--runs", str(self.runs), "--name", name]
         return self.start(name, [*arguments, "--mesh", mesh, *RECIPE, *more], cards, processes)
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int, Integer
 
 from m1jax.config import ModelConfig
 from m1jax.model.layers import Weights, kept, linear
-from m1jax.model.parallel import experts
+from m1jax.model.parallel import experts, with_all_of_time
 from pallas_kernels import PADDING
 
 
@@ -118,9 +118,16 @@ def balancing_loss(
     elif segment_ids is None:
         sums = jnp.sum(sums, axis=1, keepdims=True)
     else:
-        numbers = jnp.cumsum(jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1]) != 0, axis=1)
-        totals = jax.vmap(lambda x, n: jax.ops.segment_sum(x, n, num_segments=x.shape[0]))(sums, numbers)
-        sums = jnp.take_along_axis(totals, numbers[..., None], axis=1)
+        sums = with_all_of_time(_over_segments, sums, segment_ids)
     assigned, probability, count = jnp.split(sums, (num_experts, 2 * num_experts), axis=-1)
     loss = num_experts * jnp.sum(assigned * probability, axis=-1) / jnp.maximum(count[..., 0], 1.0) ** 2
     return loss * real
+
+
+def _over_segments(
+    values: Float[Array, "batch time channels"], segment_ids: Int[Array, "batch time"]
+) -> Float[Array, "batch time channels"]:
+    """At each token the sum over its segment."""
+    numbers = jnp.cumsum(jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1]) != 0, axis=1)
+    totals = jax.vmap(lambda x, n: jax.ops.segment_sum(x, n, num_segments=x.shape[0]))(values, numbers)
+    return jnp.take_along_axis(totals, numbers[..., None], axis=1)
