@@ -82,9 +82,9 @@ def _walk(computations: dict[str, list[str]], name: str, times: int) -> Iterator
         if kind in KINDS:
             devices = _group_size(line)
             shapes = ["{}[{}]".format(*found) for found in _SHAPE.findall(result)]
-            if operation != kind and kind != "all-reduce":  # an asynchronous start returns its operands before results
-                shapes = [shape for shape in shapes if not shape.endswith("[]")]
-                shapes = shapes[len(shapes) // 2 :]
+            operands = rest.partition("(")[2].partition(")")[0].count("%")
+            if operation != kind and len(shapes) >= 2 * operands:  # an asynchronous start returns its operands first
+                shapes = shapes[operands : 2 * operands]
             elif kind != "all-reduce":  # else several arrays may be reduced at once
                 shapes = [max(shapes, key=_size, default="")]
             if devices > 1:

@@ -79,11 +79,11 @@ class Case:
         return HALF_M1 if self.preset == "half-m1" else ModelConfig.preset(self.preset)
 
 
-_PIPELINED = "all_gather", "reduce_scatter", "all_reduce"
+_PIPELINED = "all_gather", "reduce_scatter", "all_reduce"  # on unless told otherwise
 FLAGS = {
-    "pipelined": " ".join(f"--xla_gpu_enable_pipelined_{kind}=true" for kind in _PIPELINED),
+    "not pipelined": " ".join(f"--xla_gpu_enable_pipelined_{kind}=false" for kind in _PIPELINED),
     "no overlap": "--xla_gpu_enable_latency_hiding_scheduler=false",
-    "two collectives at once": "--xla_gpu_experimental_parallel_collective_overlap_limit=2",
+    "two at once": "--xla_gpu_experimental_parallel_collective_overlap_limit=2",
 }
 """What XLA might do otherwise: a name, and flags"""
 

@@ -21,6 +21,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import m1jax
+
 UPDATES, SAVED = 12, 6
 RECIPE = ["--steps", str(UPDATES), "--context", "256", "--batch-tokens", "4096", "--micro-batch-tokens", "4096"]
 RECIPE += ["--log-every", "1", "--warmup-steps", "2", "--learning-rate", "1e-3"]
@@ -31,7 +33,9 @@ class Job:
 
     def __init__(self, folder: Path, preset: str, cpu: bool):
         self.folder, self.preset, self.cpu = folder, preset, cpu
-        self.model, self.runs = folder / "model", folder / "runs"
+        self.model, self.runs, self.data = folder / "model", folder / "runs", folder / "data.txt"
+        sources = sorted(Path(m1jax.__file__).parent.rglob("*.py"))
+        self.data.write_text("\n".join(source.read_text() for source in sources))
 
     def start(self, name: str, arguments: list[str], cards: int, processes: int = 1) -> subprocess.Popen[bytes]:
         line = [sys.executable, "-u", "-m", "m1jax.cli"]
@@ -49,8 +53,17 @@ class Job:
             return subprocess.Popen([*line, *arguments], env=environment, stdout=log, stderr=log)
 
     def train(self, name: str, mesh: str, *more: str, cards: int, processes: int = 1) -> subprocess.Popen[bytes]:
-        data = str(Path(__file__).parents[2] / "CHANGELOG.md")
-        arguments = ["train", "pretrain", str(self.model), "--data", data, "--runs", str(self.runs), "--name", name]
+        arguments = [
+            "train",
+            "pretrain",
+            str(self.model),
+            "--data",
+            str(self.data),
+            "--runs",
+            str(self.runs),
+            "--name",
+            name,
+        ]
         return self.start(name, [*arguments, "--mesh", mesh, *RECIPE, *more], cards, processes)
 
     def losses(self, name: str) -> dict[int, float]:

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int, Integer
 
 from m1jax.config import ModelConfig
 from m1jax.model.layers import Weights, kept, linear
-from m1jax.model.parallel import experts
+from m1jax.model.parallel import experts, with_all_of_time
 from pallas_kernels import PADDING, target_platform
 
 
@@ -157,14 +157,20 @@ def balancing_loss(
     elif segment_ids is None:
         sums = jnp.sum(sums, axis=1, keepdims=True)
     else:
-        numbers = jnp.cumsum(jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1]) != 0, axis=1)
-        sums = jax.vmap(_segment_sums)(sums, numbers)
+        sums = with_all_of_time(_over_segments, sums, segment_ids)
     assigned, probability, count = jnp.split(sums, (num_experts, 2 * num_experts), axis=-1)
     loss = num_experts * jnp.sum(assigned * probability, axis=-1) / jnp.maximum(count[..., 0], 1.0) ** 2
     return loss * real
 
 
-def _segment_sums(x: Float[Array, "time channels"], numbers: Int[Array, " time"]) -> Float[Array, "time channels"]:
-    """Of every position, the sum over its segment. That numbers go up spares a GPU most of its atomic additions."""
-    totals = jnp.zeros_like(x).at[numbers].add(x, indices_are_sorted=True)
-    return totals.at[numbers].get(indices_are_sorted=True)
+def _over_segments(
+    values: Float[Array, "batch time channels"], segment_ids: Int[Array, "batch time"]
+) -> Float[Array, "batch time channels"]:
+    """At each token the sum over its segment. That segments' numbers go up spares a GPU most of its atomic additions."""
+    numbers = jnp.cumsum(jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1]) != 0, axis=1)
+
+    def row(values: jax.Array, numbers: jax.Array) -> jax.Array:
+        totals = jnp.zeros_like(values).at[numbers].add(values, indices_are_sorted=True)
+        return totals.at[numbers].get(indices_are_sorted=True)
+
+    return jax.vmap(row)(values, numbers)

@@ -27,7 +27,7 @@ from m1jax.sharding import COLUMNS, CUT, activation_axes, ambient_mesh, constrai
 from pallas_kernels import target_platform
 from pallas_kernels.lightning import lightning_attention_sequence_parallel
 
-MOE_ELEMENTS = 2**27  # of tokens a device has gathered at once in `experts`: bounds memory at any length
+MOE_ELEMENTS = 2**28  # of tokens a device has gathered at once in `experts`: bounds memory at any length
 
 
 def embed(
@@ -59,6 +59,17 @@ def embed(
     return jax.shard_map(
         local, in_specs=(P("tensor", cut), P(rows, time)), out_specs=P(rows, residual, None)
     )(table, tokens)  # fmt: skip
+
+
+def with_all_of_time(function: Any, *arrays: jax.Array) -> Any:
+    """``function`` of [batch, time, ...] arrays, where each device has its rows from the first token to the last.
+
+    For sums and scatters along time: where it is cut, XLA:GPU makes them loops over single tokens.
+    """
+    if ambient_mesh() is None:
+        return function(*arrays)
+    rows = P(activation_axes("batch", len(arrays[0])))
+    return jax.shard_map(function, in_specs=rows, out_specs=rows)(*arrays)
 
 
 def lightning_attention(

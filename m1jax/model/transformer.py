@@ -292,6 +292,13 @@ def default_dtype() -> jnp.dtype:
     return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
 
 
+def _positions(segment_ids: Int[Array, "batch time"]) -> Int[Array, "batch time"]:
+    """Of tokens in their segments."""
+    steps = jnp.broadcast_to(jnp.arange(segment_ids.shape[1], dtype=jnp.int32), segment_ids.shape)
+    starts = jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1]) != 0
+    return steps - jax.lax.cummax(jnp.where(starts, steps, 0), axis=1)
+
+
 @functools.partial(jax.jit, static_argnames=("record_routes", "remat", "aux_over"))
 def _forward(
     model: MiniMaxM1,
@@ -315,8 +322,7 @@ def _forward(
         positions = steps + cache.lengths[:, None]
         call = Call(positions, segment_ids, cache.slots, cache.pages)
     elif segment_ids is not None:
-        starts = jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1]) != 0
-        call = Call(steps - jax.lax.cummax(jnp.where(starts, steps, 0), axis=1), segment_ids)
+        call = Call(parallel.with_all_of_time(_positions, segment_ids), segment_ids)
     else:
         call = Call(steps)
 

@@ -11,7 +11,7 @@ from m1jax.config import LIGHTNING
 from m1jax.flops import parameters_per_token
 from m1jax.model.cache import key_value_bytes, state_bytes
 from m1jax.plan.hardware import Rates
-from m1jax.plan.memory import elements, expert_pieces, gathered_tokens, words
+from m1jax.plan.memory import elements, expert_bytes, gathered_tokens, memory, words
 from m1jax.plan.setup import Setup
 from m1jax.plan.speed import exchanges
 
@@ -27,10 +27,13 @@ PARAMETER_BYTES = (
     38  # AdamW 26 (float32 parameter and moments read and written, bfloat16 gradient read), cast 6, norm 2,
 )
 # gradient written to its stack 4
+SUM_BYTES = 16  # per parameter and micro-batch where there are several: gradients summed in float32, cast again
 HEAD_PRODUCTS = 5  # two of split weights forward, one backward to have the probabilities again, two gradients
 HEAD_BYTES = 7  # per token and word, beside products
 KERNELS = 27  # of a layer in decoding
 SAMPLING_PASSES = 12  # over float32 logits
+STACK_PASSES = 12  # on a mesh, over a layer's experts: cut out, or gathered and turned, twice; gradients turned back
+SHOWN = 0.5  # of exchanges behind work: what they slow down, and what is left of them at the ends of layers
 HIDDEN_BEHIND_WORK = ("expert weights", "other weights", "embedding and head", "gradients")
 """Exchanges that need not wait for what has just been computed, nor it for them."""
 
@@ -38,7 +41,7 @@ HIDDEN_BEHIND_WORK = ("expert weights", "other weights", "embedding and head", "
 def expected(setup: Setup, rates: Rates) -> Seconds:
     """What a step spends its time on -> seconds; together the step's time.
 
-    Exchanges within a host only. "exchanges" are those that work must wait for; others only what work does not cover.
+    Exchanges within a host only. "exchanges" are those that work must wait for; of others what shows of them.
     """
     parts = _decoding(setup, rates) if setup.task == "generate" else _update(setup, rates)
     moved = {True: 0.0, False: 0.0}
@@ -48,8 +51,7 @@ def expected(setup: Setup, rates: Rates) -> Seconds:
             size *= setup.mesh[axis]
         covered = setup.task != "generate" and exchange.purpose in HIDDEN_BEHIND_WORK
         moved[covered] += exchange.bytes * (size - 1) / size / rates.exchange
-    work = sum(parts.values())
-    parts["exchanges"] = moved[False] + max(0.0, moved[True] - work)
+    parts["exchanges"] = moved[False] + max(SHOWN * moved[True], moved[True] - sum(parts.values()))
     return {name: seconds for name, seconds in parts.items() if seconds}
 
 
@@ -62,7 +64,6 @@ def _update(setup: Setup, rates: Rates) -> Seconds:
     local = setup.rows_per_device * setup.time_per_device
     routed = m.experts_per_token * gathered_tokens(setup)
     again = 1 / 3 if setup.remat == "layers" else 0.0
-    experts_again = 1 / 3 if setup.remat == "layers" or expert_pieces(setup) > 1 else 0.0
     # Matrix products of one token: experts, head, and the others.
     of_experts = 3 * m.experts_per_token * m.hidden_size * m.intermediate_size * m.num_layers
     of_head = m.vocab_size * m.hidden_size
@@ -76,15 +77,19 @@ def _update(setup: Setup, rates: Rates) -> Seconds:
     )  # fmt: skip
     elementwise *= 1 + FORWARD * bool(again)
     times = {
-        "experts": 6 * tokens * of_experts * (1 + experts_again) / rates.experts,
+        "experts": 6 * tokens * of_experts * (1 + again) / rates.experts,
         "other products": 6 * tokens * others * (1 + again) / rates.products,
         "head": 2 * HEAD_PRODUCTS * tokens * of_head / rates.products + HEAD_BYTES * local * words(setup) / rates.copy,
         "lightning attention": (1 + again) * lightning * local * m.num_heads / tensor * small * rates.lightning,
         "softmax attention": (1 + again) * 12 * softmax * inner * pairs / (rates.attention * small),
         "norms, gates, routing": elementwise / rates.copy,
     }
+    if setup.devices > 1:  # there the stacks that layers fill begin as zeros, and kernels cannot read experts in theirs
+        moved = m.num_layers * STACK_PASSES * expert_bytes(setup) + memory(setup)["activations"]
+        times["stacks"] = moved / rates.copy
     times = {name: setup.micro_batches * seconds for name, seconds in times.items()}
-    return times | {"optimizer": PARAMETER_BYTES * sum(elements(setup)) / rates.copy}
+    summed = SUM_BYTES * setup.micro_batches * (setup.micro_batches > 1)
+    return times | {"optimizer": (PARAMETER_BYTES + summed) * sum(elements(setup)) / rates.copy}
 
 
 def _decoding(setup: Setup, rates: Rates) -> Seconds:

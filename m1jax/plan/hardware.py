@@ -26,7 +26,7 @@ class Rates:
     copy: float
     """of HBM by kernels that do little else, bytes/s, read and written"""
     exchange: float
-    """collectives among the cards of a host, bytes/s that a card sends"""
+    """collectives among the cards of a host beside other work, bytes/s that a card sends"""
     launch: float
     """seconds from one small kernel to the next"""
 
@@ -66,7 +66,7 @@ _RENTED = "RunPod, as listed by deploybase.ai, September 2025"
 _REPORT = "the M1 report: 512 GPUs, three weeks, $534,700"
 
 _HOPPER = Rates(
-    products=700e12, experts=628e12, attention=417e12, lightning=1.0e-9, copy=3.65e12, exchange=330e9, launch=2.5e-6
+    products=700e12, experts=628e12, attention=417e12, lightning=1.0e-9, copy=3.65e12, exchange=165e9, launch=2.5e-6
 )
 
 # What XLA for TPU itself calls available when it refuses a program; on GPUs 90 % of the card, as users set it.

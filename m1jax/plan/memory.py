@@ -87,13 +87,14 @@ def _cheap(setup: Setup) -> Bytes:
     inner, kv = (2 * heads * m.head_dim / mesh["tensor"] for heads in (m.num_heads, m.num_kv_heads))
     tokens = setup.rows_per_device * setup.time_per_device
     stream = 2 * setup.rows_per_device * setup.residual_time * m.hidden_size
-    routed = 2 * m.experts_per_token * gathered_tokens(setup) / expert_pieces(setup)
+    routed = 2 * m.experts_per_token * gathered_tokens(setup)
     width = m.intermediate_size / mesh["tensor"]
     # The residual and what attention adds to it; q, k, v, gate and the mix of them; both inner arrays of the experts.
     saved = m.num_layers * 2 * stream + lightning * tokens * 5 * inner
     saved += (m.num_layers - lightning) * tokens * 2 * (inner + kv)
-    saved += m.num_layers * (routed * 2 * width if expert_pieces(setup) == 1 else stream)
+    saved += m.num_layers * routed * 2 * width
     whole = expert_bytes(setup) * (2 if mesh["fsdp"] > 1 else 1)  # gathered, or cut out; and the gradients
+    routed /= expert_pieces(setup)
     layer = 6 * stream + 3 * tokens * inner + routed * (4 * width + 4 * m.hidden_size) + whole
     head = 3 * head_bytes(setup) + 6 * min(CHUNK_ELEMENTS, tokens * words(setup))
     summed = 4 * (layers + other) if setup.micro_batches > 1 else 0.0

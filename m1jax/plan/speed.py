@@ -74,7 +74,7 @@ def exchanges(setup: Setup) -> list[Exchange]:
         ("other weights", CUT, attention_bytes(setup), weights),
         ("embedding and head", CUT if words_are_cut else COLUMNS, head_bytes(setup), 4 if train else 0.5),
         ("heads for time", ("sequence",), tokens * inner, softmax * (8 if train else 2)),
-        ("gradients", ("data",), 4 * sum(elements(setup)), 2 if train else 0),
+        ("gradients", ("data",), 2 * elements(setup)[0] + 4 * elements(setup)[1], 2 if train else 0),
     ]
     found = [
         Exchange(purpose, axes, steps * times * size)

@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from m1jax.compiling import compiler_options
+from m1jax.model.parallel import with_all_of_time
 from m1jax.train import statistics
 from m1jax.train.batch import Batch
 from m1jax.train.guards import apply_if_finite
@@ -92,11 +93,15 @@ def accumulate(
 def token_counts(segment_ids: Int[Array, "*batch time"]) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Tokens of packed rows, and pairs of a token with itself and those before it in its segment: what a batch costs
     depends on these two. float32."""
-    steps = jnp.arange(segment_ids.shape[-1])
-    starts = jnp.diff(segment_ids, axis=-1, prepend=-2) != 0
-    first = jax.lax.cummax(jnp.where(starts, steps, 0), axis=segment_ids.ndim - 1)
-    real = segment_ids != PADDING
-    pairs = jnp.sum(jnp.where(real, steps - first + 1, 0).astype(jnp.float32))
+
+    def places(segment_ids: jax.Array) -> jax.Array:
+        steps = jnp.arange(segment_ids.shape[1])
+        starts = jnp.diff(segment_ids, axis=1, prepend=-2) != 0
+        return steps - jax.lax.cummax(jnp.where(starts, steps, 0), axis=1) + 1
+
+    rows = segment_ids.reshape(-1, segment_ids.shape[-1])
+    real = rows != PADDING
+    pairs = jnp.sum(jnp.where(real, with_all_of_time(places, rows), 0).astype(jnp.float32))
     return jnp.sum(real, dtype=jnp.float32), pairs
 
 

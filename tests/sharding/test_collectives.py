@@ -53,8 +53,9 @@ GPU = """HloModule step, is_scheduled=true
 
 ENTRY %main (x: bf16[8,4]) -> bf16[8,4] {
   %g = (bf16[2,4]{1,0}, bf16[8,4]{1,0}) all-gather-start(%x), replica_groups={{0,1,2,3}}, dimensions={0}
-  %h = ((bf16[8]{0}, f32[8,2]{1,0}), (bf16[2]{0}, f32[2,2]{1,0})) reduce-scatter-start(%y), replica_groups={{0,1,2,3}}
+  %h = ((bf16[8], f32[8,2]), (bf16[2], f32[2,2])) reduce-scatter-start(%y, %z), replica_groups={{0,1,2,3}}
   %r = (f32[8]{0}, f32[4]{0}) all-reduce-start(%a, %b), replica_groups={{0,1},{2,3}}
+  %s = (f32[6]{0}, f32[6]{0}) all-reduce-start(%d), replica_groups={{0,1},{2,3}}
   %p = (s32[3]{0}, s32[3]{0}, u32[], u32[]) collective-permute-start(%c), source_target_pairs={{0,1}}
 }
 """
@@ -68,5 +69,6 @@ def test_asynchronous_collectives_of_a_gpu():
         ("reduce-scatter", "f32[2,2]", 4): 64,
         ("all-reduce", "f32[8]", 2): 32,
         ("all-reduce", "f32[4]", 2): 16,
+        ("all-reduce", "f32[6]", 2): 24,
         ("collective-permute", "s32[3]", 2): 12,
     }
