@@ -40,8 +40,8 @@ class Config:
     std: float = 0.1
     """Standard deviation of the random weights: large enough that the next token is not any token."""
     temperature: float = 1.0
-    """Of drawing; 0 takes the likeliest token. Where rounding may reorder tokens that are as likely as each other, as in
-    bfloat16 with random weights, only that can be compared: a draw goes by their order."""
+    """Of drawing; 0 takes the likeliest token. Where rounding reorders tokens as likely as each other, as in
+    bfloat16 with random weights, only that can be compared."""
     probes: int = 8
     """Requests whose tokens are compared."""
     prompt: int = 100
