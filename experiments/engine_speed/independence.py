@@ -1,7 +1,7 @@
 """Does what else the engine is doing change what a request gets?
 
     python -m experiments.engine_speed.independence
-    python -m experiments.engine_speed.independence --preset m1-1b                    a GPU: bfloat16
+    python -m experiments.engine_speed.independence --preset m1-1b --std 0.02 --temperature 0     a GPU: bfloat16
 
 The same requests alone, and then in each kind of company: how many of their tokens are the same (up to the first that
 differs, after which nothing is comparable), and the largest difference of a log-probability among those.
@@ -39,6 +39,9 @@ class Config:
     preset: str = "m1-tiny"
     std: float = 0.1
     """Standard deviation of the random weights: large enough that the next token is not any token."""
+    temperature: float = 1.0
+    """Of drawing; 0 takes the likeliest token. Where rounding reorders tokens as likely as each other, as in
+    bfloat16 with random weights, only that can be compared."""
     probes: int = 8
     """Requests whose tokens are compared."""
     prompt: int = 100
@@ -57,7 +60,7 @@ def main(config: Config) -> None:
 
     def request(seed: int, tokens: int, new: int) -> Request:
         prompt = rng.integers(0, vocab, tokens).astype(np.int32)
-        return Request(prompt, jax.random.key(seed), Sampling(max_new_tokens=new))
+        return Request(prompt, jax.random.key(seed), Sampling(max_new_tokens=new, temperature=config.temperature))
 
     probes = [request(number, config.prompt, config.new) for number in range(config.probes)]
     others = [request(1000 + number, 20 + 5 * number, config.new) for number in range(31)]

@@ -1,12 +1,12 @@
 """Does a hybrid that has seen at most 4,096 tokens find values at 65,536 and beyond?
 
     python -m experiments.long_context.retrieval                                      one GPU: minutes
-    python -m experiments.long_context.retrieval --steps 3 --row 512 --rows 2 --lengths 256,512 --evaluated 2 --seeds 0
+    python -m experiments.long_context.retrieval --steps 3 --row 512 --rows 2 --lengths 256 512 --evaluated 2 --seeds 0
 
-A sequence is filler with 32 pairs of a key and a value at random places, and at its end the 32 keys again in another
+A sequence is filler with 8 pairs of a key and a value at random places, and at its end the 8 keys again in another
 order, each before its value. Keys, values and filler are tokens of their own, drawn anew for every sequence. The model
-(7 lightning layers and one of softmax attention) is trained to write the values at the end, by the trainer of this
-package, on sequences of 256 to 4,096 tokens, and read at every length in chunks of 1,024 tokens through its cache.
+(3 lightning layers and one of softmax attention) is trained to write the values at the end, by the trainer of this
+package, on sequences of 64 to 4,096 tokens, and read at every length in chunks of 1,024 tokens through its cache.
 
 What was trained is kept in `runs`, what was measured is written at once: started again, the program goes on from there.
 """
@@ -36,13 +36,13 @@ from m1jax.train.run import Run
 
 HERE = Path(__file__).parent
 KEYS, VALUES, FILLER = range(64), range(64, 128), range(128, 256)
-PAIRS = 32
+PAIRS = 8
 CHUNK = 1024
 MODEL = ModelConfig(
     vocab_size=256,
     hidden_size=256,
     intermediate_size=256,
-    layer_types=(LIGHTNING,) * 7 + (SOFTMAX,),
+    layer_types=(LIGHTNING,) * 3 + (SOFTMAX,),
     num_heads=4,
     num_kv_heads=2,
     head_dim=64,
@@ -50,10 +50,10 @@ MODEL = ModelConfig(
     num_experts=4,
     experts_per_token=2,
     initializer_range=0.05,
-    # DeepNorm's (2 L)^(1/4) at L = 8 layers, as M1's alpha is at 80.
-    lightning_alpha=2.0,
-    softmax_alpha=2.0,
-    mlp_alpha=2.0,
+    # DeepNorm's (2 L)^(1/4) at L = 4 layers, as M1's alpha is at 80.
+    lightning_alpha=8**0.25,
+    softmax_alpha=8**0.25,
+    mlp_alpha=8**0.25,
 )
 
 
@@ -67,7 +67,7 @@ class Config:
     """Checkpoints."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of weights and data."""
-    steps: int = 2500
+    steps: int = 8000
     """Updates."""
     row: int = 4096
     """Tokens of a training row, and of the longest sequence trained on."""
@@ -75,8 +75,8 @@ class Config:
     """Of an update."""
     lengths: tuple[int, ...] = (256, 1024, 4096, 16_384, 65_536, 131_072)
     """At which to measure."""
-    evaluated: int = 16
-    """Sequences at each length, of 32 values each."""
+    evaluated: int = 32
+    """Sequences at each length, of 8 values each."""
 
 
 def main(config: Config) -> None:
@@ -109,11 +109,11 @@ def sequence(rng: np.random.Generator, length: int) -> Int32[np.ndarray, " lengt
 
 
 class Batches:
-    """Rows full of sequences of equal length, drawn from the powers of two from 256 on; update n is always the same."""
+    """Rows full of sequences of equal length, drawn from the powers of two from 64 on; update n is always the same."""
 
     def __init__(self, config: Config, seed: int) -> None:
         self._config, self._seed, self._update = config, seed, 0
-        self._lengths = [n for n in (256 * 2**i for i in range(16)) if n <= config.row]
+        self._lengths = [n for n in (64 * 2**i for i in range(16)) if n <= config.row]
 
     def __next__(self) -> Batch:
         rng = np.random.default_rng((self._seed, 1, self._update))
@@ -149,9 +149,9 @@ def trained(config: Config, seed: int) -> MiniMaxM1:
     dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     model = jax.jit(lambda: MiniMaxM1(MODEL, rngs=nnx.Rngs(seed), dtype=dtype))()
     recipe = LoopRecipe(
-        optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=200, final_fraction=0.1),
+        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=200, final_fraction=0.1),
         steps=config.steps,
-        checkpoint_every=500,
+        checkpoint_every=1000,
         log_every=50,
     )
     settings = {"recipe": recipe, "seed": seed, "row": config.row, "rows": config.rows}
