@@ -21,6 +21,7 @@ from flax import nnx
 from experiments.rl_speed.job import CPU, GPU, Job, Lines, lines_of, medians
 from m1jax import MiniMaxM1, ModelConfig, save_pretrained
 from m1jax.chat import Tokenizer
+from m1jax.config import Layout
 
 HERE = Path(__file__).parent
 MODEL = ModelConfig(
@@ -110,7 +111,8 @@ def write_models(home: Path, model: ModelConfig, *, weights: bool) -> None:
     """Directories `ours` and `trl`: the same model for both, with or without its weights."""
     model = dataclasses.replace(model, rotary_dim=model.head_dim)  # all channels: Transformers knows no other
     built = MiniMaxM1(model, rngs=nnx.Rngs(0)) if weights else None
-    for name, layout in (("ours", "official"), ("trl", "transformers")):
+    layouts: dict[str, Layout] = {"ours": "official", "trl": "transformers"}
+    for name, layout in layouts.items():
         if built is not None:
             save_pretrained(built, home / name, layout=layout)
         else:

@@ -44,8 +44,10 @@ class Steps(TrainerCallback):
 def model_of(directory: Path, dtype: torch.dtype) -> MiniMaxForCausalLM:
     if any(directory.glob("*.safetensors")):
         return MiniMaxForCausalLM.from_pretrained(directory, dtype=dtype)
+    config: Any = AutoConfig.from_pretrained(directory)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        return MiniMaxForCausalLM(AutoConfig.from_pretrained(directory)).to(dtype)
+        model: Any = MiniMaxForCausalLM(config)
+    return model.to(dtype)
 
 
 def main(job: dict[str, Any]) -> None:

@@ -38,7 +38,7 @@ FEW_PERIODS = 4
 their place depends on one loop."""
 
 Remat = Literal["auto", "none", "cheap", "layers"]
-AuxLossOver = Literal["sequence", "batch"]
+AuxLossOver = Literal["sequence", "batch", "nothing"]
 
 
 class Output(NamedTuple):
@@ -230,7 +230,8 @@ class MiniMaxM1(nnx.Module):
             remat: what the backward pass computes again instead of keeping it: nothing ("none"), all but the results of
                 products and kernels ("cheap": on a GPU faster than "none", in a third of the memory), or everything
                 inside a layer ("layers"). "auto" is "none" on CPU and "cheap" elsewhere.
-            aux_loss_over: statistics of the balancing loss per sequence, or over the whole batch as Switch does.
+            aux_loss_over: statistics of the balancing loss per sequence, or over the whole batch as Switch does; or no
+                such loss ("nothing").
         """
         check_forward(self.config, tokens, cache, segment_ids, lengths, routes)
         return _forward(self, tokens, cache, segment_ids, lengths, routes, record_routes, remat, aux_loss_over)
@@ -332,7 +333,9 @@ def _forward(
     def layer(block: Block, carry: Any, call: Call, place: Place, replayed: Any, experts_of_run: Any) -> Any:
         h, memory = carry
         h, memory, routing = block(h, memory, call, place, replayed, experts_of_run)
-        aux = None if cache is not None else balancing_loss(routing, call.segment_ids, over=aux_over)
+        aux = None
+        if cache is None and aux_over != "nothing":
+            aux = balancing_loss(routing, call.segment_ids, over=aux_over)
         return (h, memory), Seen(routing.experts.astype(jnp.uint8) if record_routes else None, aux)
 
     h, memories, seen = stack(model, layer, h, call, memories, routes, remat)

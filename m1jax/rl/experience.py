@@ -3,7 +3,8 @@
 import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator as Coming
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -142,7 +143,7 @@ class Experience:
         if self._fifo is not None:
             self._fifo.restore(stored["fifo"], arrays["fifo"])
 
-    def _rounds(self, params: Params, version: int, window: int) -> Iterator[list[Group]]:
+    def _rounds(self, params: Params, version: int, window: int) -> Coming[list[Group], None, None]:
         """Rounds of P problems."""
         while True:
             self._generator.load(params, version)
@@ -151,7 +152,7 @@ class Experience:
             self._asked = groups[-1].number + 1
             yield groups
 
-    def _windowed(self, params: Params, version: int, window: int) -> Iterator[list[Group]]:
+    def _windowed(self, params: Params, version: int, window: int) -> Coming[list[Group], None, None]:
         """One after the other, as they become whole."""
         assert self._fifo is not None
         self._generator.load(params, version)

@@ -8,7 +8,8 @@ is kept, so that it is of no account where a run was killed.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from collections.abc import Generator as Coming
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,7 @@ class Fifo:
         self._taken: list[int] = []
         """numbers behind the first in work that were taken"""
 
-    def groups(self, max_tokens: int, skip: Callable[[Problem], bool]) -> Iterator[Group]:
+    def groups(self, max_tokens: int, skip: Callable[[Problem], bool]) -> Coming[Group, None, None]:
         """Groups as they become whole. Whoever stops and closes the iterator leaves the rest to the next call.
 
         Args:

@@ -64,7 +64,9 @@ class Policies:
 def hidden_of(model: MiniMaxM1, batch: RLBatch, remat: Remat = "auto") -> Float[Array, "rows time hidden"]:
     """Hidden states of a micro-batch, along its routes if it has any; its prompts, where they stand apart, go first."""
     if batch.prompts is None:
-        return model.forward(batch.tokens, segment_ids=batch.segment_ids, routes=batch.routes, remat=remat).hidden
+        return model.forward(
+            batch.tokens, segment_ids=batch.segment_ids, routes=batch.routes, remat=remat, aux_loss_over="nothing"
+        ).hidden
     lengths = jnp.sum(batch.segment_ids != PADDING, axis=1, dtype=jnp.int32)
     before = jnp.sum(batch.prompts >= 0, axis=1, dtype=jnp.int32)
     prompts = Side(jnp.maximum(batch.prompts, 0), before, batch.prompt_routes)

@@ -134,7 +134,7 @@ class Stream:
         return future
 
 
-def split(spec: str) -> tuple[list[jax.Device], Mesh | None]:
+def split(spec: str) -> tuple[list[Any], Mesh | None]:
     """(devices that train, mesh of those that generate) where the last devices do nothing else; a spec as `make_mesh`
     has it, empty: all train, and there is no such mesh.
 

