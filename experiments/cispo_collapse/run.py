@@ -137,7 +137,7 @@ def write(file: Path, cells: list[Cell], history: History, rates: dict[str, floa
     records = []
     for n, cell in enumerate(cells):
         accuracy = history.accuracy[n]
-        fallen = survival.collapse(accuracy)
+        fallen = survival.collapse(np.asarray(accuracy))
         watched = len(accuracy) if fallen is None else fallen
         records.append(
             cell._asdict()

@@ -1,6 +1,6 @@
 """Why did M1's sampler and trainer disagree, and what halves it? See README.md beside this file.
 
-python -m experiments.precision_mismatch.run [--part figure3 | rl | amplification | trained ...] [--out FOLDER]
+python -m experiments.precision_mismatch.run [--part figure3 | rl | amplification | trained | demo ...] [--out FOLDER]
 """
 
 import dataclasses
@@ -19,19 +19,21 @@ from m1jax.disk import write_atomically
 HERE = Path(__file__).parent
 SEEDS = (0, 1, 2)
 DEPTHS = (2, 4, 8, 16, 32)
-Part = Literal["figure3", "rl", "amplification", "trained"]
+Part = Literal["figure3", "rl", "amplification", "trained", "demo"]
 Record = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    part: tuple[Part, ...] = get_args(Part)
+    part: tuple[Part, ...] = ("figure3", "rl", "amplification", "trained")
     seeds: tuple[int, ...] = at_size.SEEDS
     """of figure 3"""
     rl_arms: tuple[int, ...] = tuple(range(len(at_size.RL_ARMS)))
     """numbers in `at_size.RL_ARMS`"""
     trained: tuple[str, ...] = tuple(trained.settings())
     """settings of the amplification with trained weights"""
+    demo: Path = Path("runs/demo/export")
+    """a model that `m1jax demo` has trained"""
     out: Path = HERE
     work: Path = HERE / "work"
     """of trained models, 0.7 GB each on a GPU"""
@@ -52,6 +54,8 @@ def main(config: Config) -> None:
     if "trained" in config.part:
         with portable():
             texts.append(trained.table(trained.measure(config.out, config.trained)))
+    if "demo" in config.part:
+        texts.append(trained.of_demo(config.demo))
     text = "\n".join(texts)
     print(text)
 

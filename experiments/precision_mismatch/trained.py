@@ -17,8 +17,11 @@ from jaxtyping import Array
 from experiments.precision_mismatch import amplification, figure3
 from experiments.precision_mismatch.amplification import Setting, Unit
 from experiments.precision_mismatch.lines import Lines, Record
+from m1jax import from_pretrained
+from m1jax.chat import Tokenizer
 from m1jax.config import M1_ALPHA, SOFTMAX
 from m1jax.model import MiniMaxM1
+from m1jax.rl.tasks import get_task
 
 SEEDS = (0, 1, 2)
 STEPS, ROWS, RATE = 300, 16, 2e-3
@@ -119,3 +122,24 @@ def table(records: list[Record]) -> str:
         flipped = median(BASE, "flipped", "bfloat16", False, part)
         lines.append(f"| {NAMES[part]} | {figures[0]:.1e} | {figures[1]:.1e} | {flipped:.2%} |")
     return "\n".join(lines) + "\n"
+
+
+def of_demo(folder: Path) -> str:
+    """The same by parts for the model that `m1jax demo` has trained, on solutions of its task: Markdown."""
+    graph, weights = nnx.split(from_pretrained(folder))
+    task, words = get_task("sums"), Tokenizer.tiny()
+    problems = [task.problem("heldout", 0, number) for number in range(8)]
+    texts = [words.encode(problem.prompt + problem.demonstration(True)) for problem in problems]
+    tokens = jnp.array([text[: min(map(len, texts))] for text in texts])
+    logits = np.asarray(nnx.merge(graph, weights)(tokens))
+    lines = ["| moved, `m1jax demo`'s model | float32's unit | largest | bfloat16's unit | largest |"]
+    lines += ["|---|---|---|---|---|"]
+    for part in ("", *PARTS):
+        cells = []
+        for unit in get_args(Unit):
+            moved = [nnx.merge(graph, amplification.half_an_ulp(weights, unit, seed, part))(tokens) for seed in SEEDS]
+            gaps = [np.asarray(other) - logits for other in moved]
+            relative = np.median([np.linalg.norm(gap) / np.linalg.norm(logits) for gap in gaps])
+            cells += [f"{relative:.1e}", f"{np.median([np.abs(gap).max() for gap in gaps]):.1e}"]
+        lines.append(f"| {NAMES[part]} | {' | '.join(cells)} |")
+    return "\n".join(lines) + f"\n\nLargest logit {np.abs(logits).max():.0f}.\n"
