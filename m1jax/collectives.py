@@ -81,14 +81,14 @@ def _walk(computations: dict[str, list[str]], name: str, times: int) -> Iterator
         kind = operation.removesuffix("-start")
         if kind in KINDS:
             devices = _group_size(line)
-            # An asynchronous start returns its operands too; of several shapes the whole is the largest.
-            shape = max(("{}[{}]".format(*s) for s in _SHAPE.findall(result)), key=_size, default="")
-            if kind == "all-reduce" and result.startswith("("):  # several arrays reduced at once
-                for s in _SHAPE.findall(result):
-                    if devices > 1:
-                        yield (kind, "{}[{}]".format(*s), devices), times
-            elif devices > 1:
-                yield (kind, shape, devices), times
+            shapes = ["{}[{}]".format(*found) for found in _SHAPE.findall(result)]
+            if operation != kind and kind != "all-reduce":  # an asynchronous start returns its operands before results
+                shapes = [shape for shape in shapes if not shape.endswith("[]")]
+                shapes = shapes[len(shapes) // 2 :]
+            elif kind != "all-reduce":  # else several arrays may be reduced at once
+                shapes = [max(shapes, key=_size, default="")]
+            if devices > 1:
+                yield from (((kind, shape, devices), times) for shape in shapes)
             continue
         trips = _trips(computations, line) if operation == "while" else 1
         for called in _CALLED.findall(line):

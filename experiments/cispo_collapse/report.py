@@ -15,6 +15,12 @@ def of(records: Sequence[Record], **wanted: object) -> list[Record]:
     return [r for r in records if all(r[name] == value for name, value in wanted.items())]
 
 
+def watched(records: Sequence[Record]) -> list[Record]:
+    """Those that were watched to the end."""
+    longest = max(r["batches"] for r in records)
+    return of(records, batches=longest)
+
+
 def surviving(records: Sequence[Record]) -> tuple[float, float, float]:
     """Share of runs that did not collapse, and its interval."""
     alive = sum(r["collapsed"] is None for r in records)

@@ -8,17 +8,17 @@ import itertools
 import json
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from experiments.cispo_collapse import report, survival
+from experiments.cispo_collapse import report, stored, survival
 from experiments.cispo_vs_rivals import many, policy, tasks
 from experiments.cispo_vs_rivals.arms import NAMES
-from experiments.cispo_vs_rivals.loop import Settings
+from experiments.cispo_vs_rivals.loop import History, Settings
 from experiments.cispo_vs_rivals.results import Results
 from m1jax.disk import write_atomically
 from m1jax.errors import UserError
@@ -44,20 +44,24 @@ class Size:
     pieces: int = 10
     """of `batches` each; what is done is written after every one"""
     batches: int = 60
-    seeds: int = 8
+    seeds: int = 16
+    together: int = 8
+    """seeds of a block; blocks come one after the other"""
     start_steps: int = policy.START_STEPS
 
 
-SMOKE = Size(1, 10, 1, 3)
+SMOKE = Size(2, 10, 2, 1, 3)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     rates: Path = HERE.parent / "cispo_vs_rivals" / "results"
-    """results of cispo_vs_rivals, for its learning rates and starts"""
+    """results of cispo_vs_rivals, for its learning rates"""
     minutes: float | None = None
     """no piece is begun after so many"""
     out: Path = HERE / "results"
+    work: Path = HERE / "work"
+    """where runs are, to go on from: 80 MB a block"""
     smoke: bool = False
     """a tiny size, to see that all of it works"""
 
@@ -65,30 +69,39 @@ class Config:
 def main(config: Config) -> None:
     size = SMOKE if config.smoke else Size()
     out = config.out / "smoke" if config.smoke else config.out
-    out.mkdir(parents=True, exist_ok=True)
+    for folder in (out, config.work):
+        folder.mkdir(parents=True, exist_ok=True)
     rates = chosen(config)
     begun = time.monotonic()
     with policy.portable():
-        starts = many.starts(
-            range(size.seeds), size.start_steps, (out if config.smoke else config.rates) / "starts.npz"
-        )
-        for replay in (False, True):
-            cells = [
-                Cell(*cell) for cell in itertools.product(ARMS, MISMATCHES, (False, True), [replay], range(size.seeds))
-            ]
-            state = many.begin(many.stacked([starts[c.seed] for c in cells]), jnp.array([c.seed for c in cells]))
-            pieces: list[Any] = []
-            for piece in range(size.pieces):
+        starts = many.starts(range(size.seeds), size.start_steps, config.work / "starts.npz")
+        print(f"starts: {time.monotonic() - begun:.0f} s", flush=True)
+        for first, replay in itertools.product(range(0, size.seeds, size.together), (False, True)):
+            seeds = range(first, first + size.together)
+            cells = [Cell(*cell) for cell in itertools.product(ARMS, MISMATCHES, (False, True), [replay], seeds)]
+            name = f"replay-{'on' if replay else 'off'}-{first}"
+            begin = many.begin(many.stacked([starts[c.seed] for c in cells]), jnp.array([c.seed for c in cells]))
+            state, history = stored.load(config.work / f"{name}.npz", begin)
+            while history is None or history.accuracy.shape[1] < size.pieces * size.batches:
                 if config.minutes is not None and time.monotonic() - begun > 60 * config.minutes:
                     break
-                state, history = many.train(state, settings(cells, rates), batches=size.batches, replay=replay)
-                pieces.append(jax.device_get(history))
-                write(out, cells, pieces, rates)
+                state, more = many.train(state, settings(cells, rates), batches=size.batches, replay=replay)
+                more = jax.device_get(more)
+                history = more if history is None else jax.tree.map(lambda *x: np.concatenate(x, axis=1), history, more)
+                stored.save(config.work / f"{name}.npz", state, history)
+                np.savez_compressed(out / f"{name}.npz", **history._asdict())
+                write(out / f"{name}.json", cells, history, rates)
+                gaps = [more.gap[[c.mismatch == m for c in cells]].mean() for m in MISMATCHES]
                 print(
-                    f"replay {replay}: {(piece + 1) * size.batches} batches, {time.monotonic() - begun:.0f} s",
+                    f"{name}: {history.accuracy.shape[1]} batches, {time.monotonic() - begun:.0f} s, mean gap "
+                    + ", ".join(f"{gap:.1e} (x {m:g})" for m, gap in zip(MISMATCHES, gaps)),
                     flush=True,
                 )
     records = [record for file in sorted(out.glob("replay-*.json")) for record in json.loads(file.read_text())]
+    if not records:
+        print("nothing has been run yet: give it more --minutes")
+        return
+    records = report.watched(records)
     text = report.table(records)
     (out / "table.md").write_text(text)
     report.picture(records, out / "survival.png")
@@ -119,9 +132,8 @@ def settings(cells: list[Cell], rates: dict[str, float]) -> Settings:
     )
 
 
-def write(out: Path, cells: list[Cell], pieces: list[Any], rates: dict[str, float]) -> None:
+def write(file: Path, cells: list[Cell], history: History, rates: dict[str, float]) -> None:
     """What the README asks of every run so far."""
-    history = jax.tree.map(lambda *x: np.concatenate(x, axis=1), *pieces)
     records = []
     for n, cell in enumerate(cells):
         accuracy = history.accuracy[n]
@@ -139,8 +151,7 @@ def write(out: Path, cells: list[Cell], pieces: list[Any], rates: dict[str, floa
                 "gap_by_ten": [float(f"{x:.3g}") for x in history.gap[n].reshape(-1, 10).mean(axis=1)],
             }
         )
-    name = f"replay-{'on' if cells[0].replay else 'off'}.json"
-    write_atomically(out / name, "[" + ",\n".join(json.dumps(r) for r in records) + "]\n")
+    write_atomically(file, "[" + ",\n".join(json.dumps(r) for r in records) + "]\n")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import sys
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -45,8 +46,9 @@ def fresh(key: Array) -> Params:
 
 
 def model_of(params: Params) -> MiniMaxM1:
-    """The model, layer by layer: at this size a scan's copies would cost more than its layers."""
-    return nnx.merge(_graph(), params).unstacked()
+    """The model; a small one layer by layer, as a scan's copies would cost more than its layers."""
+    model = nnx.merge(_graph(), params)
+    return model.unstacked() if CONFIG.num_layers <= 4 else model
 
 
 @functools.cache
@@ -123,6 +125,15 @@ def start(key: Array, steps: int = START_STEPS) -> Params:
 
     (params, _), _ = jax.lax.scan(step, (params, optimizer.init(params)), jax.random.split(key, steps))
     return params
+
+
+@contextlib.contextmanager
+def of(config: ModelConfig) -> Iterator[None]:
+    """Another model under test."""
+    with mock.patch.object(sys.modules[__name__], "CONFIG", config):
+        _graph.cache_clear()
+        yield
+    _graph.cache_clear()
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import time
@@ -59,6 +60,8 @@ class Config:
     """Tokens of the prompt that others must not wait for."""
     rows: int | None = None
     """Sequences in work at once; None: what the device has room for."""
+    refilled: int = 0
+    """The long tail again with so many requests in work, each that ends replaced by the next; 0: not."""
     peer: tuple[int, ...] = (32, 8)
     """Numbers of requests beside Transformers, which runs on a CPU; none on a GPU."""
     threads: int = 2
@@ -100,7 +103,11 @@ def main(config: Config) -> None:
     note("start", {"seconds": time.perf_counter() - begin, "programs": len(programs), "rows": capacity.rows})
     with compilations() as programs:
         engine = Engine(runner)
-        note("long tail", long_tail(engine, runner, config, model, bandwidth))
+        note("long tail", long_tail(engine, runner, config, model, bandwidth, capacity.rows))
+        if config.refilled:
+            few = long_tail(engine, runner, config, model, bandwidth, config.refilled)
+            note("long tail, refilled", few)
+        runner.waits = False
         note("prefix", first_token(engine, config, model_config.vocab_size))
         note("stall", stall(engine, capacity, config, model_config.vocab_size))
     note("compiled while serving", {"programs": dict(Counter(programs))})
@@ -167,19 +174,26 @@ def asked(rng: np.random.Generator, seed: int, vocab: int, *, prompt: int, new: 
 
 
 def long_tail(
-    engine: Engine, runner: MeasuredRunner, config: Config, model: MiniMaxM1, bandwidth: float
+    engine: Engine, runner: MeasuredRunner, config: Config, model: MiniMaxM1, bandwidth: float, rows: int
 ) -> dict[str, Any]:
-    """Prompts of 64 tokens, log-normal lengths; tokens/s over all, while all rows are full, and of full rows alone."""
+    """Prompts of 64 tokens, log-normal lengths, so many in work at once; tokens/s over all, and while all rows are at
+    work."""
     rng, vocab = np.random.default_rng(0), model.config.vocab_size
     lengths = tail(rng, config.requests, config.mean, config.max)
     requests = [asked(rng, number, vocab, prompt=64, new=int(new), keep=False) for number, new in enumerate(lengths)]
-    rows = min(runner.capacity.rows, config.requests)
+    rows = min(rows, config.requests)
     steady = steady_rate(engine, runner, rows, vocab)
 
     runner.record = Record()
     begin = time.perf_counter()
-    for _ in engine.run(requests):
-        pass
+    waiting, working = iter(requests), 0
+    while True:
+        for request in itertools.islice(waiting, rows - working):
+            engine.submit(request)
+            working += 1
+        if not working:
+            break
+        working -= sum(isinstance(event, Finished) for event in engine.step())
     seconds, record = time.perf_counter() - begin, runner.record
     idle = runner.idle_decode_s()
     bound = sum(step_bytes(model.config, model.dtype, *step) for step in record.alive) / bandwidth
@@ -196,6 +210,10 @@ def long_tail(
         "mean_rows_alive": float(np.mean([alive for alive, _ in record.alive])),
         "steps": len(record.alive),
         "step_ms": 1e3 * record.decode_s / len(record.alive),
+        "programs": {
+            rows: {"steps": steps, "step_ms": 1e3 * seconds / steps}
+            for rows, (steps, seconds) in record.programs.items()
+        },
         "bound_share_decode": bound / record.decode_s,
         "seconds": seconds,
         "decode_s": record.decode_s,
@@ -315,12 +333,18 @@ def table(results: dict[str, Any]) -> str:
                 ("... by processor time", f"{x['speedup_processor']:.1f}x", ""),
                 ("... share of the bandwidth bound, decoding", f"{x['bound_share_decode']:.0%}", ""),
             ]
-    if x := results.get("long tail"):
+    for x in (results[name] for name in ("long tail", "long tail, refilled") if name in results):
+        programs = sorted(x["programs"].items(), key=lambda item: int(item[0]))
         rows += [
             (f"long tail, {x['tokens']} tokens, longest {x['longest']}: tokens/s", f"{x['tokens_s']:.0f}", ""),
             (f"... steady decode rate, {x['rows']} rows", f"{x['steady_tokens_s']:.0f}", ""),
             ("... share of it", f"{x['of_steady']:.0%}", ">= 85 %"),
             ("... rows that write, mean", f"{x['mean_rows_alive']:.0f}", ""),
+            (
+                f"... steps in programs of {' / '.join(str(size) for size, _ in programs)} rows",
+                " / ".join(f"{p['steps']} of {p['step_ms']:.2f} ms" for _, p in programs),
+                "",
+            ),
             ("... engine's own share of the time", f"{x['overhead']:.1%}", "<= 5 %"),
         ]
     if x := results.get("prefix"):

@@ -25,6 +25,7 @@ from m1jax import MiniMaxM1, ModelConfig
 from m1jax.inference import Completion, Engine, Finished, Request, Sampling
 from m1jax.inference.capacity import Capacity
 from m1jax.inference.runner import ModelRunner
+from m1jax.inference.scheduler import Counts
 
 HERE = Path(__file__).parent
 
@@ -63,8 +64,8 @@ def main(config: Config) -> None:
     capacity = Capacity(
         rows=32,
         max_length=2 * (config.prompt + config.new),
-        page_size=16,
-        pages=2000,
+        page_size=64,
+        pages=500,
         snapshots=64,
         steps=4,
         decode=(1, 32),
@@ -100,22 +101,32 @@ def main(config: Config) -> None:
     def case(name: str, serve: Callable[[Request], Completion]) -> None:
         rows[name] = compared(alone, [serve(probe) for probe in probes])
         print(name, rows[name], flush=True)
+        write(config, rows, jnp.dtype(dtype).name)
 
     case("again", lambda probe: fresh(probe, []))
-    case("among 31 others", lambda probe: fresh(probe, others))
+    case(f"among {len(others)} others", lambda probe: fresh(probe, others))
     case("a prefix is hit", hit)
-    pieces = ModelRunner(*nnx.split(model), dataclasses.replace(capacity, prefill=((1, 7),), decode=(32,), stall=7))
-    case("read in chunks of 7", lambda probe: served(Engine(pieces), probe, []))
-    few = capacity.pages_for(config.prompt + config.new) * 3
+    few = capacity.pages_for(config.prompt + config.new) * 3 - 1
     scarce = ModelRunner(*nnx.split(model), dataclasses.replace(capacity, pages=few, decode=(32,), snapshots=0))
+    preempted: list[Counts] = []
 
-    def preempted(probe: Request) -> Completion:
+    def among_five(probe: Request) -> Completion:
         engine = Engine(scarce)
         completion = served(engine, probe, [dataclasses.replace(p, key=jax.random.key(5)) for p in probes[:4]])
         assert engine.counts.preempted
+        preempted.append(engine.counts)
         return completion
 
-    case("among five with pages for three: preempted", preempted)
+    name = "among five with pages for less than three: preempted"
+    case(name, among_five)
+    read = 5 * (config.prompt - 1)
+    rows[name] |= {
+        "preempted": sum(counts.preempted for counts in preempted),
+        "recomputed": sum(counts.prefilled - read for counts in preempted),
+        "written": 5 * config.new * len(preempted),
+    }
+    pieces = ModelRunner(*nnx.split(model), dataclasses.replace(capacity, prefill=((1, 7),), decode=(32,), stall=7))
+    case("read in chunks of 7", lambda probe: served(Engine(pieces), probe, []))
     print(write(config, rows, jnp.dtype(dtype).name))
 
 
@@ -139,6 +150,12 @@ def write(config: Config, rows: dict[str, Any], dtype: str) -> str:
     ]
     for name, row in rows.items():
         lines.append(f"| {name} | {row['same']:.1%} of {row['tokens']} | {row['gap']:.1e} | {row['to_the_bit']:.0%} |")
+    for row in rows.values():
+        if "recomputed" in row:
+            lines.append(
+                f"\n{row['preempted']} preemptions: {row['recomputed']} tokens were computed again, {row['written']} "
+                "were written."
+            )
     config.out.write_text(
         json.dumps({"device": device, "dtype": dtype, "preset": config.preset, "rows": rows}, indent=1)
     )

@@ -34,6 +34,8 @@ class Record:
     """of `decode`"""
     alive: list[tuple[int, float]] = dataclasses.field(default_factory=list)
     """of each decode step: rows that wrote a token, and their mean length in tokens"""
+    programs: dict[int, tuple[int, float]] = dataclasses.field(default_factory=dict)
+    """of each decode program, by its rows: steps and seconds"""
 
     @property
     def device_s(self) -> float:
@@ -41,20 +43,23 @@ class Record:
 
 
 class MeasuredRunner(ModelRunner):
-    """Waits for the device after every call, so that each second has its place."""
+    """Waits for the device after every call, unless told not to, so that each second has its place."""
 
     record = Record()
+    waits = True
 
     def copy(self, copies: Several[Copy]) -> None:
         begin = time.perf_counter()
         super().copy(copies)
-        jax.block_until_ready(self._cache)
+        if self.waits:
+            jax.block_until_ready(self._cache)
         self.record.copy_s += time.perf_counter() - begin
 
     def prefill(self, shape: tuple[int, int], chunks: Several[Chunk]) -> list[UInt8[np.ndarray, "n layers k"]]:
         begin = time.perf_counter()
         routes = super().prefill(shape, chunks)
-        jax.block_until_ready(self._cache)
+        if self.waits:
+            jax.block_until_ready(self._cache)
         self.record.prefill_s += time.perf_counter() - begin
         return routes
 
@@ -62,20 +67,22 @@ class MeasuredRunner(ModelRunner):
         lengths = np.array([sequence.computed for sequence in sequences])
         begin = time.perf_counter()
         out = super().decode(sequences, allowances, patience)
-        self.record.decode_s += time.perf_counter() - begin
+        seconds, size = time.perf_counter() - begin, self.program_rows(len(sequences))
+        self.record.decode_s += seconds
         self.record.calls += 1
+        steps, before = self.record.programs.get(size, (0, 0.0))
+        self.record.programs[size] = steps + int(out.counts.max()), before + seconds
         for step in range(int(out.counts.max())):
             writing = out.counts > step
             self.record.alive.append((int(writing.sum()), float(lengths[writing].mean()) + step))
         return out
 
     def idle_decode_s(self) -> float:
-        """Seconds of a decode call of all rows in which nobody has anything to write: what starting one costs."""
-        self._rows.allowances[:] = 0
-        rows, times = self._decode_rows[-1], []
+        """Seconds of a decode call of all rows in which nobody has anything to write: what one costs besides steps."""
+        times = []
         for _ in range(20):
             begin = time.perf_counter()
-            jax.device_get(self._decode(rows, 1, self._allowed([], rows), False))
+            self.idle(self._decode_rows[-1])
             times.append(time.perf_counter() - begin)
         return float(np.median(times))
 

@@ -106,7 +106,7 @@ def errors(spread: float) -> None:
     def statistics(implementation: str) -> Callable[..., tuple[jax.Array, jax.Array]]:
         @jax.jit
         def log_probs(hidden: jax.Array, lm_head: jax.Array, words: jax.Array) -> tuple[jax.Array, jax.Array]:
-            found = vocabulary_statistics(hidden[0], lm_head, words[0], implementation=implementation)
+            found, _ = vocabulary_statistics(hidden[0], lm_head, words[0], implementation=implementation)
             normaliser = found.top + jnp.log(found.mass)
             return (found.chosen - normaliser)[None], (normaliser - found.weighted / found.mass)[None]
 

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from experiments.gpu_model.update import kernels
+from m1jax.compiling import compiler_options
 from m1jax.config import ModelConfig
 from m1jax.flops import parameters_per_token
 from m1jax.inference.sampling import sample
@@ -62,7 +63,7 @@ def case(preset: str, rows: int, rate: float, profile: bool) -> dict[str, Any]:
         logits, cache = model(prompts, cache, last_only=True)
         return jnp.argmax(logits, axis=-1).astype(jnp.int32), cache
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=compiler_options())
     def decode(model: MiniMaxM1, token: jax.Array, cache: Any) -> Any:
         def step(i: jax.Array, carry: Any) -> Any:
             token, cache = carry

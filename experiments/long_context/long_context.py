@@ -1,6 +1,6 @@
 """A million tokens, read in chunks and decoded on: time per token and memory, for the hybrid and its parts alone.
 
-    python -m experiments.long_context.long_context                                  a CPU: hours
+    python -m experiments.long_context.long_context                                  a CPU: half an hour and more
     python -m experiments.long_context.long_context --preset m1-2b --chunk 16384     a GPU: minutes
 
 Three models of the same width: the hybrid, its lightning layers alone, and one with softmax attention in every layer,
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import resource
 import time
 from collections.abc import Callable, Sequence
@@ -59,6 +60,8 @@ class Config:
     """JSON with every figure; the table and the picture are written beside it."""
     preset: str = ""
     """Of the hybrid; without one 8 layers of width 64."""
+    models: tuple[str, ...] = ("lightning", "hybrid", "softmax")
+    """Which of them, in this order."""
     lengths: tuple[int, ...] = (16_384, 65_536, 262_144, 1_048_576)
     """Tokens of context at which to measure."""
     softmax_until: int = 262_144
@@ -79,7 +82,8 @@ def main(config: Config) -> None:
         "softmax": dataclasses.replace(hybrid, layer_types=(SOFTMAX,) * hybrid.num_layers),
     }
     rows: list[dict[str, Any]] = json.loads(config.out.read_text())["rows"] if config.out.exists() else []
-    for name, model_config in models.items():
+    for name in config.models:
+        model_config = models[name]
         wanted = [n for n in config.lengths if name != "softmax" or n <= config.softmax_until]
         done = {row["tokens"] for row in rows if row["model"] == name}
         if set(wanted) - done:
@@ -197,7 +201,12 @@ def write(config: Config, rows: list[dict[str, Any]]) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    about = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "model": config.preset or "width 64"}
+    about = {
+        "device": jax.devices()[0].device_kind,
+        "cores": len(os.sched_getaffinity(0)),
+        "jax": jax.__version__,
+        "model": config.preset or "width 64",
+    }
     config.out.parent.mkdir(parents=True, exist_ok=True)
     config.out.write_text(json.dumps({**about, "chunk": config.chunk, "rows": rows}, indent=1) + "\n")
     config.out.with_suffix(".md").write_text(table(rows) + "\n")

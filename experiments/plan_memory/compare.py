@@ -35,7 +35,7 @@ CASES: dict[str, tuple[str, str, dict]] = {
     "m1-expert": ("v5p", "fsdp=8,expert=8", dict(model=M1_4, task="rl", context=4096, rows=64)),
     "m1-sequence": ("v5p", "fsdp=4,sequence=4,tensor=4", dict(model=M1_4, task="rl", context=65_536, rows=4)),
     "small-sft": ("v5e", "fsdp=4,tensor=2", dict(model=SMALL_8, task="sft", context=8192, rows=4)),
-    "small-no-remat": ("v5e", "fsdp=8", dict(model=SMALL_8, task="rl", context=2048, rows=8, remat=False)),
+    "small-no-remat": ("v5e", "fsdp=8", dict(model=SMALL_8, task="rl", context=2048, rows=8, remat="none")),
     "m1-decode": ("v6e", "expert=8,tensor=8", dict(model=M1_4, task="generate", context=131_072, rows=32)),
     "m1-prefill": ("v5p", "expert=8,tensor=8", dict(model=M1_4, task="generate", context=2**20, rows=8, piece=4096)),
 }
@@ -62,7 +62,7 @@ def table(results: dict[str, dict[str, float]]) -> str:
     lines.append("|---|---|---|---|---|---|---|---|")
     for name, found in results.items():
         setup, topology = case(name)
-        task = setup.task + ("" if setup.remat else ", no remat") + (f", piece {setup.piece}" * (setup.piece > 1))
+        task = setup.task + ", no remat" * (setup.remat == "none") + f", piece {setup.piece}" * (setup.piece > 1)
         computed = sum(memory(setup).values())
         lines.append(
             f"| {name} | {task} | {topology}, {CASES[name][1]} | {setup.rows} x {setup.context:,} | "

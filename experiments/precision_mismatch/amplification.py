@@ -87,11 +87,17 @@ def config(setting: Setting) -> ModelConfig:
 
 def measure(setting: Setting, seed: int, unit: Unit) -> Found:
     """One model drawn at random, and the same with its weights moved."""
-    made = config(setting)
-    model = MiniMaxM1(made, rngs=nnx.Rngs(seed), dtype=jnp.float32)
-    graph, weights = nnx.split(model)
-    moved = nnx.merge(graph, half_an_ulp(weights, unit, seed))
+    model = MiniMaxM1(config(setting), rngs=nnx.Rngs(seed), dtype=jnp.float32)
     tokens = jax.random.randint(jax.random.key(seed + 2000), (BATCH, TIME), 0, VOCABULARY)
+    return compare(model, tokens, setting, seed, unit)
+
+
+def compare(
+    model: MiniMaxM1, tokens: Int[Array, "batch time"], setting: Setting, seed: int, unit: Unit, part: str = ""
+) -> Found:
+    """A model, and the same with those weights moved whose path has `part` in it."""
+    graph, weights = nnx.split(model)
+    moved = nnx.merge(graph, half_an_ulp(weights, unit, seed, part))
     streams, logits, routes = through(model, tokens, setting, None)
     moved_streams, moved_logits, moved_routes = through(moved, tokens, setting, routes if setting.replay else None)
     flips = [np.any(np.sort(a, axis=-1) != np.sort(b, axis=-1), axis=-1) for a, b in zip(routes, moved_routes)]
@@ -103,18 +109,20 @@ def measure(setting: Setting, seed: int, unit: Unit) -> Found:
     )
 
 
-def half_an_ulp(weights: Any, unit: Unit, seed: int) -> Any:
-    """Half of the weights moved by one unit in the last place, up or down: half a unit each, on average. A bfloat16's
-    unit is 2^16 times a float32's."""
+def half_an_ulp(weights: Any, unit: Unit, seed: int, part: str = "") -> Any:
+    """Half of the weights (of those whose path has `part` in it) moved by one unit in the last place, up or down: half
+    a unit each, on average. A bfloat16's unit is 2^16 times a float32's."""
     rng = np.random.default_rng(seed)
 
-    def one(w: Array) -> Array:
+    def one(path: Any, w: Array) -> Array:
         value = np.asarray(w)
+        if part not in jax.tree_util.keystr(path):
+            return w
         step = np.spacing(np.abs(value)) * (1 if unit == "float32" else 2.0**16)
         moved = value + rng.choice([-1, 0, 0, 1], value.shape) * step
         return jnp.asarray(moved.astype(np.float32))
 
-    return jax.tree.map(one, weights)
+    return jax.tree_util.tree_map_with_path(one, weights)
 
 
 def through(

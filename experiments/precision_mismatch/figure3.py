@@ -1,9 +1,11 @@
-"""The sampler's probabilities of what it wrote against the trainer's, everything in bfloat16 but what an arm says."""
+"""The engine's probabilities of what it wrote against the trainer's, everything in bfloat16 but what an arm says."""
 
+import dataclasses
 import functools
 import itertools
+import sysconfig
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +14,13 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int, Integer
 
-from experiments.cispo_vs_rivals.policy import recorded
+from experiments.precision_mismatch.switches import Bits
+from m1jax.chat import Tokenizer
 from m1jax.config import ModelConfig
-from m1jax.model import Cache, MiniMaxM1, head
-from m1jax.model.cache import LightningCache
-
-Bits = Literal["bfloat16", "float32"]
+from m1jax.inference import Request, Sampling
+from m1jax.model import MiniMaxM1
+from m1jax.rl.generator import EngineGenerator
+from m1jax.rl.tasks import get_task
 
 
 class Arm(NamedTuple):
@@ -32,7 +35,8 @@ class Arm(NamedTuple):
 ARMS = tuple(Arm(*arm) for arm in itertools.product(("bfloat16", "float32"), ("bfloat16", "float32"), (False, True)))
 
 
-class Scale(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Scale:
     """How large: by what the platform can do."""
 
     config: ModelConfig
@@ -40,28 +44,64 @@ class Scale(NamedTuple):
     rows: int
     length: int
     """of training rows and of samples, in bytes"""
+    samples: int
 
 
 def scale() -> Scale:
     if jax.default_backend() == "cpu":
-        return Scale(ModelConfig.preset("m1-tiny"), 300, 8, 128)
-    return Scale(ModelConfig.preset("m1-100m"), 600, 16, 512)
+        return Scale(ModelConfig.preset("m1-demo"), 60, 8, 96, 8)
+    shape = ModelConfig.preset("m1-100m")
+    return Scale(dataclasses.replace(shape, layer_types=shape.layer_types * 2), 1200, 24, 512, 64)
 
 
-PROMPT = 16
-RATE = 1e-3
+PROMPT = 32
+RATE, WARM = 6e-4, 100
+TASK = "sums"
+THINKING = 0.2
+"""share of the demonstrations that think step by step"""
+DEMONSTRATIONS = 0.25
+"""of the training rows"""
 
 
-def corpus(root: Path) -> Int[np.ndarray, " bytes"]:
-    """The package's own text."""
-    files = sorted([*root.glob("m1jax/**/*.py"), *root.glob("docs/*.md")])
-    return np.frombuffer(b"".join(file.read_bytes() for file in files), np.uint8).astype(np.int32)
+def corpus() -> Int[np.ndarray, " bytes"]:
+    """The source of Python's standard library, some 10 MB."""
+    library = Path(sysconfig.get_paths()["stdlib"])
+    files = [f for f in sorted(library.rglob("*.py")) if not {"site-packages", "test", "tests"} & set(f.parts)]
+    return np.frombuffer(b"".join(file.read_bytes() for file in files), np.uint8)
 
 
-def trained(size: Scale, text: Int[np.ndarray, " bytes"], seed: int) -> tuple[nnx.State, float]:
-    """Parameters after some language modelling in the platform's compute dtype, and the last loss in nats a byte."""
+class Text:
+    """Rows of training: source code, and demonstrations of the task that reinforcement learning is given."""
+
+    def __init__(self, size: Scale, seed: int, demonstrations: float = DEMONSTRATIONS) -> None:
+        self._size, self._seed, self._rng = size, seed, np.random.default_rng(seed)
+        self._demonstrations = round(demonstrations * size.rows)
+        self._code, self._task, self._words = corpus(), get_task(TASK), Tokenizer.tiny()
+        self._number = 0
+
+    def code(self, rows: int, length: int) -> Int[np.ndarray, "rows time"]:
+        starts = self._rng.integers(0, len(self._code) - length, rows)
+        return np.stack([self._code[s : s + length] for s in starts]).astype(np.int32)
+
+    def batch(self) -> Int[np.ndarray, "rows time+1"]:
+        wanted = self._size.length + 1
+        rows = self.code(self._size.rows, wanted)
+        for row in rows[: self._demonstrations]:
+            ids: list[int] = []
+            while len(ids) < wanted:
+                problem = self._task.problem("train", self._seed + 1_000_000, self._number)
+                said = problem.prompt + problem.demonstration(bool(self._rng.random() < THINKING))
+                ids += [*self._words.encode(said), self._words.eos_id]
+                self._number += 1
+            row[:] = ids[:wanted]
+        return rows
+
+
+def trained(size: Scale, text: Text, seed: int) -> tuple[nnx.State, float]:
+    """Float32 parameters after language modelling in bfloat16 (CPU: float32), and the last losses, nats a byte."""
     graph, params = nnx.split(MiniMaxM1(size.config, rngs=nnx.Rngs(seed)))
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(RATE, b1=0.9, b2=0.95, eps=1e-15))
+    rate = optax.schedules.warmup_cosine_decay_schedule(0.0, RATE, min(WARM, size.steps // 4), size.steps, RATE / 10)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, b1=0.9, b2=0.95, eps=1e-15))
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(params: nnx.State, state: Any, tokens: Array) -> Any:
@@ -73,84 +113,68 @@ def trained(size: Scale, text: Int[np.ndarray, " bytes"], seed: int) -> tuple[nn
         updates, state = optimizer.update(grads, state, params)
         return optax.apply_updates(params, updates), state, value
 
-    rng, state, value = np.random.default_rng(seed), optimizer.init(params), jnp.zeros(())
-    for _ in range(size.steps):
-        params, state, value = step(params, state, rows(text, size, rng))
-    return params, float(value)
+    state, values = optimizer.init(params), []
+    for number in range(size.steps):
+        params, state, value = step(params, state, text.batch())
+        values = [*values[-19:], value]
+        if number % 200 == 199:
+            print(f"step {number + 1}: {float(value):.3f} nats a byte", flush=True)
+    return params, float(np.mean([float(v) for v in values]))
 
 
-def rows(text: Int[np.ndarray, " bytes"], size: Scale, rng: np.random.Generator) -> Int[np.ndarray, "rows time"]:
-    starts = rng.integers(0, len(text) - size.length - 1, size.rows)
-    return np.stack([text[s : s + size.length + 1] for s in starts])
+class Written(NamedTuple):
+    """What the sampler wrote after the prompts."""
+
+    tokens: Int[np.ndarray, "rows time"]
+    logp: Float[np.ndarray, "rows new"]
+    routes: Integer[np.ndarray, "rows time-1 layers k"]
 
 
-def in_bfloat16(size: Scale, params: nnx.State) -> MiniMaxM1:
-    """The model that computes in bfloat16 wherever it is."""
-    graph = nnx.graphdef(MiniMaxM1(size.config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16))
-    return nnx.merge(graph, params)
+def graph_of(size: Scale) -> nnx.GraphDef[MiniMaxM1]:
+    """Of the model that computes in bfloat16 wherever it is."""
+    return nnx.graphdef(nnx.eval_shape(lambda: MiniMaxM1(size.config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)))
 
 
-@functools.partial(jax.jit, static_argnames=("length", "head_bits", "state_bits"))
-def sample(
-    model: MiniMaxM1, prompts: Int[Array, "rows prompt"], key: Array, *, length: int, head_bits: Bits, state_bits: Bits
-) -> tuple[Int[Array, "rows time"], Float[Array, "rows new"], Integer[Array, "rows time-1 layers k"]]:
-    """What the sampler writes after the prompts, with its log-probabilities and the experts it chose."""
-
-    def choose(hidden: Array, key: Array) -> tuple[Array, Array]:
-        logp = jax.nn.log_softmax(scores(hidden[:, -1], model, head_bits))
-        token = jax.random.categorical(key, logp).astype(jnp.int32)
-        return token, jnp.take_along_axis(logp, token[:, None], axis=1)[:, 0]
-
-    def step(carry: Any, key: Array) -> Any:
-        token, cache = carry
-        out = model.forward(token[:, None], cache, record_routes=True)
-        new, logp = choose(out.hidden, key)
-        return (new, rounded(out.cache, state_bits)), (new, logp, recorded(out)[:, 0])
-
-    keys = jax.random.split(key, length - prompts.shape[1])
-    out = model.forward(prompts, model.init_cache(len(prompts), length), record_routes=True)
-    token, logp = choose(out.hidden, keys[0])
-    _, (tokens, logps, routes) = jax.lax.scan(step, (token, rounded(out.cache, state_bits)), keys[1:])
-    return (
-        jnp.concatenate([prompts, token[:, None], tokens.T], axis=1),
-        jnp.concatenate([logp[None], logps]).T,
-        jnp.concatenate([recorded(out), jnp.moveaxis(routes, 0, 1)], axis=1),
+def sample(size: Scale, params: nnx.State, prompts: Int[np.ndarray, "rows prompt"], seed: int) -> Written:
+    """The engine's, as reinforcement learning runs it; at temperature 1 from the whole distribution."""
+    new = size.length - prompts.shape[1]
+    generator = EngineGenerator(
+        graph_of(size),
+        prompts=len(prompts),
+        samples=1,
+        prompt_tokens=prompts.shape[1],
+        new_tokens=new,
+        record_routes=True,
+    )
+    generator.load(params, 0)
+    drawn = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=new)
+    keys = jax.random.split(jax.random.key(seed), len(prompts))
+    found = generator.run([Request(p, key, drawn, record_routes=True, keep=False) for p, key in zip(prompts, keys)])
+    completions = [each[0] for each in found]
+    routes = [completion.routes for completion in completions]
+    return Written(
+        np.concatenate([prompts, np.stack([c.tokens for c in completions])], axis=1),
+        np.stack([c.logp for c in completions]),
+        np.stack([r for r in routes if r is not None]),
     )
 
 
-@functools.partial(jax.jit, static_argnames=("new", "head_bits"))
-def score(
-    model: MiniMaxM1,
-    tokens: Int[Array, "rows time"],
-    routes: Integer[Array, "rows time-1 layers k"] | None,
-    *,
-    new: int,
-    head_bits: Bits,
-) -> Float[Array, "rows new"]:
-    """The trainer's log-probabilities of the last `new` tokens, from one pass over the whole."""
-    hidden = model.forward(tokens[:, :-1], routes=routes).hidden[:, -new:]
-    logp = jax.nn.log_softmax(scores(hidden, model, head_bits))
-    return jnp.take_along_axis(logp, tokens[:, -new:, None], axis=2)[..., 0]
+def score(size: Scale, params: nnx.State, written: Written, *, replay: bool) -> Float[np.ndarray, "rows new"]:
+    """The trainer's log-probabilities of what the sampler wrote, from passes over whole rows."""
+    graph, new = graph_of(size), written.logp.shape[1]
 
+    @jax.jit
+    def log_probs(params: nnx.State, tokens: Array, routes: Array | None) -> Array:
+        model = nnx.merge(graph, params)
+        hidden = model.forward(tokens[:, :-1], routes=routes).hidden
+        return model.log_probs(hidden, tokens[:, 1:])[0][:, -new:]
 
-def scores(hidden: Float[Array, "... hidden"], model: MiniMaxM1, bits: Bits) -> Float[Array, "... vocab"]:
-    """Logits by the model's float32 head, or by a product of bfloat16 that is rounded to bfloat16."""
-    if bits == "float32":
-        return head.logits(hidden, model.lm_head[...])
-    product = jnp.einsum("...i,vi->...v", hidden.astype(jnp.bfloat16), model.lm_head[...].astype(jnp.bfloat16))
-    return product.astype(jnp.bfloat16).astype(jnp.float32)
-
-
-def rounded(cache: Cache | None, bits: Bits) -> Cache:
-    """The cache with its lightning states rounded."""
-    assert cache is not None
-    if bits == "float32":
-        return cache
-    runs = (
-        LightningCache(run.state.astype(jnp.bfloat16).astype(jnp.float32)) if isinstance(run, LightningCache) else run
-        for run in cache.runs
-    )
-    return cache._replace(runs=tuple(runs))
+    found = []
+    for first in range(0, len(written.tokens), size.rows):
+        some = slice(first, first + size.rows)
+        routes = written.routes[some] if replay else None
+        found.append(np.asarray(log_probs(params, written.tokens[some], routes)))
+    return np.concatenate(found)
 
 
 class Gap(NamedTuple):
@@ -165,17 +189,3 @@ def compare(sampler: Float[np.ndarray, "..."], trainer: Float[np.ndarray, "..."]
     gap = np.abs(trainer - sampler)
     correlation = np.corrcoef(np.exp(sampler).ravel(), np.exp(trainer).ravel())[0, 1]
     return Gap(float(correlation), float(gap.mean()), float(gap.max()))
-
-
-def measure(size: Scale, params: nnx.State, text: np.ndarray, seed: int) -> dict[Arm, tuple[np.ndarray, np.ndarray]]:
-    """Log-probabilities of sampler and trainer, for every arm."""
-    model = in_bfloat16(size, params)
-    prompts = rows(text, size, np.random.default_rng(seed + 500))[:, :PROMPT]
-    found = {}
-    for arm in ARMS:
-        how = dict(length=size.length, head_bits=arm.head, state_bits=arm.state)
-        tokens, sampler, routes = sample(model, prompts, jax.random.key(seed), **how)  # pyright: ignore[reportArgumentType]
-        replayed = routes if arm.replay else None
-        trainer = score(model, tokens, replayed, new=size.length - PROMPT, head_bits=arm.head)
-        found[arm] = (np.asarray(sampler), np.asarray(trainer))
-    return found

@@ -89,8 +89,8 @@ def bought(h800: dict, kind: str) -> float:
     return HOURS * 3600 / h800["seconds_per_million_tokens"][kind]
 
 
-def table(rows: list[dict], runs: Results) -> str:
-    """Markdown."""
+def table(rows: list[dict], measured: dict[str, Results]) -> str:
+    """Markdown. `measured`: runs of cispo_vs_rivals by size of the model."""
     lines = ["| window | | tokens | samples | batches | updates |", "|---|---|---|---|---|---|"]
     h800 = {r["window"]: r for r in rows if r["chip"] == "h800"}
     for window, r in h800.items():
@@ -119,15 +119,16 @@ def table(rows: list[dict], runs: Results) -> str:
             f"| {r['generation']} | {r['update']} |"
         )
     price = DEVICES * HOURS * CHIPS["h800"].price
-    found = verdict.of_cell(runs, "recheck", "cispo", 16)
-    if found is None:
-        lines += ["", "What CISPO's steps are worth: cispo_vs_rivals has no results yet."]
-    else:
+    for size, runs in measured.items():
+        found = verdict.of_cell(runs, "recheck", "cispo", 16)
+        if found is None:
+            lines += ["", f"What CISPO's steps are worth with {size}: cispo_vs_rivals has no results yet."]
+            continue
         saved = [price * (r - 1) for r in (found.mean, found.low, found.high)]
         lines += [
             "",
-            f"With the ratio of cispo_vs_rivals, {found}, a DAPO run as good would have cost ${saved[0]:,.0f} more "
-            f"[{saved[1]:,.0f}, {saved[2]:,.0f}]; with the report's ratio of 2, ${price:,.0f}.",
+            f"With the ratio of cispo_vs_rivals with {size}, {found}, a DAPO run as good would have cost "
+            f"${saved[0]:,.0f} more [{saved[1]:,.0f}, {saved[2]:,.0f}]; with the report's ratio of 2, ${price:,.0f}.",
         ]
     return "\n".join(lines) + "\n"
 
@@ -159,7 +160,9 @@ def picture(rows: list[dict], file: Path) -> None:
 def main() -> None:
     rows = [row(name, window * 1024) for window in (40, 80) for name in ("h800", "h100", "h200", "v5p")]
     (HERE / "result.json").write_text(json.dumps(rows, indent=1) + "\n")
-    text = table(rows, Results(HERE.parent / "cispo_vs_rivals" / "results", "runs"))
+    rivals = HERE.parent / "cispo_vs_rivals"
+    folders = {"0.1 M parameters": "results", "36 M parameters": "results-large"}
+    text = table(rows, {size: Results(rivals / folder, "runs") for size, folder in folders.items()})
     (HERE / "table.md").write_text(text)
     picture(rows, HERE / "cost.png")
     print(text)

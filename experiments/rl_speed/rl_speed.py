@@ -1,7 +1,8 @@
-"""A step of reinforcement learning on CPU beside TRL's: same weights, same sizes, same threads.
+"""A step of reinforcement learning beside TRL's: same weights, same sizes, same threads.
 
-64 responses of 32 tokens to 8 prompts, one update of CISPO on them, a model of 2.7 M parameters. TRL's `GRPOTrainer`
-(loss_type "cispo") trains Transformers' native `minimax` from the same files. Run:
+On a CPU: 64 responses of 32 tokens to 8 prompts, one update of CISPO on them, a model of 2.7 M parameters. On a GPU
+(--gpu): 256 responses of 512 tokens to 32 prompts, 16 updates, `m1-1b` with random weights in bfloat16. TRL's
+`GRPOTrainer` (loss_type "cispo") trains Transformers' native `minimax`. Run:
 
     python -m experiments.rl_speed.rl_speed --trl .venv-trl/bin/python
 
@@ -10,18 +11,14 @@ where that interpreter has TRL; without it, only ours is timed. Both train in tu
 
 import dataclasses
 import json
-import os
-import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
-from typing import Any
 
 import tyro
 from flax import nnx
 
+from experiments.rl_speed.job import CPU, GPU, Job, Lines, lines_of, medians
 from m1jax import MiniMaxM1, ModelConfig, save_pretrained
 from m1jax.chat import Tokenizer
 
@@ -34,12 +31,11 @@ MODEL = ModelConfig(
     num_heads=8,
     num_kv_heads=2,
     head_dim=16,
-    rotary_dim=16,  # all channels: Transformers knows no other
+    rotary_dim=16,
     num_experts=4,
     experts_per_token=2,
     initializer_range=0.05,
 )
-PROMPTS, SAMPLES, LENGTH = 8, 8, 32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,70 +44,79 @@ class Config:
 
     trl: Path | None = None
     """An interpreter with TRL."""
+    trl_path: str = ""
+    """PYTHONPATH of that interpreter."""
+    gpu: bool = False
+    """The sizes for a GPU."""
+    preset: str = "m1-1b"
+    """The model on a GPU."""
     steps: int = 12
-    """Training steps of each run; the first four are not counted."""
+    """Training steps of each run; the first few are not counted."""
     repeat: int = 2
     """Runs of each, in turn."""
+    rows: int | None = None
+    """Of our micro-batches; None: what is best there."""
+    keep_memory: bool = True
+    """Ours keeps the memory that it frees."""
     threads: int = 2
-    """PyTorch's threads; XLA takes one per core it may use."""
+    """PyTorch's threads on a CPU; XLA takes one per core it may use."""
     out: Path = HERE / "result.json"
 
 
 def main(config: Config) -> None:
     """Prints a table and writes the figures."""
-    found: dict[str, list[dict[str, float]]] = {"ours": [], "trl": []}
+    sizes = GPU if config.gpu else CPU
+    sizes = sizes if config.rows is None else dataclasses.replace(sizes, rows=config.rows)
+    found: dict[str, Lines] = {"ours": [], "trl": []}
+    log = config.out.with_suffix(".jsonl")
+    log.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory() as directory:
         home = Path(directory)
-        model = MiniMaxM1(MODEL, rngs=nnx.Rngs(0))
-        save_pretrained(model, home / "ours")
-        Tokenizer.tiny().save(home / "ours")
-        if config.trl is not None:
-            save_pretrained(model, home / "theirs", layout="transformers")
-            Tokenizer.tiny().save(home / "theirs")
+        write_models(home, ModelConfig.preset(config.preset) if config.gpu else MODEL, weights=not config.gpu)
         for turn in range(config.repeat):
-            arguments = ["-m", "experiments.rl_speed.ours", str(home / "ours"), str(home / f"run{turn}")]
-            found["ours"] += timed([sys.executable, *arguments, str(config.steps)], {})
-            if config.trl is not None:
-                threads = {"OMP_NUM_THREADS": str(config.threads)}
-                arguments = [str(HERE / "theirs.py"), str(home / "theirs"), str(config.steps)]
-                found["trl"] += timed([str(config.trl), *arguments], threads)
-    medians = {
-        side: {name: statistics.median(step[name] for step in steps) for name in ("step", "generation", "processor")}
-        for side, steps in found.items()
-        if steps
-    }
-    result: dict[str, Any] = {"seconds": medians, "steps": {side: len(steps) for side, steps in found.items()}}
-    if "trl" in medians:
-        result["faster"] = {name: medians["trl"][name] / medians["ours"][name] for name in medians["ours"]}
-    config.out.write_text(json.dumps(result, indent=1) + "\n")
+            for side in found if config.trl is not None else ("ours",):
+                run = home / f"{side}{turn}"
+                job = Job(
+                    model=str(home / side),
+                    run=str(run),
+                    steps=config.steps,
+                    sizes=sizes,
+                    keep_memory=config.keep_memory,
+                ).to_json()
+                around = {}
+                if side == "ours":
+                    command = [sys.executable, "-m", "experiments.rl_speed.ours", job]
+                else:
+                    command = [str(config.trl), str(HERE / "theirs.py"), job]
+                    around = {"PYTHONPATH": config.trl_path, "HF_HUB_OFFLINE": "1"}
+                    if not config.gpu:
+                        around["OMP_NUM_THREADS"] = str(config.threads)
+                found[side] += lines_of(command, around, log)
+                result = result_of(found, sizes.warm)
+                config.out.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
 
 
-def timed(command: list[str], environment: dict[str, str]) -> list[dict[str, float]]:
-    """Seconds of each counted step, as the program prints them, a line of JSON each: `step`, its `generation`, and the
-    `processor` time of all threads."""
-    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
-    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"')]
-    return [line for line in lines if line["number"] >= 4]
+def result_of(found: dict[str, Lines], warm: int) -> dict[str, object]:
+    """Medians of each side, and how much faster ours is."""
+    seconds = {side: medians(lines, warm) for side, lines in found.items() if lines}
+    if len(seconds) < 2:
+        return {"seconds": seconds}
+    names = ("step", "generation", "processor")
+    return {"seconds": seconds, "faster": {name: seconds["trl"][name] / seconds["ours"][name] for name in names}}
 
 
-class Clock:
-    """Adds up the seconds of some calls."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
-    def around(self, function: Any) -> Any:
-        def timed(*arguments: Any, **options: Any) -> Any:
-            begin = time.perf_counter()
-            try:
-                return function(*arguments, **options)
-            finally:
-                self.seconds += time.perf_counter() - begin
-
-        return timed
+def write_models(home: Path, model: ModelConfig, *, weights: bool) -> None:
+    """Directories `ours` and `trl`: the same model for both, with or without its weights."""
+    model = dataclasses.replace(model, rotary_dim=model.head_dim)  # all channels: Transformers knows no other
+    built = MiniMaxM1(model, rngs=nnx.Rngs(0)) if weights else None
+    for name, layout in (("ours", "official"), ("trl", "transformers")):
+        if built is not None:
+            save_pretrained(built, home / name, layout=layout)
+        else:
+            (home / name).mkdir()
+            (home / name / "config.json").write_text(json.dumps(model.to_hf(layout)))
+        Tokenizer.tiny().save(home / name)
 
 
 if __name__ == "__main__":

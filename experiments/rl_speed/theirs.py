@@ -1,17 +1,16 @@
-"""TRL's side of `rl_speed`: MODEL STEPS; prints a line of JSON for each step. Needs TRL and nothing of m1jax."""
+"""TRL's side of `rl_speed`: JOB as JSON; prints a line of JSON for each step. Needs TRL and nothing of m1jax."""
 
 import json
 import sys
 import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import GenerationMixin, MiniMaxForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+from transformers import AutoConfig, GenerationMixin, MiniMaxForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
-
-PROMPTS, SAMPLES, LENGTH = 8, 8, 32
 
 
 def reward(completion_ids: list[list[int]], **_: object) -> list[float]:
@@ -20,9 +19,10 @@ def reward(completion_ids: list[list[int]], **_: object) -> list[float]:
 
 
 class Steps(TrainerCallback):
-    """Prints when a step ends."""
+    """Prints when a step ends: a batch of responses and all updates on it."""
 
-    def __init__(self) -> None:
+    def __init__(self, updates: int) -> None:
+        self.updates, self.made = updates, 0
         self.number, self.begin, self.generation, self.processor = 0, 0.0, 0.0, 0.0
 
     def on_step_begin(self, args: object, state: object, control: object, **_: object) -> None:
@@ -30,19 +30,33 @@ class Steps(TrainerCallback):
             self.begin, self.processor = time.perf_counter(), time.process_time()
 
     def on_step_end(self, args: object, state: object, control: object, **_: object) -> None:
+        self.made += 1
+        if self.made % self.updates:
+            return
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         now, cpu, self.number = time.perf_counter(), time.process_time(), self.number + 1
         line = {"step": now - self.begin, "generation": self.generation, "processor": cpu - self.processor}
         print(json.dumps({"number": self.number, **line}), flush=True)
         self.begin, self.generation, self.processor = now, 0.0, cpu
 
 
-def main(directory: str, steps: int) -> None:
+def model_of(directory: Path, dtype: torch.dtype) -> MiniMaxForCausalLM:
+    if any(directory.glob("*.safetensors")):
+        return MiniMaxForCausalLM.from_pretrained(directory, dtype=dtype)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        return MiniMaxForCausalLM(AutoConfig.from_pretrained(directory)).to(dtype)
+
+
+def main(job: dict[str, Any]) -> None:
+    directory, sizes, cuda = Path(job["model"]), job["sizes"], torch.cuda.is_available()
+    prompts, updates = sizes["prompts"], sizes["updates"]
     tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model = MiniMaxForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    model = model_of(directory, torch.bfloat16 if cuda else torch.float32)
     mixin: Any = GenerationMixin
-    calls, generate = Steps(), mixin.generate
+    calls, generate = Steps(updates), mixin.generate
 
     def timed(self: object, *arguments: object, **options: object) -> object:
         begin = time.perf_counter()
@@ -52,15 +66,17 @@ def main(directory: str, steps: int) -> None:
             calls.generation += time.perf_counter() - begin
 
     mixin.generate = timed
+    texts = [f"{index:0{sizes['prompt_tokens']}d}" for index in range(job["steps"] * prompts)]
     with tempfile.TemporaryDirectory() as out:
         config = GRPOConfig(
             output_dir=out,
-            use_cpu=True,
-            bf16=False,
-            per_device_train_batch_size=PROMPTS * SAMPLES,
-            num_generations=SAMPLES,
-            max_completion_length=LENGTH,
-            max_steps=steps,
+            use_cpu=not cuda,
+            bf16=cuda,
+            per_device_train_batch_size=prompts * sizes["samples"] // updates,
+            steps_per_generation=updates,
+            num_generations=sizes["samples"],
+            max_completion_length=sizes["new_tokens"],
+            max_steps=job["steps"] * updates,
             loss_type="cispo",
             epsilon_high=5.0,
             beta=0.0,
@@ -75,11 +91,11 @@ def main(directory: str, steps: int) -> None:
             model=model,
             reward_funcs=reward,
             args=config,
-            train_dataset=Dataset.from_dict({"prompt": [f"{index:010d}" for index in range(steps * PROMPTS)]}),
+            train_dataset=Dataset.from_dict({"prompt": texts}),
             processing_class=tokenizer,
             callbacks=[calls],
         ).train()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(json.loads(sys.argv[1]))

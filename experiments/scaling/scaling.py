@@ -1,158 +1,176 @@
-"""Does training scale over the GPUs of one host? An update on meshes of one, two and more cards, beside one card's.
+"""Does training scale over the GPUs of one host? An update on meshes of one, two, four and more cards.
 
-    python -m experiments.scaling.scaling --preset m1-2b --rows 8 --tokens 4096 --meshes data=2 fsdp=2 expert=2 tensor=2
-    python -m experiments.scaling.scaling --preset m1-2b --rows 1 --tokens 32768 --meshes sequence=2
+    python -m experiments.scaling.scaling --cards 4 --out results
 
-Weak scaling: every card has `rows` x `tokens` of its own (under tensor and sequence, a mesh has as many rows as its
-cards together would have). Each case is a process; they compile at the same time and are timed one after another. All
-meshes of as many cards train on the same rows: loss and gradient norm of the first update, which go to --out with the
-rest, must be the same.
+Weak scaling: each card has 8 rows of 4,096 tokens (sequence: one of 32,768); under tensor and sequence a mesh has as
+many rows as its cards together would have. Strong scaling: 8 rows in all. Cases that train on the same rows, one card
+among them, must find the same loss and gradient norm. Beside them a model near 7 B, and one row of 1,048,576 tokens.
+
+All cases are compiled first, at the same time, each in its own process, which ends: its cards' memory is free again.
+Then they are started once more, find their programs in JAX's cache, and are timed one after another, or beside each
+other on cards of their own. What was found is in the folder at once; a case that fails leaves its last words.
 """
 
+from __future__ import annotations
+
 import argparse
-import fcntl
+import contextlib
+import dataclasses
 import json
-import math
 import os
-import statistics
+import signal
 import subprocess
 import sys
+import threading
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
-LOCK = "M1JAX_SCALING_LOCK"
-SEQUENCES = 4  # packed into a row
-UPDATES = 8
+from experiments.scaling.cases import REHEARSAL, Case, Sizes, cases
+
+AHEAD = 5  # started and waiting for their cards: each holds half a gigabyte of them
+LIMIT = 120  # seconds that a case may have its cards
 
 
-def wait_for_turn() -> None:
-    """Until no other case is timed; the turn, and with it the cards' memory, is kept until this process ends."""
-    file = os.open(os.environ[LOCK], os.O_RDWR | os.O_CREAT)
-    fcntl.flock(file, fcntl.LOCK_EX)
+class Schedule:
+    """Processes of cases, the cards they have, and when everything must end."""
+
+    def __init__(self, folder: Path, cards: int, seconds: float, compile_seconds: float, rehearsal: bool):
+        self.folder, self.cards, self.rehearsal = folder, cards, rehearsal
+        self.began = time.monotonic()
+        self.end, self.compiled_by = self.began + seconds, self.began + compile_seconds
+        self.locks = [threading.Lock() for _ in range(cards)]
+        self.running: set[subprocess.Popen[bytes]] = set()
+
+    def say(self, text: str) -> None:
+        print(f"{time.monotonic() - self.began:6.1f} s  {text}", flush=True)
+
+    def start(self, case: Case, chosen: list[int], compile_only: bool) -> subprocess.Popen[bytes]:
+        self.folder.joinpath(f"{case.name}.case").write_text(json.dumps(dataclasses.asdict(case)))
+        arguments = [str(self.folder), case.name, *(["--compile"] if compile_only else [])]
+        devices = case.cards // case.processes
+        command = [sys.executable, "-m", "experiments.scaling.worker", *arguments]
+        if case.processes > 1:
+            script = str(Path(__file__).with_name("worker.py"))
+            command = [sys.executable, "-m", "m1jax.cli", "launch", "--processes", str(case.processes)]
+            command += [*(["--devices", str(devices)] if self.rehearsal else []), "--", script, *arguments]
+        environment = os.environ | {
+            "CUDA_VISIBLE_DEVICES": ",".join(map(str, chosen)),
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+            "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.94",
+            "JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR", str(self.folder / "cache")),
+            "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {case.flags}".strip(),
+        }
+        if self.rehearsal:
+            environment |= {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+            environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+        if compile_only:  # so that what was taken to try kernels is given back at once
+            environment["XLA_PYTHON_CLIENT_ALLOCATOR"] = "platform"
+        with self.folder.joinpath(f"{case.name}.log").open("ab") as log:
+            process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        self.running.add(process)
+        return process
+
+    def stop(self, process: subprocess.Popen[bytes]) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        self.running.discard(process)
+
+    def compile(self, every: list[Case], at_once: int) -> None:
+        """All cases; returns when they are done, or late."""
+
+        def one(number: int, case: Case) -> None:
+            process = self.start(case, self.choose(number, case), compile_only=True)
+            while process.poll() is None and time.monotonic() < self.compiled_by:
+                time.sleep(0.1)
+            late = process.poll() is None
+            self.stop(process)
+            status = "was too late" if late else "is compiled" if process.returncode == 0 else "FAILED to compile"
+            self.say(f"{case.name} {status}{self.last_words(case) if process.returncode else ''}")
+
+        with ThreadPoolExecutor(at_once) as pool:
+            for future in [pool.submit(one, number, case) for number, case in enumerate(every)]:
+                future.result()
+
+    @contextlib.contextmanager
+    def having(self, chosen: list[int]) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for card in sorted(chosen):
+                stack.enter_context(self.locks[card])
+            yield
+
+    def choose(self, number: int, case: Case) -> list[int]:
+        """Cards next to each other; first is another one for each case, because there XLA tries kernels."""
+        first = number * (case.cards if case.cards < self.cards else 1) % self.cards
+        return [(first + i) % self.cards for i in range(case.cards)]
+
+    def measure(self, every: list[Case]) -> None:
+        def one(case: Case, chosen: list[int]) -> None:
+            if time.monotonic() > self.end - 20:
+                return self.say(f"{case.name} left out: no time")
+            process = self.start(case, chosen, compile_only=False)
+            ready = [self.folder / f"{case.name}.{number}.ready" for number in range(case.processes)]
+            while process.poll() is None and not all(f.exists() for f in ready) and time.monotonic() < self.end:
+                time.sleep(0.05)
+            with self.having(chosen):
+                began = time.monotonic()
+                self.folder.joinpath(f"{case.name}.go").touch()
+                limit = min(self.end, began + LIMIT)
+                while process.poll() is None and time.monotonic() < limit:
+                    time.sleep(0.05)
+                late = process.poll() is None
+                self.stop(process)
+            found = self.folder / f"{case.name}.json"
+            if found.exists():
+                return self.say(f"{shown(json.loads(found.read_text()))} ({time.monotonic() - began:.0f} s)")
+            why = f"took more than {time.monotonic() - began:.0f} s" if late else "failed"
+            self.say(f"{case.name} {why}{self.last_words(case)}")
+
+        with ThreadPoolExecutor(AHEAD) as pool:
+            for future in [pool.submit(one, case, self.choose(number, case)) for number, case in enumerate(every)]:
+                future.result()
+
+    def last_words(self, case: Case) -> str:
+        lines = self.folder.joinpath(f"{case.name}.log").read_text(errors="replace").splitlines()
+        told = [line for line in lines if line.strip() and "slow_operation_alarm" not in line]
+        return "".join(f"\n          {line[:400]}" for line in told[-6:])
 
 
-def case(preset: str, rows: int, tokens: int, mesh: str) -> dict[str, Any]:
-    """One mesh: seconds of an update, its loss, what it communicates."""
-    import jax
-    import numpy as np
-    from flax import nnx
-
-    from m1jax import MiniMaxM1, ModelConfig, sharding
-    from m1jax.collectives import collectives
-    from m1jax.flops import peak_flops, training_flops
-    from m1jax.train.batch import Batch
-    from m1jax.train.loop import supervised_loss
-    from m1jax.train.optimizer import OptimizerConfig
-    from m1jax.train.placement import place_batch, use_mesh
-    from m1jax.train.step import init_state, make_train_step
-
-    config = ModelConfig.preset(preset)
-    cards = cards_of(mesh)
-    optimizer = OptimizerConfig(learning_rate=1e-4).build(1000)
-
-    with use_mesh(mesh):
-
-        def begin() -> Any:
-            return init_state(nnx.split(MiniMaxM1(config, rngs=nnx.Rngs(0)))[1], optimizer)
-
-        graph, _ = nnx.split(nnx.eval_shape(lambda: MiniMaxM1(config, rngs=nnx.Rngs(0))))
-        shapes = jax.eval_shape(begin)
-        placed = sharding.parameter_shardings(shapes, jax.sharding.get_mesh()) if mesh else None
-        step = make_train_step(supervised_loss(graph, config.router_aux_loss_coef), optimizer)
-        shape = (1, rows * cards, tokens)
-        rng = np.random.default_rng(0)
-        words = [rng.integers(0, config.vocab_size, shape).astype(np.int32) for _ in range(2)]
-        segments = np.broadcast_to(np.arange(tokens) * SEQUENCES // tokens, shape).astype(np.int32)
-        weight = np.full(shape, 1 / np.prod(shape), np.float32)
-        batch = place_batch(
-            Batch.of(tokens=words[0], targets=words[1], segment_ids=segments, mask=np.ones(shape, bool), weight=weight)
-        )
-        start = time.perf_counter()
-        described = (
-            shapes
-            if placed is None
-            else jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed)
-        )
-        compiled = step.lower(described, batch).compile()
-        compiling = time.perf_counter() - start
-        moved: dict[str, float] = {}
-        for one in collectives(compiled):
-            moved[one.kind] = moved.get(one.kind, 0.0) + one.bytes / 1e9
-        wait_for_turn()
-        state = jax.jit(begin, out_shardings=placed)()
-        times, first = [], None
-        for _ in range(UPDATES):
-            start = time.perf_counter()
-            state, report = compiled(state, batch)
-            jax.block_until_ready(report)
-            times.append(time.perf_counter() - start)
-            first = first or jax.device_get(report)
-    assert first is not None
-    seconds = statistics.median(times[1:])
-    cut = tokens // SEQUENCES
-    flops = training_flops(config, math.prod(shape), rows * cards * SEQUENCES * cut * (cut + 1) / 2)
-    peak = peak_flops(jax.devices()[0].device_kind) or float("nan")
-    return {
-        "cards": cards,
-        "ms": seconds * 1e3,
-        "tokens/s": math.prod(shape) / seconds,
-        "MFU %": 100 * flops / seconds / peak / cards,
-        "loss": float(first.loss),
-        "gradient norm": float(first.grad_norm),
-        "compile s": compiling,
-        "GB a card communicates": moved,
-        "device": jax.devices()[0].device_kind,
-    }
-
-
-def cards_of(mesh: str) -> int:
-    return math.prod(int(part.partition("=")[2]) for part in mesh.split(",")) if mesh else 1
+def shown(row: dict[str, Any]) -> str:
+    trace = row.get("trace ms", {})
+    share = f", collectives {trace['collectives']:.0f} ms, {trace['exposed']:.0f} alone" if trace else ""
+    figures = f"{row['ms']:.1f} ms, {row['tokens/s']:,.0f} tokens/s, MFU {row['MFU %']:.1f} %{share}"
+    return f"{row['name']}: {figures}, loss {row['loss']:.6f}, gradient {row['gradient norm']:.6f}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="m1-2b")
-    parser.add_argument("--rows", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--meshes", nargs="+", default=["data=2", "fsdp=2", "expert=2", "tensor=2"])
-    parser.add_argument("--out", type=Path, default=HERE / "result.json")
-    parser.add_argument("--case", help=argparse.SUPPRESS)
+    parser.add_argument("--cards", type=int, required=True, help="of this host, 2, 4 or 8")
+    parser.add_argument("--out", type=Path, required=True, help="a folder")
+    parser.add_argument("--seconds", type=float, default=550, help="when everything ends")
+    parser.add_argument("--compile-seconds", type=float, default=210, help="when compiling ends")
+    parser.add_argument("--at-once", type=int, default=os.cpu_count() or 1, help="cases that are compiled at a time")
+    parser.add_argument("--only", nargs="+", help="names of cases")
+    parser.add_argument("--rehearsal", action="store_true", help="tiny models on a CPU: does everything run?")
     chosen = parser.parse_args()
-    if chosen.case is not None:
-        print(json.dumps(case(chosen.preset, chosen.rows, chosen.tokens, chosen.case)), flush=True)
-        return
-    lock = Path(os.environ.get(LOCK) or chosen.out.with_suffix(".lock"))  # several runs may share one
-    processes = {}
-    for mesh in ["", *chosen.meshes]:
-        visible = ",".join(map(str, range(cards_of(mesh))))
-        environment = os.environ | {
-            LOCK: str(lock), "CUDA_VISIBLE_DEVICES": visible, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"
-        }  # fmt: skip
-        same = ["--preset", chosen.preset, "--rows", str(chosen.rows), "--tokens", str(chosen.tokens)]
-        command = [sys.executable, "-m", "experiments.scaling.scaling", *same, "--case", mesh]
-        processes[mesh] = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-    found = {}
-    with ThreadPoolExecutor(len(processes)) as pool:
-        answers = {pool.submit(process.communicate): mesh for mesh, process in processes.items()}
-        for answer in as_completed(answers):
-            mesh, lines = answers[answer] or "one card", answer.result()[0].splitlines()
-            found[mesh] = json.loads(lines[-1]) if processes[answers[answer]].returncode == 0 else None
-            print(mesh, lines[-1] if lines else "failed", flush=True)
-    lock.unlink(missing_ok=True)
-    one = found["one card"]
-    for name, row in found.items():
-        if row is None:
-            print(f"{name:14} failed", flush=True)
-            continue
-        row["times one card"] = row["tokens/s"] / one["tokens/s"] if one else None
-        shown = {k: f"{v:.4g}" for k, v in row.items() if isinstance(v, int | float)}
-        print(f"{name:14}", *(f"{k} {v}" for k, v in shown.items()), flush=True)
-    chosen.out.write_text(
-        json.dumps({"preset": chosen.preset, "rows": chosen.rows, "tokens": chosen.tokens, "cases": found}, indent=1)
-    )
+    chosen.out.mkdir(parents=True, exist_ok=True)
+    for old in (*chosen.out.glob("*.ready"), *chosen.out.glob("*.go"), *chosen.out.glob("*.log")):
+        old.unlink()
+    every = cases(chosen.cards, REHEARSAL if chosen.rehearsal else Sizes())
+    every = [case for case in every if not chosen.only or case.name in chosen.only]
+    schedule = Schedule(chosen.out, chosen.cards, chosen.seconds, chosen.compile_seconds, chosen.rehearsal)
+
+    def leave(*_: Any) -> None:
+        for process in list(schedule.running):
+            schedule.stop(process)
+        os._exit(143)  # threads wait for cases that are gone
+
+    signal.signal(signal.SIGTERM, leave)
+    schedule.compile(every, chosen.at_once)
+    schedule.measure(every)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,9 @@ from m1jax.collectives import collectives, totals
 from m1jax.config import ModelConfig
 from m1jax.errors import UserError, require_positive
 from m1jax.plan import hardware, search
+from m1jax.plan.expected import expected
 from m1jax.plan.memory import memory
-from m1jax.plan.setup import Setup, Task
+from m1jax.plan.setup import Remat, Setup, Task
 from m1jax.plan.speed import exchanges, speed
 from m1jax.sharding import AXES, ROWS, parse_mesh
 
@@ -53,8 +54,10 @@ class Config:
     """Micro-batches of an update, one after the other."""
     piece: int = 1
     """Generation: tokens of each sequence per step; 1 is decoding, 4096 a piece of a prompt."""
-    remat: bool = True
-    """Recompute each layer for the backward pass instead of keeping its activations."""
+    remat: Remat = "layers"
+    """Training: what the backward pass computes again: whole layers (least memory), what is cheap, or nothing."""
+    sequences: int = 1
+    """Training: equally long ones packed into a row."""
     price: float | None = None
     """Dollars per device and hour; default: the list price that the output names."""
     search: bool = False
@@ -114,6 +117,7 @@ def _setup(config: Config, chip: hardware.Chip, devices: int) -> Setup:
         micro_batches=config.micro_batches,
         piece=config.piece,
         remat=config.remat,
+        sequences=config.sequences,
     )
     asked = f"{config.task} of {config.preset} at {start.context:,} tokens"
     if config.search:
@@ -176,6 +180,7 @@ def _summary(
 ) -> dict[str, Any]:
     """All figures under names that are also those of --json; bytes, seconds and dollars."""
     bound = speed(setup, chip, price)
+    parts_of_time = expected(setup, chip.rates) if chip.rates and setup.devices <= chip.host else None
     total = sum(parts.values())
     fits = total <= chip.memory
     return {
@@ -199,6 +204,7 @@ def _summary(
         **dataclasses.asdict(bound),
         "bound_by": bound.bound_by,
         "step_seconds": bound.seconds,
+        "expected_seconds": parts_of_time,
         "price_per_device_hour": price,
         "price_source": chip.price_source if config.price is None else "--price",
     }
@@ -243,7 +249,18 @@ def _print(plan: dict[str, Any]) -> None:
     times = f"operations {plan['compute']:.3g} s, HBM {plan['hbm']:.3g} s, links {plan['links']:.3g} s"
     table.add_row("a step", f"{plan['step_seconds']:.3g} s, bound by {plan['bound_by']} ({times})")
     table.add_row("MFU", f"at most {plan['mfu']:.1%}")
+    if plan["expected_seconds"]:
+        seconds = sum(plan["expected_seconds"].values())
+        table.add_row(
+            "expected", f"{seconds:.3g} s, MFU {plan['mfu'] * plan['step_seconds'] / seconds:.1%}: {_longest(plan)}"
+        )
     price = f"at ${plan['price_per_device_hour']:.2f} an hour ({plan['price_source']})"
     cost = f"{plan['million_tokens_seconds']:.3g} s, ${plan['million_tokens_dollars']:.3g} {price}"
     table.add_row("a million tokens", cost)
     console.print(table)
+
+
+def _longest(plan: dict[str, Any]) -> str:
+    """What the expected time goes to, longest first."""
+    parts = sorted(plan["expected_seconds"].items(), key=lambda part: -part[1])
+    return ", ".join(f"{name} {seconds:.3g}" for name, seconds in parts)

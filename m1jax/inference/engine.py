@@ -188,6 +188,8 @@ class Engine:
         """Read prompts, so many of their tokens that those who decode need not wait too long."""
         self._copy()
         capacity, running = self._runner.capacity, [s for part in self._parts for s in part.running]
+        if not any(sequence.pending for sequence in running):
+            return
         left = max(FIXED + capacity.stall, PATIENCE * capacity.steps * len(running) // capacity.parts)
         if all(sequence.pending for sequence in running):  # nobody waits
             left = max(left, FIXED + math.prod(capacity.prefill[-1]))
@@ -217,7 +219,9 @@ class Engine:
         if not sequences:
             return
         self._copy()
-        allowances = [s.allowance(self._runner.capacity.steps) for s in sequences]
+        # A first token is told at once.
+        steps = self._runner.capacity.steps if all(s.new for s in sequences) else 1
+        allowances = [s.allowance(steps) for s in sequences]
         # Rows that fall idle are worth a look only where somebody waits for them.
         waiting = any(part.waiting for part in self._parts)
         patience = max(1, len(allowances) // 8) if waiting else len(allowances)
@@ -237,12 +241,13 @@ class Engine:
     def _take(self, sequences: list[Sequence], out: Decoded[np.ndarray]) -> None:
         """What the runner decoded becomes part of its sequences."""
         tokens, logp, nucleus_logp = out.tokens.tolist(), out.logp.tolist(), out.nucleus_logp.tolist()
-        for i, sequence in enumerate(sequences):
-            count, finish = int(out.counts[i]), REASONS[out.reasons[i]]
+        written = zip(sequences, out.counts.tolist(), out.reasons.tolist(), out.certain.tolist())
+        for i, (sequence, count, reason, certain) in enumerate(written):
+            finish = REASONS[reason]
             if out.routes is not None:
                 sequence.routes.append(out.routes[i, :count])
             self._home[sequence].advanced(sequence, count)
-            sequence.certain = int(out.certain[i])
+            sequence.certain = certain
             if finish == "fault":  # its last token was drawn from what are no numbers
                 count -= 1
             top = _top(sequence.request.top, out, i, count)

@@ -124,5 +124,5 @@ def _free_memory() -> int:
 
 
 def _powers(rows: int) -> tuple[int, ...]:
-    """Sizes of decode programs: 1, 8, 64 and so on, and all rows."""
-    return (*(8**n for n in range(10) if 8**n < rows), rows)
+    """Sizes of decode programs: 1, 4, 16 and so on, and all rows."""
+    return (*(4**n for n in range(10) if 4**n < rows), rows)

@@ -1,7 +1,8 @@
 """The model on its device: a handful of programs, all compiled before the first request.
 
-Rows of the programs are rows of the scheduler. The states of a part's rows come first in its part of the pool, behind
-them lie those of kept prefixes. The pool is donated to every program and comes back renewed.
+The states of a part's rows come first in its part of the pool, behind them lie those of kept prefixes. Rows of a decode
+program are whoever decodes, so that the smallest program that has room for them serves; on a mesh they are the rows of
+the scheduler. The pool is donated to every program and comes back renewed.
 
 On a mesh, rows are spread over the devices that training cuts weights over by fsdp: each has weights whole (experts but
 for expert and tensor, all others but for tensor), gathered once when they are loaded and not again for every token.
@@ -13,7 +14,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Sequence as Several
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,110 +22,24 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Int, UInt8, UInt32
+from jaxtyping import Array, Bool, Int, Int32, UInt8, UInt32
 
 from m1jax import parameters
+from m1jax.compiling import jit
 from m1jax.config import ModelConfig
 from m1jax.inference.capacity import Capacity
 from m1jax.inference.device import Decoded
+from m1jax.inference.rows import Prompts, Rows, advance, pack_decoded, settle, unpack_decoded
 from m1jax.inference.sampling import ALL, sample
 from m1jax.inference.scheduler import Chunk, Copy
 from m1jax.inference.sequence import Sequence
-from m1jax.inference.stopping import END_IDS, NEVER, Stops, ended
+from m1jax.inference.stopping import Stops, ended
 from m1jax.model import Cache, MiniMaxM1, head
 from m1jax.sharding import ROWS, ambient_mesh, parameter_shardings
 from pallas_kernels import target_platform
 
 COPIES = 16
 """Copies that one call carries out."""
-
-
-A = TypeVar("A", np.ndarray, jax.Array)
-
-
-class Rows(NamedTuple, Generic[A]):
-    """What the decode program must know of each row: numpy's arrays are filled on the host, JAX's read on the device.
-
-    Each is [rows] or [rows, ...], int32 where nothing else is said.
-    """
-
-    tokens: A
-    lengths: A
-    """tokens that states and keys have seen"""
-    allowances: A
-    """tokens to write at most; 0: the row is at rest"""
-    numbers: A
-    """of the next token in its completion"""
-    samples: A
-    keys: A
-    """[rows, words] uint32"""
-    temperature: A
-    """float32"""
-    top_p: A
-    """float32"""
-    end_ids: A
-    """[rows, END_IDS]; this and the rest are those of `Stops`"""
-    certain: A
-    """float32"""
-    patience: A
-    run: A
-    pages: A
-    """[rows, pages]; -1: none"""
-
-    @classmethod
-    def at_rest(cls, capacity: Capacity, key_words: int) -> Rows[np.ndarray]:
-        rows, pages = capacity.parts * capacity.rows, capacity.pages_for(capacity.max_length)
-        tokens, lengths, allowances, numbers, samples, patience, run = np.zeros((7, rows), np.int32)
-        temperature, top_p, certain = np.ones((3, rows), np.float32)
-        keys = np.zeros((rows, key_words), np.uint32)
-        end_ids, pages = np.full((rows, END_IDS), -1, np.int32), np.full((rows, pages), -1, np.int32)
-        return Rows(
-            tokens,
-            lengths,
-            allowances,
-            numbers,
-            samples,
-            keys,
-            temperature,
-            top_p,
-            end_ids,
-            certain,
-            patience,
-            run,
-            pages,
-        )
-
-
-class Prompts(NamedTuple, Generic[A]):
-    """What the prefill program must know of each row, likewise."""
-
-    tokens: A
-    """[rows, time]"""
-    counts: A
-    """of the row's tokens that are real"""
-    lengths: A
-    slots: A
-    pages: A
-
-
-def settle(rows: Rows[np.ndarray], sequence: Sequence) -> None:
-    """Write down what stays as it is while a sequence has its row and its pages."""
-    row, sampling, stop = sequence.row, sequence.request.sampling, sequence.request.sampling.repetition_stop
-    rows.keys[row], rows.samples[row] = sequence.key, sequence.sample
-    rows.temperature[row], rows.top_p[row] = sampling.temperature, sampling.top_p
-    rows.end_ids[row] = -1
-    rows.end_ids[row, : len(sampling.end_ids)] = sampling.end_ids
-    rows.certain[row] = 0.0 if stop is None else np.log(np.maximum(stop.probability, 1e-30))
-    rows.patience[row] = NEVER if stop is None else stop.tokens
-    rows.pages[row] = -1
-    rows.pages[row, : len(sequence.pages)] = sequence.pages
-
-
-def advance(rows: Rows[np.ndarray], sequence: Sequence, allowance: int) -> None:
-    """Write down what every decode step changes."""
-    row = sequence.row
-    rows.tokens[row], rows.lengths[row] = sequence.tokens[-1], sequence.computed
-    rows.allowances[row], rows.numbers[row], rows.run[row] = allowance, sequence.new, sequence.certain
 
 
 class ModelRunner:
@@ -155,9 +70,11 @@ class ModelRunner:
         self.top = min(top, self.vocab_size)
         self._model: MiniMaxM1 | None = None
         self._cache: Cache | None = None
-        self._rows = Rows.at_rest(capacity, jax.random.key_data(jax.random.key(0)).shape[-1])
-        self._settled: list[tuple[list[int], int] | None] = [None] * len(self._rows.tokens)
-        self._decode_rows = capacity.decode if capacity.parts == 1 else (len(self._rows.tokens),)
+        self._packed = Rows.at_rest(capacity.parts * capacity.rows, capacity)
+        self._rows = Rows.of(self._packed)
+        self._settled: list[tuple[list[int], int] | None] = [None] * len(self._packed)
+        self._decode_rows = capacity.decode if capacity.parts == 1 else (len(self._packed),)
+        self._at_rest = {rows: Rows.at_rest(rows, capacity) for rows in self._decode_rows}
         words = -(-self.vocab_size // 32)
         self._free = {rows: jnp.full((rows, words), ALL, jnp.uint32) for rows in self._decode_rows if constrains}
         self.load(params)
@@ -188,70 +105,69 @@ class ModelRunner:
             numbers = np.full((COPIES, 4), -1, np.int32)
             numbers[: len(some)] = [(c.slot_from, c.slot_to, c.page_from, c.page_to) for c in some]
             with self._on_mesh():
-                self._cache = _copy(self._cache, numbers, np.int32(len(some)))
+                self._cache = _copy(self._cache, numbers)
 
     def prefill(self, shape: tuple[int, int], chunks: Several[Chunk]) -> list[UInt8[np.ndarray, "n layers k"]]:
         each, time = shape
-        rows = each * self.capacity.parts
-        tokens, pages = np.zeros((rows, time), np.int32), np.full((rows, self._rows.pages.shape[1]), -1, np.int32)
-        counts, lengths, slots = np.zeros(rows, np.int32), np.zeros(rows, np.int32), np.full(rows, -1, np.int32)
-        places = []
+        places: list[int] = []
         for chunk in chunks:
-            sequence, start = chunk.sequence, chunk.sequence.computed
-            part = sequence.row // self.capacity.rows
-            i = part * each + sum(place // each == part for place in places)
-            places.append(i)
-            tokens[i, : chunk.count] = sequence.tokens[start : start + chunk.count]
-            counts[i], lengths[i], slots[i] = chunk.count, start, sequence.slot
-            pages[i, : len(sequence.pages)] = sequence.pages
-        work = Prompts(tokens, counts, lengths, slots, pages)
+            part = chunk.sequence.row // self.capacity.rows
+            places.append(part * each + sum(place // each == part for place in places))
+        work = Prompts.packed((each * self.capacity.parts, time), chunks, places, self.capacity)
         with self._on_mesh():
-            self._cache, routes = _prefill(self._model, self._cache, work, self.records_routes)
+            self._cache, routes = _prefill(self._model, self._cache, work, time, self.records_routes)
         if routes is None:
             return []
         routes = jax.device_get(routes)
         return [routes[i, : chunk.count] for i, chunk in zip(places, chunks)]
 
     def decode(self, sequences: Several[Sequence], allowances: Several[int], patience: int) -> Decoded[np.ndarray]:
-        self._rows.allowances[:] = 0
-        for sequence, allowance in zip(sequences, allowances):
+        for sequence in sequences:
             row = sequence.row
             settled = self._settled[row]
             if settled is None or settled[0] is not sequence.pages or settled[1] != len(sequence.pages):
                 settle(self._rows, sequence)
                 self._settled[row] = (sequence.pages, len(sequence.pages))
-            advance(self._rows, sequence, allowance)
-        at = np.array([sequence.row for sequence in sequences])
-        rows = next(rows for rows in self._decode_rows if rows > at.max())
+        advance(self._rows, sequences, allowances)
+        rows = np.array([sequence.row for sequence in sequences])
+        # The rows of a part lie in a part of the program; without parts, anywhere.
+        places = rows if self.capacity.parts > 1 else np.arange(len(rows))
+        size = self.program_rows(len(rows))
+        packed = self._at_rest[size].copy()
+        packed[places] = self._packed[rows]
         wants_top = any(sequence.request.top for sequence in sequences)
-        out = self._decode(rows, patience, self._allowed(sequences, rows), wants_top)
-        return jax.tree.map(lambda x: x[at], jax.device_get(out))
+        out = self._decode(packed, patience, self._allowed(sequences, places, size), wants_top)
+        if not wants_top:
+            out = out._replace(top_tokens=None, top_logp=None)
+        out = jax.tree.map(lambda x: x[places], jax.device_get(out))
+        return unpack_decoded(out.all)._replace(routes=out.routes, top_tokens=out.top_tokens, top_logp=out.top_logp)
 
-    def _allowed(self, sequences: Several[Sequence], rows: int) -> UInt32[np.ndarray | jax.Array, "rows words"] | None:
+    def _allowed(
+        self, sequences: Several[Sequence], places: Int[np.ndarray, " n"], size: int
+    ) -> UInt32[np.ndarray | jax.Array, "rows words"] | None:
         """What each row may draw; None in an engine without constraints."""
         if not self.constrains:
             return None
-        constrained = [(s, s.matcher) for s in sequences if s.matcher is not None]
+        constrained = [(place, s, s.matcher) for place, s in zip(places, sequences) if s.matcher is not None]
         if not constrained:
-            return self._free[rows]
-        allowed = np.full(self._free[rows].shape, ALL, np.uint32)
-        for sequence, matcher in constrained:
-            allowed[sequence.row] = matcher.allowed(sequence.left)
+            return self._free[size]
+        allowed = np.full(self._free[size].shape, ALL, np.uint32)
+        for place, sequence, matcher in constrained:
+            allowed[place] = matcher.allowed(sequence.left)
         return allowed
 
     def _decode(
         self,
-        rows: int,
+        packed: Int32[np.ndarray, "rows width"],
         patience: int,
         allowed: UInt32[np.ndarray | jax.Array, "rows words"] | None,
         wants_top: bool,
-    ) -> Decoded[jax.Array]:
-        some = jax.tree.map(lambda x: x[:rows], self._rows)
+    ) -> Out:
         with self._on_mesh():
             self._cache, out = _decode(
                 self._model,
                 self._cache,
-                some,
+                packed,
                 allowed,
                 np.int32(patience),
                 np.bool_(wants_top),
@@ -261,13 +177,22 @@ class ModelRunner:
             )
         return out
 
+    def program_rows(self, decoding: int) -> int:
+        """Rows of the program that serves so many."""
+        return next(rows for rows in self._decode_rows if rows >= decoding)
+
+    def idle(self, rows: int) -> None:
+        """A call of the decode program of so many rows, with nothing to write."""
+        allowed = self._allowed([], np.arange(0), rows)
+        jax.device_get(self._decode(self._at_rest[rows], 1, allowed, False).all)
+
     def _compile(self) -> None:
         """Run every program once, with no work to do."""
         self.copy([Copy(-1, -1)])
         for shape in self.capacity.prefill:
             self.prefill(shape, [])
         for rows in self._decode_rows:
-            self._decode(rows, 1, self._allowed([], rows), False)
+            self.idle(rows)
 
 
 def parts() -> int:
@@ -350,54 +275,67 @@ def _everywhere(out: T) -> T:
 
 
 @functools.partial(jax.jit, donate_argnames="cache")
-def _copy(cache: Cache, copies: Int[Array, "COPIES 4"], count: Int[Array, ""]) -> Cache:
+def _copy(cache: Cache, copies: Int[Array, "COPIES 4"]) -> Cache:
     def one(i: jax.Array, cache: Cache) -> Cache:
         slot_from, slot_to, page_from, page_to = copies[i][:, None]
         cache = cache.copy_state(slot_from, jnp.where(slot_from < 0, -1, slot_to))
         cache = cache.clear_state(jnp.where(slot_from < 0, slot_to, -1))
         return _pool(cache.copy_pages(page_from, page_to))
 
-    return jax.lax.fori_loop(0, count, one, cache)
+    return jax.lax.fori_loop(0, jnp.sum(jnp.any(copies >= 0, axis=1)), one, cache)
 
 
-@functools.partial(jax.jit, static_argnames="record_routes", donate_argnames="cache")
+@functools.partial(jit, static_argnames=("time", "record_routes"), donate_argnames="cache")
 def _prefill(
     model: MiniMaxM1,
     cache: Cache,
-    prompts: Prompts[jax.Array],
+    packed: Int[Array, "rows width"],
+    time: int,
     record_routes: bool,
 ) -> tuple[Cache, UInt8[Array, "rows time layers k"] | None]:
+    prompts = Prompts.of(packed, time)
     view = cache.with_rows(prompts.lengths, prompts.slots, prompts.pages)
     out = model.forward(prompts.tokens, view, lengths=prompts.counts, record_routes=record_routes)
     assert out.cache is not None
     return _pool(out.cache), _everywhere(out.routes)
 
 
-@functools.partial(jax.jit, static_argnames=("capacity", "record_routes", "top"), donate_argnames="cache")
+class Out(NamedTuple):
+    """What `_decode` wrote."""
+
+    all: Any
+    """see `pack_decoded`"""
+    routes: Any
+    top_tokens: Any
+    top_logp: Any
+
+
+@functools.partial(jit, static_argnames=("capacity", "record_routes", "top"), donate_argnames="cache")
 def _decode(
     model: MiniMaxM1,
     cache: Cache,
-    rows: Rows[jax.Array],
+    packed: Int[Array, "rows width"],
     allowed: UInt32[Array, "rows words"] | None,
     patience: Int[Array, ""],
     wants_top: Bool[Array, ""],
     capacity: Capacity,
     record_routes: bool,
     top: int,
-) -> tuple[Cache, Decoded[jax.Array]]:
+) -> tuple[Cache, Out]:
     """Up to `steps` tokens for each row, until nobody may write any more, or `patience` rows may not."""
+    rows = Rows.of(packed)
     fold_in = jax.vmap(jax.random.fold_in)
     keys = fold_in(jax.random.wrap_key_data(rows.keys), rows.samples)
     stops = Stops(rows.end_ids, rows.certain, rows.patience, rows.run)
-    number, steps = jnp.arange(len(rows.tokens), dtype=jnp.int32), capacity.steps
-    slots, shape = number + number // capacity.rows * capacity.snapshots, (len(number), steps)
+    steps = capacity.steps
+    shape = (len(packed), steps)
     routes = (*shape, model.config.num_layers, model.config.experts_per_token)
     out = Decoded(
-        counts=jnp.zeros_like(slots),
+        counts=jnp.zeros_like(rows.run),
         tokens=jnp.zeros(shape, jnp.int32),
         logp=jnp.zeros(shape, jnp.float32),
         nucleus_logp=jnp.zeros(shape, jnp.float32),
-        reasons=jnp.zeros_like(slots),
+        reasons=jnp.zeros_like(rows.run),
         certain=rows.run,
         routes=jnp.zeros(routes, jnp.uint8) if record_routes else None,
         top_tokens=jnp.zeros((*shape, top), jnp.int32) if top else None,
@@ -415,7 +353,7 @@ def _decode(
     ) -> tuple[jax.Array, Cache, jax.Array, Decoded[jax.Array]]:
         step, cache, tokens, out = carry
         writing = alive(out)
-        view = cache.with_rows(rows.lengths + out.counts, jnp.where(writing, slots, -1), rows.pages)
+        view = cache.with_rows(rows.lengths + out.counts, jnp.where(writing, rows.slots, -1), rows.pages)
         seen = model.forward(tokens[:, None], view, record_routes=record_routes)
         assert seen.cache is not None
         drawn = sample(
@@ -448,4 +386,4 @@ def _decode(
         return (step < steps) & jnp.any(writing) & (ended < patience)
 
     _, cache, _, out = jax.lax.while_loop(unfinished, advance, (jnp.int32(0), cache, rows.tokens, out))
-    return cache, _everywhere(out)
+    return cache, _everywhere(Out(pack_decoded(out), out.routes, out.top_tokens, out.top_logp))

@@ -8,6 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
+from m1jax.sharding import ambient_mesh
+from pallas_kernels import target_platform
+
 
 class Drawn(NamedTuple):
     """One token per row."""
@@ -100,7 +103,7 @@ def _top(log_probs: Float[Array, "rows vocab"], top: int) -> tuple[jax.Array, ja
 
 
 def _where(
-    condition: Bool[Array, " rows"], a: tuple[jax.Array, ...], b: tuple[jax.Array, ...]
+    condition: Bool[Array, "*rows"], a: tuple[jax.Array, ...], b: tuple[jax.Array, ...]
 ) -> tuple[jax.Array, ...]:
     return tuple(jnp.where(condition, x, y) for x, y in zip(a, b))
 
@@ -114,10 +117,16 @@ def _invert(probs: Float[Array, "rows vocab"], u: Float[Array, " rows"]) -> Int[
 def _nucleus(
     probs: Float[Array, "rows vocab"], top_p: Float[Array, " rows"], u: Float[Array, " rows"]
 ) -> tuple[Int[Array, " rows"], Float[Array, " rows"]]:
-    """A token of the nucleus, and the nucleus' probability: inversion in the order of falling probability.
+    """A token of the nucleus, and the nucleus' probability: inversion in the order of falling probability."""
+    if target_platform() == "cpu" and ambient_mesh() is None:  # whose cache holds a row, but not all of them
+        return jax.lax.map(lambda row: _nucleus_of_row(*row), (probs, top_p, u))
+    return jax.vmap(_nucleus_of_row)(probs, top_p, u)
 
-    As if sorted (equal probabilities by index), but by bisection: sorting takes several times as long.
-    """
+
+def _nucleus_of_row(
+    probs: Float[Array, " vocab"], top_p: Float[Array, ""], u: Float[Array, ""]
+) -> tuple[Int[Array, ""], Float[Array, ""]]:
+    """As if sorted (equal probabilities by index), but by bisection: sorting takes several times as long."""
     # The nucleus ends with the first rank whose cumulative probability reaches top_p ...
     least, above, ties = _value_where(probs, lambda cumulative: cumulative >= top_p)
     kept = jnp.clip(jnp.ceil((top_p - above) / least), 1, ties)  # of those as probable as the last
@@ -127,34 +136,45 @@ def _nucleus(
     outside = value < least  # by a rounding of the sums
     value, above, ties = _where(outside, (least, mass - least, kept), (value, above, ties))
     skipped = jnp.clip(jnp.floor((u * mass - above) / value), 0, ties - 1)
-    place = jnp.cumsum(probs == value[:, None], axis=-1)
-    return jnp.argmax(place > skipped[:, None], axis=-1), mass
+    return jnp.argmax(jnp.cumsum(probs == value) > skipped), mass
+
+
+GPU_BITS = 3
+"""Found by one reading of the probabilities."""
+BLOCKS = 128
+"""Parts of the vocabulary that are summed side by side."""
+SMALLEST = 0x00800000
+"""The bits of the smallest normal number."""
+SEARCHED = 30
+"""Bits that are searched: those of 1 are less than 2**30 above."""
 
 
 def _value_where(
-    probs: Float[Array, "rows vocab"], enough: Callable[[Float[Array, " rows"]], Bool[Array, " rows"]]
-) -> tuple[Float[Array, " rows"], Float[Array, " rows"], Float[Array, " rows"]]:
+    probs: Float[Array, " vocab"], enough: Callable[[Float[Array, " values"]], Bool[Array, " values"]]
+) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
     """The first probability, going down, at which the cumulative one is `enough`; what lies above it; how many tokens
     have it.
 
-    By bisection of its bits: floats that are not negative are ordered as their bits are.
+    By search among its bits: floats that are not negative are ordered as their bits are. A CPU takes a bit at a time, a
+    GPU, which takes longer to start a sum than to sum, several.
     """
+    bits, unroll = (GPU_BITS, True) if target_platform() == "gpu" else (1, False)
+    blocks = jnp.pad(probs, (0, -len(probs) % BLOCKS)).reshape(BLOCKS, -1)
 
-    def cumulative(bits: jax.Array) -> jax.Array:
-        value = jax.lax.bitcast_convert_type(bits, jnp.float32)
-        return jnp.sum(jnp.where(probs >= value[:, None], probs, 0.0), axis=-1)
+    def cumulative(values: list[jax.Array]) -> Float[Array, " values"]:
+        """Of each of these values: one reading of the probabilities serves them all."""
+        least = [jax.lax.bitcast_convert_type(value, jnp.float32) for value in values]
+        return jnp.sum(jnp.stack([jnp.sum(jnp.where(blocks >= x, blocks, 0.0), axis=-1) for x in least]), axis=-1)
 
-    def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        low, high = bounds
-        middle = low + (high - low) // 2
-        found = enough(cumulative(middle))
-        return jnp.where(found, middle, low), jnp.where(found, high, middle)
+    def narrow(place: int | jax.Array, low: jax.Array) -> jax.Array:
+        """The highest of 2**bits values, from `low` on, at which there is enough."""
+        width = jnp.left_shift(1, SEARCHED - bits * (place + 1))
+        steps = [low + i * width for i in range(1, 2**bits)]
+        return low + width * jnp.sum(enough(cumulative(steps)))
 
-    low = jnp.full(len(probs), 0x00800000, jnp.int32)  # the smallest normal number
-    high = jnp.full(len(probs), 0x3F800001, jnp.int32)  # just above 1
-    low, _ = jax.lax.fori_loop(0, 30, halve, (low, high))
-    value = jax.lax.bitcast_convert_type(low, jnp.float32)[:, None]
+    low = jax.lax.fori_loop(0, SEARCHED // bits, narrow, jnp.int32(SMALLEST), unroll=unroll)
+    value = jax.lax.bitcast_convert_type(low, jnp.float32)
     # Where all together are not enough, by a rounding of their sum, the least of them.
-    value = jnp.min(jnp.where(probs >= value, probs, jnp.inf), axis=-1)
-    above = jnp.sum(jnp.where(probs > value[:, None], probs, 0.0), axis=-1)
-    return value, above, jnp.sum(probs == value[:, None], axis=-1).astype(jnp.float32)
+    value = jnp.min(jnp.where(probs >= value, probs, jnp.inf))
+    above = jnp.sum(jnp.where(probs > value, probs, 0.0))
+    return value, above, jnp.sum(probs == value).astype(jnp.float32)

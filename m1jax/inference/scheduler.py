@@ -107,10 +107,7 @@ class Scheduler:
 
     def decoding(self) -> list[Sequence]:
         """Who can decode."""
-        decode = [s for s in self.running if not s.pending]
-        if self.capacity.parts == 1:
-            self._compact(decode)
-        return decode
+        return [s for s in self.running if not s.pending]
 
     def copies(self) -> list[Copy]:
         """Those that have become due; they are told once."""
@@ -148,13 +145,16 @@ class Scheduler:
         for sequence in self.running.copy():
             if sequence.row < 0:  # preempted a moment ago
                 continue
-            need = self._pages_ahead(sequence) - len(sequence.pages)
+            # Most have enough, whatever they are allowed.
+            if len(sequence.tokens) - 1 + self.capacity.steps <= len(sequence.pages) * self.capacity.page_size:
+                continue
+            need = max(0, self._pages_ahead(sequence) - len(sequence.pages))
             while not self._make_room(need):
                 self._preempt(self.running[-1])
                 if sequence.row < 0:
                     break
             else:
-                sequence.pages += self.pages.take(max(0, need))
+                sequence.pages += self.pages.take(need)
 
     def _pages_ahead(self, sequence: Sequence) -> int:
         """Pages for its tokens and those that the next decode steps may write."""
@@ -206,7 +206,7 @@ class Scheduler:
         self.waiting.remove(sequence)
         bisect.insort(self.running, sequence, key=lambda s: s.order)
         (sequence.row,) = self.rows.take(1)
-        sequence.slot = self._slot(sequence.row)
+        sequence.slot = self._first_slot + sequence.row - self.rows.numbers.start  # rows' slots come first
         own = self.pages.take(need)
         sequence.pages = [*shared, *own]
         sequence.computed = hit.depth
@@ -236,21 +236,6 @@ class Scheduler:
                     other.junctions[len(tokens)] = node
                 return node
         return None
-
-    def _slot(self, row: int) -> int:
-        """Of the states of a row: rows' slots come first."""
-        return self._first_slot + row - self.rows.numbers.start
-
-    def _compact(self, decode: list[Sequence]) -> None:
-        """Move those who decode to the first rows, so that a smaller program can serve them."""
-        batch = next(rows for rows in self.capacity.decode if rows >= len(decode))
-        for sequence in decode:
-            if sequence.row >= batch and self.rows.free:
-                (row,) = self.rows.take(1)
-                if row < batch:
-                    self._copies.append(Copy(sequence.slot, self._slot(row)))
-                    row, sequence.row, sequence.slot = sequence.row, row, self._slot(row)
-                self.rows.release([row])
 
     def _keep(self, sequence: Sequence, node: Node) -> None:
         pages = sequence.pages[: self.capacity.pages_for(sequence.computed)]

@@ -53,12 +53,19 @@ class LightningCache(NamedTuple):
                 q[:, 0], k[:, 0], v[:, 0], log_decay, self.state, slots, layer
             )
             return out[:, None], LightningCache(state)
-        before = self.state[layer] if slots is None else self.state.at[layer, slots].get(mode="fill", fill_value=0.0)
+        # States in rows: the order in memory that the kernels would like does not reach the pool, which XLA would copy
+        # into it, whole, and back.
+        pool = self.state.reshape(*self.state.shape[:2], -1)
+        before = pool[layer] if slots is None else pool.at[layer, slots].get(mode="fill", fill_value=0.0)
+        before = before.reshape(-1, *self.state.shape[2:])
         out, after = parallel.lightning_attention(q, k, v, log_decay, initial_state=before, segment_ids=segment_ids)
+        after = after.reshape(len(after), -1)
         if slots is None:
-            return out, LightningCache(self.state.at[layer].set(after))
-        where = jnp.where(slots < 0, self.state.shape[1], slots)  # past the end: dropped, where -1 would be the last
-        return out, LightningCache(self.state.at[layer, where].set(after, mode="drop"))
+            pool = pool.at[layer].set(after)
+        else:
+            where = jnp.where(slots < 0, pool.shape[1], slots)  # past the end: dropped, where -1 would be the last
+            pool = pool.at[layer, where].set(after, mode="drop")
+        return out, LightningCache(pool.reshape(self.state.shape))
 
 
 class SoftmaxCache(NamedTuple):

@@ -22,6 +22,8 @@ from pallas_kernels import target_platform
 Tree = Any  # a pytree of arrays
 Layer = Callable[[int, Tree, Any, Tree, Any], tuple[tuple[Any, Tree], Tree]]
 """(run, the layer's weights, h, constants, its number in the run) -> ((new h, what has a gradient), the rest)"""
+Body = Callable[[int, Any, Any, Tree], tuple[Any, Tree]]
+"""(run, the layer's number in it, h, the run's stacks) -> new h and stacks"""
 
 
 def over_layers(
@@ -48,26 +50,51 @@ class _Loop(NamedTuple):
     periods: int
     counts: tuple[int, ...]
 
-    def forward(self, body: Callable[[int, Any, Any], Any], carry: Any) -> Any:
-        """``carry = body(run, number, carry)`` for every layer, from the first to the last."""
+    def forward(self, body: Body, h: Any, stacks: list[Tree]) -> tuple[Any, list[Tree]]:
+        """``h, stacks[run] = body(run, number, h, stacks[run])`` for every layer, from the first to the last."""
+        return self._walk(body, h, stacks, range(len(self.counts)), lambda run, i: i)
 
-        def period(p: Any, carry: Any) -> Any:
-            for run, count in enumerate(self.counts):
-                carry = _repeat(count, lambda j, carry, run=run, count=count: body(run, p * count + j, carry), carry)
-            return carry
-
-        return _repeat(self.periods, period, carry)
-
-    def backward(self, body: Callable[[int, Any, Any], Any], carry: Any) -> Any:
+    def backward(self, body: Body, h: Any, stacks: list[Tree]) -> tuple[Any, list[Tree]]:
         """The same from the last to the first."""
+        last = [self.periods * count - 1 for count in self.counts]
+        return self._walk(body, h, stacks, range(len(self.counts))[::-1], lambda run, i: last[run] - i)
 
-        def period(p: Any, carry: Any) -> Any:
-            for run, count in reversed(list(enumerate(self.counts))):
-                last = (self.periods - p) * count - 1
-                carry = _repeat(count, lambda j, carry, run=run, last=last: body(run, last - j, carry), carry)
-            return carry
+    def _walk(
+        self, body: Body, h: Any, stacks: list[Tree], runs: Sequence[int], number: Callable[[int, Any], Any]
+    ) -> tuple[Any, list[Tree]]:
+        """The i-th layer that is met of a run has ``number(run, i)``.
 
-        return _repeat(self.periods, period, carry)
+        One loop over all layers of the longest run; the others have their turn in it, zero times or once. In loops
+        over periods and their layers a number would depend on both, and XLA:GPU has a kernel write into its place of
+        a stack only where that depends on one loop.
+        """
+        longest = max(runs, key=lambda run: self.counts[run])
+        length, place = self.counts[longest], runs.index(longest)
+
+        def layer(i: Any, carry: Any) -> Any:
+            h, stacks = carry
+            h, own = body(longest, number(longest, i), h, stacks[longest])
+            return h, [own if run == longest else x for run, x in enumerate(stacks)]
+
+        def others(runs: Sequence[int], period: Any, turn: Any, carry: Any) -> Any:
+            h, stacks = carry[0], list(carry[1])
+            for run in runs:
+                count = self.counts[run]
+
+                def one(j: Any, carry: Any, run: int = run, count: int = count) -> Any:
+                    return body(run, number(run, period * count + j), *carry)
+
+                h, stacks[run] = _repeat(turn * count, one, (h, stacks[run]))
+            return h, stacks
+
+        def among_others(i: Any, carry: Any) -> Any:
+            carry = others(runs[:place], i // length, length == 1 or i % length == 0, carry)
+            return others(runs[place + 1 :], i // length, length == 1 or (i + 1) % length == 0, layer(i, carry))
+
+        if self.periods > 1:
+            return _repeat(self.periods * length, among_others, (h, stacks))
+        carry = _repeat(length, layer, others(runs[:place], 0, 1, (h, stacks)))
+        return others(runs[place + 1 :], 0, 1, carry)
 
     def stacks(self, shapes: Sequence[Tree]) -> list[Tree]:
         """Room for what every layer of every run writes; ``shapes`` are one layer's."""
@@ -79,10 +106,9 @@ class _Loop(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _over_layers(loop: _Loop, weights: list[Tree], h: Tree, constants: Tree) -> tuple[Any, list[Any]]:
-    def one(run: int, number: Any, carry: Any) -> Any:
-        h, seen = carry
+    def one(run: int, number: Any, h: Any, seen: Tree) -> Any:
         (h, aux), rest = loop.layer(run, _at(weights[run], number), h, constants, number)
-        return h, _put(seen, run, number, (aux, rest))
+        return h, _put(seen, number, (aux, rest))
 
     def shape(run: int) -> Tree:
         (_, aux), rest = jax.eval_shape(
@@ -90,35 +116,32 @@ def _over_layers(loop: _Loop, weights: list[Tree], h: Tree, constants: Tree) -> 
         )
         return aux, rest
 
-    return loop.forward(one, (h, loop.stacks([shape(run) for run in range(len(weights))])))
+    return loop.forward(one, h, loop.stacks([shape(run) for run in range(len(weights))]))
 
 
 def _forward(loop: _Loop, weights: list[Tree], h: Tree, constants: Tree) -> Any:
     pieces = [_Piece.of(loop.layer, run, w, h, constants) for run, w in enumerate(weights)]
 
-    def one(run: int, number: Any, carry: Any) -> Any:
-        h, seen, kept = carry
-        h, found, new = pieces[run].forward(_at(weights[run], number), h, constants, number)
-        return h, _put(seen, run, number, found), _put(kept, run, number, new)
+    def one(run: int, number: Any, h: Any, stacks: Tree) -> Any:
+        h, seen, kept = pieces[run].forward(_at(weights[run], number), h, constants, number)
+        return h, _put(stacks, number, (seen, kept))
 
-    start = h, loop.stacks([p.seen for p in pieces]), loop.stacks([p.kept for p in pieces])
-    h, seen, kept = loop.forward(one, start)
+    h, stacks = loop.forward(one, h, loop.stacks([(p.seen, p.kept) for p in pieces]))
+    seen, kept = map(list, zip(*stacks))
     return (h, seen), (weights, constants, kept, _Static(pieces))
 
 
 def _backward(loop: _Loop, saved: Any, given: Any) -> Any:
     (weights, constants, kept, static), (dh, d_seen) = saved, given
 
-    def one(run: int, number: Any, carry: Any) -> Any:
-        dh, grads = carry
+    def one(run: int, number: Any, dh: Any, grads: Tree) -> Any:
         d_aux = _at(d_seen[run][0], number)
         dw, dh = static.value[run].backward(
             _at(weights[run], number), constants, number, _at(kept[run], number), (dh, d_aux)
         )
-        return dh, _put(grads, run, number, dw)
+        return dh, _put(grads, number, dw)
 
-    grads = loop.stacks([jax.eval_shape(lambda w: _at(w, 0), w) for w in weights])
-    dh, grads = loop.backward(one, (dh, grads))
+    dh, grads = loop.backward(one, dh, loop.stacks([jax.eval_shape(lambda w: _at(w, 0), w) for w in weights]))
     return grads, dh, None
 
 
@@ -140,6 +163,8 @@ class _Piece(NamedTuple):
     """how many arrays h is"""
     seen: Tree
     kept: list[jax.ShapeDtypeStruct]
+    shared: list[bool]
+    """of each that is kept: whether the forward pass reads it too"""
 
     @staticmethod
     def of(layer: Layer, run: int, weights: Tree, h: Tree, constants: Tree) -> _Piece:
@@ -163,17 +188,21 @@ class _Piece(NamedTuple):
         for variable in closed.jaxpr.invars[before : before + len(jax.tree.leaves(h))]:
             del places[variable]  # h is another in each layer
         sources = [None if hasattr(v, "val") else places.get(v) for v in leaves]
-        kept = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v, s in zip(leaves, sources) if s is None]
+        own = [v for v, source in zip(leaves, sources) if source is None]
+        kept = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in own]
+        read = {id(v) for equation in closed.jaxpr.eqns for v in equation.invars}
         return _Piece(
             lambda *flat: list(jaxpr_as_fun(closed)(*flat)),
             trees["outputs"], trees["pullback"], sources, len(jax.tree.leaves(h)), trees["seen"], kept,
+            [id(v) in read for v in own],
         )  # fmt: skip
 
     def forward(self, weights: Tree, h: Tree, constants: Tree, number: Any) -> tuple[Any, Tree, list[jax.Array]]:
         flat = self.program(*jax.tree.leaves((weights, h, constants)), jnp.asarray(number, jnp.int32))
         outputs, leaves = _split(flat, self.outputs)
         h, seen = jax.tree.unflatten(self.outputs, outputs)
-        return h, seen, [x for x, source in zip(leaves, self.sources) if source is None]
+        kept = [x for x, source in zip(leaves, self.sources) if source is None]
+        return h, seen, [_apart(x) if shared else x for x, shared in zip(kept, self.shared)]
 
     def backward(self, weights: Tree, constants: Tree, number: Any, kept: list[jax.Array], given: Any) -> Any:
         h = [None] * self.streams
@@ -195,19 +224,22 @@ def _split(flat: Sequence[Any], outputs: Any) -> tuple[list[Any], list[Any]]:
     return list(flat[: outputs.num_leaves]), list(flat[outputs.num_leaves :])
 
 
-def _repeat(count: int, body: Callable[[Any, Any], Any], carry: Any) -> Any:
-    return body(0, carry) if count == 1 else jax.lax.fori_loop(0, count, body, carry)
+def _repeat(count: Any, body: Callable[[Any, Any], Any], carry: Any) -> Any:
+    return body(0, carry) if isinstance(count, int) and count == 1 else jax.lax.fori_loop(0, count, body, carry)
 
 
 def _at(tree: Tree, number: Any) -> Tree:
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, number, keepdims=False), tree)
 
 
-def _put(stacks: list[Tree], run: int, number: Any, tree: Tree) -> list[Tree]:
-    def put(stack: jax.Array, x: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_index_in_dim(stack, x, number, 0)
+def _put(stacks: Tree, number: Any, tree: Tree) -> Tree:
+    return jax.tree.map(lambda stack, x: jax.lax.dynamic_update_index_in_dim(stack, x, number, 0), stacks, tree)
 
-    return [jax.tree.map(put, s, tree) if i == run else s for i, s in enumerate(stacks)]
+
+def _apart(x: jax.Array) -> jax.Array:
+    """x, which on a GPU is copied into its place of a stack. Where the forward pass reads it too, XLA would have the
+    product or kernel that made it run twice, once for each place."""
+    return jax.lax.optimization_barrier(x) if target_platform() == "gpu" else x
 
 
 def _room(shape: tuple[int, ...], dtype: Any) -> jax.Array:

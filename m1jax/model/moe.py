@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int, Integer
 from m1jax.config import ModelConfig
 from m1jax.model.layers import Weights, kept, linear
 from m1jax.model.parallel import experts
-from pallas_kernels import PADDING
+from pallas_kernels import PADDING, target_platform
 
 
 class Routing(NamedTuple):
@@ -61,7 +61,7 @@ class MoE(nnx.Module):
         Where the choice is ``replayed``, the weights are still today's probabilities of those experts, so that the
         router's gradient flows as it does for a choice of its own. An expert that does not exist has weight zero.
         """
-        logits = jnp.einsum("bti,ei->bte", x.astype(jnp.float32), self.gate[...], precision="highest")
+        logits = router_logits(x, self.gate[...])
         probabilities = jax.nn.softmax(kept(logits), axis=-1)
         if replayed is None:
             weights, experts = jax.lax.top_k(probabilities, self.k)
@@ -100,6 +100,45 @@ class MoE(nnx.Module):
         return out, routing
 
 
+def router_logits(
+    x: Float[Array, "batch time hidden"], gate: Float[Array, "experts hidden"]
+) -> Float[Array, "batch time experts"]:
+    """``x @ gate.T`` of a float32 gate, float32 whatever x is.
+
+    Bfloat16 activations on a GPU go through its matrix units, which know no float32: the gate is a sum of three
+    bfloat16 numbers. There the gradients are bfloat16 products, as all others are.
+    """
+    if x.dtype == jnp.bfloat16 and target_platform() == "gpu":
+        return cast(jax.Array, _on_matrix_units(x, gate))
+    return jnp.einsum("bti,ei->bte", x.astype(jnp.float32), gate, precision="highest")
+
+
+@jax.custom_vjp
+def _on_matrix_units(x: jax.Array, gate: jax.Array) -> jax.Array:
+    return _on_matrix_units_forward(x, gate)[0]
+
+
+def _on_matrix_units_forward(x: jax.Array, gate: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    rest, parts = gate, []
+    for _ in range(3):
+        part = jax.lax.reduce_precision(rest, 8, 7)  # a cast there and back counts as exact to XLA
+        parts.insert(0, part.astype(x.dtype))
+        rest = rest - part
+    products = jnp.einsum("bti,ei->bte", x, jnp.concatenate(parts), preferred_element_type=jnp.float32)
+    low, middle, high = jnp.split(products, 3, axis=-1)
+    return low + middle + high, (x, gate)
+
+
+def _on_matrix_units_backward(saved: tuple[jax.Array, jax.Array], given: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, gate = saved
+    given = given.astype(x.dtype)
+    dx = jnp.einsum("bte,ei->bti", given, gate.astype(x.dtype))
+    return dx, jnp.einsum("bte,bti->ei", given, x, preferred_element_type=jnp.float32).astype(gate.dtype)
+
+
+_on_matrix_units.defvjp(_on_matrix_units_forward, _on_matrix_units_backward)
+
+
 def balancing_loss(
     routing: Routing, segment_ids: Int[Array, "batch time"] | None, *, over: Literal["sequence", "batch"] = "sequence"
 ) -> Float[Array, "batch time"]:
@@ -119,8 +158,13 @@ def balancing_loss(
         sums = jnp.sum(sums, axis=1, keepdims=True)
     else:
         numbers = jnp.cumsum(jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1]) != 0, axis=1)
-        totals = jax.vmap(lambda x, n: jax.ops.segment_sum(x, n, num_segments=x.shape[0]))(sums, numbers)
-        sums = jnp.take_along_axis(totals, numbers[..., None], axis=1)
+        sums = jax.vmap(_segment_sums)(sums, numbers)
     assigned, probability, count = jnp.split(sums, (num_experts, 2 * num_experts), axis=-1)
     loss = num_experts * jnp.sum(assigned * probability, axis=-1) / jnp.maximum(count[..., 0], 1.0) ** 2
     return loss * real
+
+
+def _segment_sums(x: Float[Array, "time channels"], numbers: Int[Array, " time"]) -> Float[Array, "time channels"]:
+    """Of every position, the sum over its segment. That numbers go up spares a GPU most of its atomic additions."""
+    totals = jnp.zeros_like(x).at[numbers].add(x, indices_are_sorted=True)
+    return totals.at[numbers].get(indices_are_sorted=True)

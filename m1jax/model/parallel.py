@@ -14,6 +14,7 @@ Everything else in the model is left to the compiler, held in place by ``shardin
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -26,7 +27,7 @@ from m1jax.sharding import COLUMNS, CUT, activation_axes, ambient_mesh, constrai
 from pallas_kernels import target_platform
 from pallas_kernels.lightning import lightning_attention_sequence_parallel
 
-MOE_TOKENS = 16_384  # tokens a device has gathered at once in `experts`: bounds memory at any length
+MOE_ELEMENTS = 2**27  # of tokens a device has gathered at once in `experts`: bounds memory at any length
 
 
 def embed(
@@ -258,7 +259,8 @@ def experts(
             out = _expert_mlp(x, routes - first_expert, weights, w1, w3, w2, layer)
             return _sum(_sum(out, shared, scatter=0), repeated)
 
-        return _in_pieces(some, max(1, MOE_TOKENS // _size(shared)), x, routes, weights).reshape(shape)
+        count = pieces(math.prod(shape[:2]), _size(shared), shape[-1])
+        return _in_pieces(some, count, x, routes, weights).reshape(shape)
 
     tokens = P(rows, residual, None)
     return jax.shard_map(
@@ -309,20 +311,24 @@ def _expert_mlp(
     return pallas_kernels.expert_mlp(x, w1, w3, w2, routes, weights, layer=layer, stacks=stacks)
 
 
-def _in_pieces(function: Any, size: int, *arrays: jax.Array) -> jax.Array:
-    """``function`` of [batch, time, ...] arrays as tokens [n, ...], so many at a time.
+def pieces(tokens: int, devices: int, hidden: int) -> int:
+    """How many equal pieces ``experts`` cuts a device's own tokens into, each gathered with those of other devices."""
+    count = -(-tokens * devices * hidden // MOE_ELEMENTS)
+    while tokens % count:  # no piece smaller than the others: collectives inside need one shape
+        count += 1
+    return count
+
+
+def _in_pieces(function: Any, count: int, *arrays: jax.Array) -> jax.Array:
+    """``function`` of [batch, time, ...] arrays as tokens [n, ...], in so many pieces one after the other.
 
     Each piece is recomputed for its gradient. Where the layer is rematerialised too, that costs nothing: its own
     recomputation has no use for the experts' output.
     """
     flat = [a.reshape(-1, a.shape[-1]) for a in arrays]
-    count = len(flat[0])
-    if count <= size:
+    if count == 1:
         return function(*flat)
-    pieces = -(-count // size)
-    while count % pieces:  # no piece smaller than the others: collectives inside need one shape
-        pieces += 1
-    split = [a.reshape(pieces, count // pieces, a.shape[-1]) for a in flat]
+    split = [a.reshape(count, -1, a.shape[-1]) for a in flat]
     return jax.lax.map(lambda piece: jax.checkpoint(function)(*piece), tuple(split))
 
 

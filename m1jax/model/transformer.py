@@ -3,7 +3,7 @@
     x = norm(h);  h = alpha * x + beta * attention(x)     # post-norm: the residual is the normed input
     y = norm(h);  h = alpha * y + beta * experts(y)
 
-The stack is a scan over periods, and within a period over each run of equal layers, so that neither the program nor its
+The stack is a loop over periods, and within a period over each run of equal layers, so that neither the program nor its
 compile time grows with depth: every parameter of a run has its layers, over all periods, as the leading axis.
 """
 
@@ -32,6 +32,10 @@ from m1jax.model.softmax import SoftmaxAttention
 from m1jax.sharding import ambient_mesh, constrain, gather_weights
 from pallas_kernels import PADDING, target_platform
 from pallas_kernels.kept import KEPT
+
+FEW_PERIODS = 4
+"""So many are written out when a GPU decodes: XLA then reads a layer's weights where they lie, which it does only where
+their place depends on one loop."""
 
 Remat = Literal["auto", "none", "cheap", "layers"]
 AuxLossOver = Literal["sequence", "batch"]
@@ -369,26 +373,43 @@ def stack(
         return h, memories, seen
 
     # Decoding is bound by reading weights. A slice of a stack that enters a kernel would be a copy, so experts, which
-    # are most of the weights, stay whole and their kernel is told the layer; all else is cut out by the scan.
+    # are most of the weights, stay whole and their kernel is told the layer; all else is cut out by number.
     whole_experts = model.runs[0].moe.w1.dtype == model.dtype
     parts = [nnx.split(block, _is_expert if whole_experts else False, ...) for block in model.runs]
 
-    def one_layer(run: int, carry: Any, x: Any) -> Any:
-        (graph, experts, _), (weights, place, replayed) = parts[run], x
-        block = nnx.merge(graph, experts, weights if model.whole else gather_weights(weights, model.dtype))
-        return layer(block, carry, call, place, replayed, whole_experts)
+    def layers(run: int, period: Any, carry: Any) -> Any:
+        graph, experts, weights = parts[run]
+        flat = weights, *jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (places[run], replayed[run]))
+        count = config.runs[run].count
 
-    def one_period(carry: Any, xs: Any) -> Any:
-        h, memories = carry
+        def one(state: Any, _: Any) -> Any:
+            carry, number = state
+            weights, place, chosen = jax.tree.map(lambda x: x[number], flat)
+            block = nnx.merge(graph, experts, weights if model.whole else gather_weights(weights, model.dtype))
+            carry, seen = layer(block, carry, call, place._replace(layer=number), chosen, whole_experts)
+            return (carry, number + 1), seen
+
+        (carry, _), seen = _repeat(one, (carry, period * count), count)
+        return carry, seen
+
+    def one_period(state: Any, _: Any) -> Any:
+        (h, memories), period = state
         seen, renewed = [], []
-        for run, (memory, x) in enumerate(zip(memories, xs)):
-            (h, memory), found = _scan(functools.partial(one_layer, run), (h, memory), x)
+        for run, memory in enumerate(memories):
+            (h, memory), found = layers(run, period, (h, memory))
             renewed.append(memory)
             seen.append(found)
-        return (h, tuple(renewed)), jax.tree.map(lambda *x: jnp.concatenate(x), *seen)
+        return ((h, tuple(renewed)), period + 1), jax.tree.map(lambda *x: jnp.concatenate(x), *seen)
 
-    weights = [_by_period(config, part[2]) for part in parts]
-    (h, memories), seen = _scan(one_period, (h, memories), tuple(zip(weights, places, replayed)))
+    state, found = ((h, memories), 0), []
+    if target_platform() == "gpu" and jax.tree.leaves(h)[0].shape[1] == 1 and config.num_periods <= FEW_PERIODS:
+        for _ in range(config.num_periods):
+            state, seen = one_period(state, None)
+            found.append(seen)
+        seen = jax.tree.map(lambda *x: jnp.stack(x), *found)
+    else:
+        state, seen = _repeat(one_period, state, config.num_periods)
+    (h, memories), _ = state
     return h, memories, jax.tree.map(lambda x: x.reshape(config.num_layers, *x.shape[2:]), seen)
 
 
@@ -425,12 +446,7 @@ def _trained(
 
 
 def _products_in(dtype: jnp.dtype, weights: Any) -> Any:
-    """A run's matrices in the compute dtype, cast once for forward and backward pass; routers and norms stay.
-
-    On a mesh nothing: there each layer's weights are cast where they are gathered.
-    """
-    if ambient_mesh() is not None:
-        return weights
+    """A run's matrices in the compute dtype, cast once for forward and backward pass; routers and norms stay."""
 
     def cast(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
         parameter, _ = parameters.find(path)
@@ -473,12 +489,12 @@ def _by_period(config: ModelConfig, weights: Any) -> Any:
     return jax.tree.map(lambda x: x.reshape(config.num_periods, -1, *x.shape[1:]), weights)
 
 
-def _scan(body: Any, carry: Any, xs: Any) -> Any:
-    """``jax.lax.scan``; where there is one value only, without a loop and its copies."""
-    if jax.tree.leaves(xs)[0].shape[0] > 1:
-        return jax.lax.scan(body, carry, xs)
-    carry, y = body(carry, jax.tree.map(lambda x: x[0], xs))
-    return carry, jax.tree.map(lambda x: x[None], y)
+def _repeat(body: Any, state: Any, count: int) -> Any:
+    """``jax.lax.scan`` over nothing; once: without a loop and its copies."""
+    if count > 1:
+        return jax.lax.scan(body, jax.tree.map(jnp.asarray, state), length=count)
+    state, y = body(state, None)
+    return state, jax.tree.map(lambda x: x[None], y)
 
 
 def _stacks(weights: Any) -> Experts:

@@ -67,11 +67,10 @@ def _update(setup: Setup, mesh: Mesh) -> Any:
     kind = RLBatch if setup.task == "rl" else Batch
     batch = kind.shapes((setup.micro_batches, setup.rows, setup.context))
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=tokens), batch)
-    remat = "layers" if setup.remat else "none"
     if setup.task == "rl":
-        loss = rl_loss(graph, CONVENTIONS["paper"].objective, remat=remat)
+        loss = rl_loss(graph, CONVENTIONS["paper"].objective, remat=setup.remat)
     else:
-        loss = supervised_loss(graph, setup.model.router_aux_loss_coef, remat)
+        loss = supervised_loss(graph, setup.model.router_aux_loss_coef, setup.remat)
     return make_train_step(loss, optimizer).lower(state, batch, count=jax.ShapeDtypeStruct((), jnp.int32))
 
 

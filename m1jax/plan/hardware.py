@@ -12,6 +12,26 @@ GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Rates:
+    """What this package reaches on a chip, measured kernel by kernel (docs/gpu.md and the experiments it names)."""
+
+    products: float
+    """bfloat16 matrix products of a layer or the head, FLOP/s"""
+    experts: float
+    """the experts' kernels, forward and backward, FLOP/s"""
+    attention: float
+    """packed softmax attention forward and backward, heads of 128 channels, FLOP/s; smaller heads in proportion"""
+    lightning: float
+    """lightning attention forward and backward, seconds per token and head of 128 channels; smaller in proportion"""
+    copy: float
+    """of HBM by kernels that do little else, bytes/s, read and written"""
+    exchange: float
+    """collectives among the cards of a host, bytes/s that a card sends"""
+    launch: float
+    """seconds from one small kernel to the next"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Chip:
     """One device. Memory and speeds are the makers' (docs.cloud.google.com/tpu, NVIDIA's data sheets)."""
 
@@ -30,6 +50,8 @@ class Chip:
     price: float
     """US dollars per device and hour"""
     price_source: str
+    rates: Rates | None = None
+    """None: nobody has measured"""
     cores: int = 1
     """what the maker's names count instead of devices: v5p-8 is four chips"""
     topologies: dict[int, str] = dataclasses.field(default_factory=dict)
@@ -43,6 +65,10 @@ _CLOUD = "Google Cloud, on demand, US, as known in 2025"
 _RENTED = "RunPod, as listed by deploybase.ai, September 2025"
 _REPORT = "the M1 report: 512 GPUs, three weeks, $534,700"
 
+_HOPPER = Rates(
+    products=700e12, experts=628e12, attention=417e12, lightning=1.0e-9, copy=3.65e12, exchange=330e9, launch=2.5e-6
+)
+
 # What XLA for TPU itself calls available when it refuses a program; on GPUs 90 % of the card, as users set it.
 CHIPS: dict[str, Chip] = {
     "v5e": Chip(memory=15.75 * GIB, flops=197e12, bandwidth=819e9, link=200e9, host=8, price=1.20,
@@ -52,11 +78,11 @@ CHIPS: dict[str, Chip] = {
     "v6e": Chip(memory=31.25 * GIB, flops=918e12, bandwidth=1638e9, link=400e9, host=8, price=2.70,
                 price_source=_CLOUD, topologies=_FLAT),
     "h100": Chip(memory=0.9 * 80e9, flops=989e12, bandwidth=3350e9, link=450e9, network=50e9, host=8, price=2.69,
-                 price_source=_RENTED),
+                 price_source=_RENTED, rates=dataclasses.replace(_HOPPER, copy=2.65e12)),
     "h800": Chip(memory=0.9 * 80e9, flops=989e12, bandwidth=3350e9, link=200e9, network=50e9, host=8, price=2.07,
                  price_source=_REPORT),
     "h200": Chip(memory=0.9 * 141e9, flops=989e12, bandwidth=4800e9, link=450e9, network=50e9, host=8, price=3.59,
-                 price_source=_RENTED),
+                 price_source=_RENTED, rates=_HOPPER),
     "b200": Chip(memory=0.9 * 180e9, flops=2250e12, bandwidth=7700e9, link=900e9, network=50e9, host=8, price=5.98,
                  price_source=_RENTED),
 }  # fmt: skip

@@ -17,7 +17,7 @@ from m1jax.config import LIGHTNING, ModelConfig
 from m1jax.model import MiniMaxM1
 from m1jax.model.cache import key_value_bytes, state_bytes
 from m1jax.model.head import CHUNK_ELEMENTS
-from m1jax.model.parallel import MOE_TOKENS
+from m1jax.model.parallel import pieces
 from m1jax.plan.setup import Setup
 from m1jax.sharding import CUT, parameter_specs, vocabulary_is_cut
 
@@ -59,6 +59,11 @@ def gathered_tokens(setup: Setup) -> int:
     return setup.rows_per_device * setup.residual_time * setup.expert_group
 
 
+def expert_pieces(setup: Setup) -> int:
+    """Pieces that a device takes them in."""
+    return pieces(setup.rows_per_device * setup.residual_time, setup.expert_group, setup.model.hidden_size)
+
+
 def head_bytes(setup: Setup) -> float:
     """The head in float32 on one device, gathered for use."""
     return 4 * setup.model.hidden_size * words(setup)
@@ -71,20 +76,53 @@ def words(setup: Setup) -> float:
 
 
 def _training(setup: Setup) -> Bytes:
+    return _cheap(setup) if setup.remat == "cheap" else _scheduled(setup)
+
+
+def _cheap(setup: Setup) -> Bytes:
+    """As on GPUs: what products and kernels gave is kept, in stacks of all layers; layers' gradients are bfloat16."""
+    m, mesh = setup.model, setup.mesh
+    layers, other = elements(setup)
+    lightning = m.layer_types.count(LIGHTNING)
+    inner, kv = (2 * heads * m.head_dim / mesh["tensor"] for heads in (m.num_heads, m.num_kv_heads))
+    tokens = setup.rows_per_device * setup.time_per_device
+    stream = 2 * setup.rows_per_device * setup.residual_time * m.hidden_size
+    routed = 2 * m.experts_per_token * gathered_tokens(setup) / expert_pieces(setup)
+    width = m.intermediate_size / mesh["tensor"]
+    # The residual and what attention adds to it; q, k, v, gate and the mix of them; both inner arrays of the experts.
+    saved = m.num_layers * 2 * stream + lightning * tokens * 5 * inner
+    saved += (m.num_layers - lightning) * tokens * 2 * (inner + kv)
+    saved += m.num_layers * (routed * 2 * width if expert_pieces(setup) == 1 else stream)
+    whole = expert_bytes(setup) * (2 if mesh["fsdp"] > 1 else 1)  # gathered, or cut out; and the gradients
+    layer = 6 * stream + 3 * tokens * inner + routed * (4 * width + 4 * m.hidden_size) + whole
+    head = 3 * head_bytes(setup) + 6 * min(CHUNK_ELEMENTS, tokens * words(setup))
+    summed = 4 * (layers + other) if setup.micro_batches > 1 else 0.0
+    return {
+        "parameters": 4 * (layers + other),
+        "optimizer": 8 * (layers + other),
+        "gradients": 2 * layers + 4 * other + summed,
+        "weights cast": 2 * layers,
+        "activations": saved,
+        "temporaries": max(layer, head),
+    }
+
+
+def _scheduled(setup: Setup) -> Bytes:
+    """As XLA's schedules for TPUs hold it."""
     m = setup.model
     layers, other = elements(setup)
     count = layers + other
     tokens = setup.rows_per_device * setup.time_per_device
     hidden = 2 * m.hidden_size  # bytes of one token between layers
-    routed = m.experts_per_token * min(MOE_TOKENS, gathered_tokens(setup))
+    routed = m.experts_per_token * gathered_tokens(setup) / expert_pieces(setup)
     inner = m.intermediate_size / setup.mesh["tensor"]
     saved = m.num_layers * setup.rows_per_device * setup.residual_time * hidden
-    if not setup.remat:
+    if setup.remat == "none":
         saved = m.num_layers * (
             expert_bytes(setup) + attention_bytes(setup)  # gathered weights are kept as well
             + tokens * (13 * hidden + 13 * m.num_heads * m.head_dim / setup.mesh["tensor"])
         )  # fmt: skip
-        if gathered_tokens(setup) <= MOE_TOKENS:  # else its pieces are recomputed in any case
+        if expert_pieces(setup) == 1:  # else its pieces are recomputed in any case
             saved += m.num_layers * routed * (10 * m.hidden_size + 19 * inner)
     layer = (
         ATTENTION_ARRAYS * tokens * hidden
@@ -114,7 +152,7 @@ def _generation(setup: Setup) -> Bytes:
     kv = rows * setup.context / tensor * key_value_bytes(m, jnp.bfloat16)
     softmax = m.num_layers - m.layer_types.count(LIGHTNING)
     layer = kv / max(softmax, 1) if setup.piece > 1 else 0.0  # its keys and values; decoding takes those of all layers
-    routed = m.experts_per_token * min(MOE_TOKENS, gathered_tokens(setup))
+    routed = m.experts_per_token * gathered_tokens(setup) / expert_pieces(setup)
     experts = routed * (8 * m.hidden_size + 4 * m.intermediate_size / tensor)
     experts += expert_bytes(setup) / 3  # w1, w3 and w2 are cut out, or gathered, one after the other
     table = head_bytes(setup) / 2 if math.prod(setup.mesh[axis] for axis in CUT) > 1 else 0.0  # of words, gathered

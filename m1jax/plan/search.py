@@ -54,7 +54,7 @@ def remedies(setup: Setup, chip: Chip) -> list[str]:
         return sum(memory(dataclasses.replace(setup, **changes)).values()) <= chip.memory
 
     found = []
-    if setup.task != "generate" and not setup.remat and fits(remat=True):
+    if setup.task != "generate" and setup.remat != "layers" and fits(remat="layers"):
         found.append("--remat layers: recompute layers for the backward pass")
     least = 1 if setup.task == "generate" else setup.mesh["data"] * setup.mesh["fsdp"] * setup.mesh["expert"]
     rows = next((n for i in range(1, 32) if (n := setup.rows // 2**i) and n % least == 0 and fits(rows=n)), None)

@@ -11,6 +11,7 @@ from m1jax.errors import UserError, require_positive
 from m1jax.sharding import AXES, ROWS, check_shardable
 
 Task = Literal["sft", "rl", "generate"]
+Remat = Literal["none", "cheap", "layers"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,11 +35,13 @@ class Setup:
     """of an update, one after the other"""
     piece: int = 1
     """generation: tokens of each row per step; 1 is decoding, more is a piece of a prompt"""
-    remat: bool = True
-    """recompute each layer for the backward pass instead of keeping its activations"""
+    remat: Remat = "layers"
+    """training: what the backward pass computes again, as in `MiniMaxM1.forward`"""
+    sequences: int = 1
+    """training: equally long ones packed into a row; attention sees none of the others"""
 
     def __post_init__(self) -> None:
-        require_positive(self, "context", "rows", "micro_batches", "piece")
+        require_positive(self, "context", "rows", "micro_batches", "piece", "sequences")
         training = self.task != "generate"
         check_shardable(
             self.model, self.mesh, batch=self.rows if training else None, time=self.context if training else None

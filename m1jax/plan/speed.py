@@ -60,7 +60,7 @@ def exchanges(setup: Setup) -> list[Exchange]:
     layers, tokens = m.num_layers, setup.rows_per_device * setup.time_per_device
     hidden = 2 * m.hidden_size
     train = setup.task != "generate"
-    weights = layers * (2 + setup.remat if train else 1)  # gathered for each pass; gradients back
+    weights = layers * (2 + (setup.remat != "none") if train else 1)  # gathered for each pass; gradients back
     steps = setup.micro_batches if train else 1
     words_are_cut = vocabulary_is_cut(m.vocab_size, mesh)
     group = tuple(a for a in ("expert", "tensor") if mesh[a] > 1)
@@ -100,12 +100,14 @@ def speed(setup: Setup, chip: Chip, price: float) -> Speed:
         moe = m.num_layers * expert_bytes(setup) / setup.mesh["fsdp"]
         traffic = 2 * count - moe * (1 - used) + kv + 2 * states * (m.num_layers - softmax)
     else:
-        forward = forward_flops(m, length) * setup.rows * setup.micro_batches
-        model, executed = 3 * forward, (3 + setup.remat) * forward
+        again = setup.remat == "layers"
+        sequences = setup.rows * setup.micro_batches * setup.sequences
+        forward = forward_flops(m, length // setup.sequences) * sequences
+        model, executed = 3 * forward, (3 + again) * forward
         # Weights once per pass, optimizer and parameters read and written, the residual stream there and back.
         saved = 4 * m.num_layers * setup.rows_per_device * setup.residual_time * m.hidden_size
         weights = m.num_layers * (expert_bytes(setup) + attention_bytes(setup))
-        traffic = setup.micro_batches * ((2 + setup.remat) * weights + saved + 12 * count) + 24 * count
+        traffic = setup.micro_batches * ((2 + again) * weights + saved + 12 * count) + 24 * count
     compute = executed / setup.devices / chip.flops
     links = sum(e.bytes / _rate(setup, chip, e.axes) for e in exchanges(setup))
     slowest = max(compute, traffic / chip.bandwidth, links)

@@ -17,6 +17,7 @@ from m1jax.rl.recipe import RLRecipe
 from m1jax.rl.report import write_report
 from m1jax.rl.rewards import RuleJudge, get_judge
 from m1jax.rl.rollout import Prompts
+from m1jax.rl.stream import split
 from m1jax.rl.tasks import Problem, ProblemFile, Task, UserProblems, get_task, read_problems
 from m1jax.rl.trainer import PHASE, Trainer
 from m1jax.train import placement
@@ -103,7 +104,7 @@ def main(config: Config) -> None:
     directory, recipe = run_directory(config.runs, config.name), config.recipe
     branch = None if config.branch is None else Branch.parse(config.branch)
     environment = None if config.environment is None else load_environment(config.environment)
-    with placement.use_mesh(config.mesh):
+    with placement.use_mesh(config.mesh, split(recipe.generator_mesh)[0]):
         tokenizer = load_tokenizer(config.model)
         files = weighted(config.data) if config.data else []
         task = _problems(files, tokenizer, recipe) if files else get_task(config.task or "")

@@ -57,7 +57,7 @@ def _memory(config: ModelConfig, recipe: RLRecipe) -> list[str]:
     capacity = batch_capacity(
         config,
         dtype,
-        prompts=asked.prompts,
+        prompts=asked.in_work,
         samples=asked.samples,
         prompt_tokens=asked.max_prompt_tokens,
         new_tokens=asked.max_new_tokens,

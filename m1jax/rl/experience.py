@@ -1,13 +1,17 @@
 """Phases 1 and 2 of a training: problems are asked and judged until a generation batch is full."""
 
+import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
+
+import numpy as np
 
 from m1jax.config import ModelConfig
 from m1jax.flops import forward_flops
 from m1jax.rl.evaluation import examine, summary
+from m1jax.rl.fifo import Fifo
 from m1jax.rl.generator import Generator
 from m1jax.rl.prepare import useful
 from m1jax.rl.recipe import RLRecipe
@@ -63,6 +67,8 @@ class Experience:
     ):
         self._rollout, self._generator, self._judge = rollout, generator, judge
         self._recipe, self._seed, self._config = recipe, seed, config
+        window = recipe.generation.fifo_window
+        self._fifo = Fifo(rollout, generator, seed, window) if window else None
         self._asked = 0
         """number of the next problem"""
         self._carried: list[Scored] = []
@@ -78,14 +84,13 @@ class Experience:
         scored, self._carried = self._carried, []
         waited = len(scored)
         tokens = flops = 0
-        for _ in range(recipe.rounds):
-            if len(useful(scored)) >= recipe.prompts:
-                break
-            groups = self._generate(self._asked, params, version, window)
-            self._asked = groups[-1].number + 1
-            scored += score(groups, self._judge, self._recipe.reward, max_tokens=window)
-            written, took = work(self._config, groups)
-            tokens, flops = tokens + written, flops + took
+        source = self._rounds if self._fifo is None else self._windowed
+        with contextlib.closing(source(params, version, window)) as coming:
+            while len(useful(scored)) < recipe.prompts and len(scored) - waited < recipe.rounds * recipe.prompts:
+                groups = next(coming)
+                scored += score(groups, self._judge, self._recipe.reward, max_tokens=window)
+                written, took = work(self._config, groups)
+                tokens, flops = tokens + written, flops + took
         new = scored[waited:]
         self._retire(new)
         kept = useful(scored)
@@ -94,6 +99,9 @@ class Experience:
         figures: dict[str, float] = {"asked": len(new), "kept": len(kept), "waited": waited, "window": window}
         if recipe.retire_above is not None:
             figures["retired"] = len(self._retired)
+        if new and self._fifo is not None:
+            versions = np.concatenate([episode.version for group in new for episode in group.group.episodes])
+            figures["older_tokens"] = float(np.mean(versions < version))
         if new:
             figures |= summary(new) | {"perplexity": perplexity(new)}
         said = []
@@ -122,18 +130,37 @@ class Experience:
     def state(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """(what JSON can hold, arrays) from which `restore` goes on."""
         rest = {"asked": self._asked, "retired": sorted(self._retired), "window": dataclasses.asdict(self._window)}
-        return rest, {"carried": to_arrays(self._carried)}
+        arrays = {"carried": to_arrays(self._carried)}
+        if self._fifo is not None:
+            rest["fifo"], arrays["fifo"] = self._fifo.state()
+        return rest, arrays
 
     def restore(self, stored: dict[str, Any], arrays: dict[str, Any]) -> None:
         self._asked, self._retired = stored["asked"], set(stored["retired"])
         self._window = Window(**stored["window"])
         self._carried = from_arrays(arrays["carried"])
+        if self._fifo is not None:
+            self._fifo.restore(stored["fifo"], arrays["fifo"])
 
-    def _generate(self, first: int, params: Params, version: int, window: int) -> list[Group]:
+    def _rounds(self, params: Params, version: int, window: int) -> Iterator[list[Group]]:
+        """Rounds of P problems."""
+        while True:
+            self._generator.load(params, version)
+            groups = self._rollout("train", self._seed, self._asked, window=window, skip=self._is_retired)
+            self._generator.rest()
+            self._asked = groups[-1].number + 1
+            yield groups
+
+    def _windowed(self, params: Params, version: int, window: int) -> Iterator[list[Group]]:
+        """One after the other, as they become whole."""
+        assert self._fifo is not None
         self._generator.load(params, version)
-        groups = self._rollout("train", self._seed, first, window=window, skip=self._is_retired)
-        self._generator.rest()
-        return groups
+        try:
+            with contextlib.closing(self._fifo.groups(window, self._is_retired)) as whole:
+                for group in whole:
+                    yield [group]
+        finally:
+            self._generator.rest()
 
     def _retire(self, scored: Sequence[Scored]) -> None:
         above = self._recipe.generation.retire_above

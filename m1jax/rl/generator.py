@@ -40,6 +40,10 @@ class Generator(Protocol):
         """Works a little on what was submitted: the completions that have ended now."""
         ...
 
+    def cancel(self, tickets: Sequence[Ticket]) -> list[tuple[Ticket, Completion]]:
+        """Ends all that is in work where it is; these must be all."""
+        ...
+
     def rest(self) -> None:
         """Give memory back until parameters are loaded again."""
         ...
@@ -55,6 +59,7 @@ class EngineGenerator:
         prompts, samples: requests that come together, and completions of each.
         prompt_tokens, new_tokens: the longest context at first, and what may be written after it in all turns.
         record_routes: whether requests may ask for routes.
+        alone: nobody else needs the devices' memory, so that none is given back.
     """
 
     def __init__(
@@ -66,8 +71,9 @@ class EngineGenerator:
         prompt_tokens: int,
         new_tokens: int,
         record_routes: bool = False,
+        alone: bool = False,
     ):
-        self._record_routes = record_routes
+        self._record_routes, self._alone = record_routes, alone
         self._graph, self._prompts, self._samples = graph, prompts, samples
         self._prompt_tokens, self._new_tokens = prompt_tokens, new_tokens
         self._engine: Engine | None = None
@@ -115,6 +121,12 @@ class EngineGenerator:
         assert self._engine is not None, "nothing is loaded"
         return [(event.ticket, event.completion) for event in self._engine.step() if isinstance(event, Finished)]
 
+    def cancel(self, tickets: Sequence[Ticket]) -> list[tuple[Ticket, Completion]]:
+        assert self._engine is not None, "nothing is loaded"
+        for ticket in tickets:
+            self._engine.cancel(ticket)
+        return self.step()
+
     def rest(self) -> None:
-        if self._engine is not None:
+        if self._engine is not None and not self._alone:
             self._engine.rest()

@@ -165,8 +165,9 @@ class RLRecipe(SessionRecipe):
     staleness: int = 0
     """generation beside training: batch b is written by the parameters of k batches before, exactly (0: one after the
     other)"""
-    generator_device: int | None = free(None)
-    """number of the device that generates, while training uses the others (None: the same ones)"""
+    generator_mesh: str = free("")
+    """the last devices generate, the others train: how those that generate share the work, for example data=2, or
+    data=1 for one (none: all devices do both)"""
     iterations: int = free(100)
     """generation batches; a run may go on to more of them where its learning rates so far are those of the longer
     run"""

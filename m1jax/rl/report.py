@@ -22,6 +22,7 @@ PANELS: Sequence[tuple[str, Sequence[str]]] = (
     ("groups of equal rewards", ("zero_variance",)),
     ("problems asked and groups kept", ("asked", "kept", "waited", "retired")),
     ("staleness (versions)", ("staleness",)),
+    ("tokens that older versions wrote (share)", ("older_tokens",)),
     ("entropy (nats per token)", ("entropy",)),
     ("largest importance weight", ("ratio_max",)),
     ("log-ratio: quantiles", ("log_ratio_p01", "log_ratio_p50", "log_ratio_p99")),
@@ -34,6 +35,7 @@ PANELS: Sequence[tuple[str, Sequence[str]]] = (
     ("trainer and sampler: correlation", ("pearson",)),
     ("trainer and sampler: largest gap", ("sampler_gap",)),
     ("tokens per second", ("tokens_per_second",)),
+    ("seconds of a batch", ("generation_seconds", "waiting_seconds", "sync_seconds")),
     ("peak memory (bytes)", ("memory_bytes",)),
 )
 BY_UPDATE = ("kl_k3", "clipped", "effective", "entropy")
@@ -108,6 +110,7 @@ def _drawn(lines: Mapping[str, Sequence[tuple[float, float]]], across: str) -> s
     from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     with rc_context({"svg.fonttype": "none"}):
         figure = Figure(figsize=(4.2, 2.6), layout="constrained")
@@ -115,6 +118,7 @@ def _drawn(lines: Mapping[str, Sequence[tuple[float, float]]], across: str) -> s
         for name, points in lines.items():
             axes.plot(*zip(*points), marker="." if len(points) < 30 else "", label=name)
         axes.set_xlabel(across)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         if len(lines) > 1:
             axes.legend(fontsize="small")
@@ -131,10 +135,11 @@ _TEMPLATE = """<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{{ name }}</title>
 <style>
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 90rem; padding: 0 1rem; color: #222 }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 90rem; padding: 0 1rem; color: #222;
+  background: #fff; overflow-wrap: anywhere }
 table { border-collapse: collapse } td, th { padding: .2rem .8rem; text-align: right; border-bottom: 1px solid #ddd }
 td:first-child, th:first-child { text-align: left }
-.curves, .samples { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(24rem, 1fr)) }
+.curves, .samples { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(24rem, 100%), 1fr)) }
 figure { margin: 0 } figcaption { font-weight: 600 } svg { width: 100%; height: auto }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f6f6f6; padding: 1rem }
 .alarm { border-left: 4px solid #c33; padding: .3rem .8rem; margin: .3rem 0; background: #fff4f4 }

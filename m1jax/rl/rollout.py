@@ -18,7 +18,7 @@ from m1jax.rl.conversations import answer_of, converse
 from m1jax.rl.environment import Answer, Environment, MakeEnvironment, Messages, SingleTurn, environment_of
 from m1jax.rl.generator import Generator
 from m1jax.rl.tasks import Problem, Split, Task
-from m1jax.rl.types import Group
+from m1jax.rl.types import Episode, Group
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,6 +32,9 @@ class GenerationRecipe:
     rounds: int = 3
     """dynamic sampling: problems whose responses are all rewarded alike teach nothing; they are dropped, and others are
     asked in up to so many rounds of P (1: dropped without refill)"""
+    fifo_window: int = 0
+    """windowed FIFO (arXiv 2605.26494): so many problems are in work, and a generation batch takes those first whose
+    responses have all ended; long ones go on with the next, under its parameters (0: a batch waits for its own)"""
     keep_surplus: bool = False
     """groups beyond P that teach something wait for the next generation batch, instead of being dropped"""
     retire_above: float | None = None
@@ -60,11 +63,18 @@ class GenerationRecipe:
         require_positive(self, "max_prompt_tokens", "max_new_tokens", "max_turns", "answer_seconds")
         if self.max_turn_tokens is not None:
             require_positive(self, "max_turn_tokens")
-        require_positive(self, "repetition_tokens", zero=True)
+        require_positive(self, "repetition_tokens", "fifo_window", zero=True)
+        if 0 < self.fifo_window < self.prompts:
+            raise UserError(f"fifo_window = {self.fifo_window} must hold a generation batch: prompts = {self.prompts}")
         for name in ("repetition_probability", "retire_above"):
             value = getattr(self, name)
             if value is not None and not 0 < value < 1:
                 raise UserError(f"rl: {name} = {value} must lie between 0 and 1")
+
+    @property
+    def in_work(self) -> int:
+        """Problems at once."""
+        return max(self.prompts, self.fifo_window)
 
     @property
     def longest(self) -> int:
@@ -165,14 +175,12 @@ class Rollout:
         self._window = self._recipe.max_new_tokens if window is None else window
         self._draw = draw or Draw(self._recipe.temperature)
         numbered = list(itertools.islice(self._wanted(split, seed, first, skip), self._recipe.prompts))
-        numbers = np.array([number for number, _ in numbered], np.uint32)
-        problems = [problem for _, problem in numbered]
-        keys = list(_keys_of_problems(np.array([seed, split == "heldout"], np.uint32), numbers))
+        keys = _keys(split, seed, [number for number, _ in numbered])
         attempts: list[list[Attempt]] = []
-        for problem, number, key in zip(problems, numbers, keys):
+        for (number, problem), key in zip(numbered, keys):
             group: list[Attempt] = []
             for g in range(self._recipe.samples):
-                rng = np.random.default_rng([split == "heldout", seed, int(number), g])
+                rng = np.random.default_rng([split == "heldout", seed, number, g])
                 group.append(self._begin(problem, rng, g, key, group))
             attempts.append(group)
         if self._environment is SingleTurn:
@@ -190,6 +198,73 @@ class Rollout:
             Group(problem, tuple(attempt.episode() for attempt in group), number)
             for (number, problem), group in zip(numbered, attempts)
         ]
+
+    def unbegun(self, split: Split, seed: int, first: int, count: int, skip: Callable[[Problem], bool]) -> list[Group]:
+        """The next problems, with attempts that have no token yet; for `continued`. A turn must be all there is.
+
+        Raises:
+            UserError: as a call does, or the environment has several turns.
+        """
+        if self._environment is not SingleTurn:
+            raise UserError(
+                f"fifo_window: {self._task.name} is attempted in several turns, which cannot be cut off in the middle; "
+                "take 0"
+            )
+        groups = []
+        for number, problem in itertools.islice(self._wanted(split, seed, first, skip), count):
+            prompt = np.array(self._prompt(problem, SingleTurn().reset(problem, np.random.default_rng()), ()), np.int32)
+            episode = Episode(
+                prompt=prompt,
+                tokens=np.zeros(0, np.int32),
+                written=np.zeros(0, bool),
+                logp=np.zeros(0, np.float32),
+                version=np.zeros(0, np.int32),
+                turns=("",),
+                finish="cancelled",
+            )
+            groups.append(Group(problem, (episode,) * self._recipe.samples, number))
+        return groups
+
+    def continued(
+        self, split: Split, seed: int, groups: Sequence[Group], window: int
+    ) -> Iterator[list[tuple[int, Request]]]:
+        """Of each group, the attempts that have not ended, and requests that go on with them.
+
+        A token's randomness comes from (split, seed, problem number, sample number, tokens before its request, its
+        place behind them) alone.
+        """
+        self._window, self._draw = window, Draw(self._recipe.temperature)
+        for group, key in zip(groups, _keys(split, seed, [group.number for group in groups])):
+            yield [
+                (
+                    sample,
+                    Request(
+                        tokens=np.concatenate([episode.prompt, episode.tokens]),
+                        key=key_of_turn(key, np.uint32(sample), np.uint32(len(episode.tokens))),
+                        sampling=self._sampling(window - len(episode.tokens)),
+                        record_routes=self._record_routes,
+                        keep=False,
+                    ),
+                )
+                for sample, episode in enumerate(group.episodes)
+                if episode.finish == "cancelled"
+            ]
+
+    def extended(self, episode: Episode, completion: Completion) -> Episode:
+        """An attempt of one turn with what was written next."""
+        cut = completion.finish == "cancelled"
+        tokens = np.concatenate([episode.tokens, completion.tokens])
+        return dataclasses.replace(
+            episode,
+            tokens=tokens,
+            written=np.concatenate([episode.written, completion.written]),
+            logp=np.concatenate([episode.logp, completion.logp]),
+            version=np.concatenate([episode.version, completion.version]),
+            turns=(self._tokenizer.decode(tokens[:-1] if completion.finish == "stop" else tokens),),
+            finish=completion.finish,
+            routes=None if cut else completion.routes,  # who goes on will read it all again
+            ended="done" if completion.finish == "stop" else "cut",
+        )
 
     def _wanted(
         self, split: Split, seed: int, first: int, skip: Callable[[Problem], bool]
@@ -225,13 +300,17 @@ class Rollout:
         if known is not None and known.messages == messages:
             prompt = known.prompt
         else:
-            prompt = self._prompts.first(messages, _tools(environment))
+            prompt = self._prompt(problem, messages, _tools(environment))
+        return Attempt(environment, problem, messages, prompt, sample, key)
+
+    def _prompt(self, problem: Problem, messages: Messages, tools: Tools) -> list[int]:
+        prompt = self._prompts.first(messages, tools)
         if not 0 < len(prompt) <= self._recipe.max_prompt_tokens:
             raise UserError(
                 f"{self._task.name}: the prompt {problem.prompt[:60]!r} has {len(prompt)} tokens; max_prompt_tokens is "
                 f"{self._recipe.max_prompt_tokens}"
             )
-        return Attempt(environment, problem, messages, prompt, sample, key)
+        return prompt
 
     def _answer_once(self, groups: Sequence[Sequence[Attempt]]) -> None:
         """A turn is all there is, and the attempts of a group share their prompt."""
@@ -324,6 +403,11 @@ def _plain(messages: Messages) -> str:
 
 def _tools(environment: Environment) -> Tools:
     return getattr(environment, "tools", ())
+
+
+def _keys(split: Split, seed: int, numbers: Sequence[int]) -> list[Key[Array, ""]]:
+    """Of problems."""
+    return list(_keys_of_problems(np.array([seed, split == "heldout"], np.uint32), np.array(numbers, np.uint32)))
 
 
 @jax.jit

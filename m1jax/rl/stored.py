@@ -40,6 +40,7 @@ def to_arrays(scored: Sequence[Scored]) -> dict[str, np.ndarray]:
         found = [getattr(episode, name) for episode in episodes]
         arrays[name] = _joined(found, found[0].dtype if found else np.int32)
     if routes := [episode.routes for episode in episodes if episode.routes is not None]:
+        arrays["routed"] = np.array([episode.routes is not None for episode in episodes])
         arrays["routes"] = np.concatenate(routes)
     return arrays
 
@@ -50,7 +51,8 @@ def from_arrays(arrays: Mapping[str, Any]) -> list[Scored]:
     prompt_lengths, lengths = np.asarray(arrays["prompt_lengths"]), np.asarray(arrays["lengths"])
     prompts = _cut(arrays["prompt"], prompt_lengths)
     by_token = {name: _cut(arrays[name], lengths) for name in BY_TOKEN}
-    routes = _cut(arrays["routes"], prompt_lengths + lengths - 1) if "routes" in arrays else None
+    routed = np.asarray(arrays.get("routed", np.zeros(len(lengths), bool)))
+    routes = iter(_cut(arrays["routes"], (prompt_lengths + lengths - 1)[routed]) if routed.any() else [])
     sizes = np.array([len(group["episodes"]) for group in said], np.int64)
     of_groups = {name: _cut(arrays[name], sizes) for name in ("raw", "rewards", "correct")}
     parts = iter(_cut(arrays["parts"], np.repeat(sizes, [len(group["parts"]) for group in said])))
@@ -67,7 +69,7 @@ def from_arrays(arrays: Mapping[str, Any]) -> list[Scored]:
                     ended=ended,
                     reward=reward,
                     failure=failure,
-                    routes=None if routes is None else routes[episode],
+                    routes=next(routes) if routed[episode] else None,
                 )
             )
             episode += 1

@@ -2,20 +2,26 @@
 
 Version v is what v generation batches of updates have made of the parameters; k is the staleness. With k = 0 a batch is
 made when it is asked for, by the caller's own thread; with more, one further thread makes batches in their order while
-the caller trains. What is made depends on versions alone, never on which of the two was faster.
+the caller trains: on the same devices, or on some that do nothing else and receive every version that they write with.
+What is made depends on versions alone, never on which of the two was faster.
 """
 
 import collections
 import concurrent.futures
 import contextlib
+import dataclasses
+import math
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from m1jax.errors import UserError
 from m1jax.rl.experience import Experience, Made
+from m1jax.sharding import make_mesh, parameter_shardings, parse_mesh
 from m1jax.train import placement
 from m1jax.train.step import Params
 
@@ -29,21 +35,20 @@ class Stream:
         experience: makes them.
         staleness: k.
         batches: how many there will be.
-        device: number of the device that generates; None: those of the training.
+        mesh: of the devices that generate; None: those of the training.
 
     Raises:
-        UserError: there is no such device, or several processes would have to agree on an order.
+        UserError: several processes would have to agree on an order.
     """
 
-    def __init__(self, experience: Experience, *, staleness: int, batches: int, device: int | None = None):
+    def __init__(self, experience: Experience, *, staleness: int, batches: int, mesh: Mesh | None = None):
         if staleness and jax.process_count() > 1:
             raise UserError(f"staleness = {staleness}: generation beside training needs a single process; take 0")
-        if device is not None and device >= len(jax.devices()):
-            raise UserError(f"generator_device = {device}: there are devices 0 to {len(jax.devices()) - 1}")
         self._experience, self._staleness, self._batches = experience, staleness, batches
-        self._device = None if device is None else jax.devices()[device]
-        self._mesh = None if device is not None else placement.current_mesh()
-        self._pool = concurrent.futures.ThreadPoolExecutor(1, "generation") if staleness else None
+        self._apart = mesh is not None
+        self._mesh = placement.current_mesh() if mesh is None else mesh
+        # Another mesh needs a thread even where nothing happens beside it: what is ambient here is the training's.
+        self._pool = concurrent.futures.ThreadPoolExecutor(1, "generation") if staleness or self._apart else None
         self._ready: collections.deque[concurrent.futures.Future[Made]] = collections.deque()
         self._begun = 0
         """batches that are made or being made"""
@@ -56,13 +61,28 @@ class Stream:
             self._pool.shutdown(cancel_futures=True)
 
     def give(self, params: Params, version: int) -> None:
-        """A version of the parameters, which may be donated as soon as its batches with staleness 0 are taken."""
+        """A version of the parameters, which may be donated as soon as its batches with staleness 0 are taken.
+
+        Adds to a batch's figures how long it took to make, and how long the parameters took to where it was made, in
+        seconds; with devices that only generate also `sync_bytes`, what they received together.
+        """
         last = min(version + self._staleness, self._batches - 1)
         if self._begun > last:
             return
+        begin = time.perf_counter()
         params = self._own(params)
+        figures = {"sync_seconds": time.perf_counter() - begin}
+        if self._apart:
+            figures["sync_bytes"] = sum(x.sharding.num_devices * _shard_bytes(x) for x in jax.tree.leaves(params))
+
+        def batch() -> Made:
+            begin = time.perf_counter()
+            made = self._experience.batch(params, version)
+            seconds = {"generation_seconds": time.perf_counter() - begin}
+            return dataclasses.replace(made, figures={**made.figures, **figures, **seconds})
+
         while self._begun <= last:
-            self._ready.append(self._submit(lambda: self._experience.batch(params, version)))
+            self._ready.append(self._submit(batch))
             self._begun += 1
 
     def take(self) -> Made:
@@ -94,17 +114,17 @@ class Stream:
 
     def _own(self, params: Params) -> Params:
         """Parameters that the training cannot take away while they are used."""
-        if self._device is not None:
-            return jax.device_put(params, self._device, may_alias=False)
-        return params if self._pool is None else jax.tree.map(jnp.copy, params)
+        if self._apart and self._mesh is not None:
+            alone = self._mesh.size == 1
+            where = self._mesh.devices.item() if alone else parameter_shardings(params, self._mesh)
+            return jax.block_until_ready(jax.device_put(params, where))
+        return params if self._pool is None else jax.block_until_ready(jax.tree.map(jnp.copy, params))
 
     def _submit(self, job: Callable[[], T]) -> concurrent.futures.Future[T]:
         def placed() -> T:
             with contextlib.ExitStack() as around:  # what is ambient is so for each thread
                 if self._mesh is not None:
-                    around.enter_context(jax.set_mesh(self._mesh))
-                if self._device is not None:
-                    around.enter_context(jax.default_device(self._device))
+                    around.enter_context(_on(self._mesh))
                 return job()
 
         if self._pool is not None:
@@ -112,3 +132,35 @@ class Stream:
         future: concurrent.futures.Future[T] = concurrent.futures.Future()
         future.set_result(placed())
         return future
+
+
+def split(spec: str) -> tuple[list[jax.Device], Mesh | None]:
+    """(devices that train, mesh of those that generate) where the last devices do nothing else; a spec as `make_mesh`
+    has it, empty: all train, and there is no such mesh.
+
+    Raises:
+        UserError: what `make_mesh` raises, no device would be left to train, or there are several processes.
+    """
+    devices = jax.devices()
+    if not spec:
+        return devices, None
+    sizes = parse_mesh(spec)
+    count = math.prod(sizes.values())
+    if not 0 < count < len(devices):
+        raise UserError(
+            f"generator_mesh {spec!r} must be for 1 to {len(devices) - 1} devices: there are {len(devices)}, and one "
+            "must train"
+        )
+    if jax.process_count() > 1:
+        raise UserError(f"generator_mesh {spec!r}: devices that only generate need a single process")
+    return devices[:-count], make_mesh(spec, devices[-count:])
+
+
+def _on(mesh: Mesh) -> contextlib.AbstractContextManager[Any]:
+    """Work on a mesh; what one device does alone needs none."""
+    return jax.default_device(mesh.devices.item()) if mesh.size == 1 else jax.set_mesh(mesh)
+
+
+def _shard_bytes(x: jax.Array) -> int:
+    """On one device."""
+    return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize

@@ -1,6 +1,7 @@
 """Reinforcement learning with CISPO (MiniMax-M1 report, section 3)."""
 
 import dataclasses
+import time
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ from m1jax.rl.prepare import prepare, useful
 from m1jax.rl.recipe import LossRecipe, RLRecipe
 from m1jax.rl.rewards import Judge, RuleJudge
 from m1jax.rl.rollout import Rollout
-from m1jax.rl.stream import Stream
+from m1jax.rl.stream import Stream, split
 from m1jax.rl.tasks import Task
 from m1jax.rl.types import RLBatch, Scored, Updates
 from m1jax.train import placement, statistics
@@ -147,11 +148,12 @@ class Trainer:
             raise UserError("share_prompts: groups are not spread over a mesh; train without one, or without this")
         generator = EngineGenerator(
             self._graph,
-            prompts=generation.prompts,
+            prompts=generation.in_work,
             samples=generation.samples,
             prompt_tokens=generation.max_prompt_tokens,
             new_tokens=generation.max_new_tokens,
             record_routes=replay,
+            alone=bool(recipe.generator_mesh),
         )
         rollout = Rollout(task, tokenizer, generator, generation, environment, record_routes=replay)
         judge = judge or RuleJudge(task, recipe.reward.format_reward)
@@ -159,7 +161,7 @@ class Trainer:
             Experience(rollout, generator, judge, recipe, seed, model.config),
             staleness=recipe.staleness,
             batches=recipe.iterations,
-            device=recipe.generator_device,
+            mesh=split(recipe.generator_mesh)[1],
         )
         optimizer = recipe.optimizer.build(recipe.planned_updates)
         self._steps = (
@@ -229,12 +231,18 @@ class Trainer:
     def _experience(self) -> list[Scored]:
         """The next generation batch of the stream."""
         position, session = self._position, self._session
+        begin = time.perf_counter()
         self._stream.give(self.state.params, position.iteration)
         made = self._stream.take()
+        waited = time.perf_counter() - begin
         session.worked(*made.work)
         for said in made.said:
             session.message(said)
-        position.generated = {**made.figures, "staleness": position.iteration - made.version}
+        position.generated = {
+            **made.figures,
+            "staleness": position.iteration - made.version,
+            "waiting_seconds": waited,
+        }
         if not useful(made.scored):
             session.message(f"generation batch {position.iteration + 1}: {nothing_learnt(made.scored)}")
         return made.scored

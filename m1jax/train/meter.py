@@ -55,7 +55,10 @@ class Meter:
         }
 
 
-MEASURED = ("seconds", "tokens_per_second", "flops_per_second", "mfu", "memory_bytes")
+MEASURED = (
+    *("seconds", "tokens_per_second", "flops_per_second", "mfu", "memory_bytes"),
+    *("generation_seconds", "sync_seconds", "waiting_seconds"),  # of `m1jax.rl`
+)
 """Names in a record that differ from run to run; everything else is the same to the bit."""
 
 

@@ -7,7 +7,7 @@ statistics; process 0 alone writes logs, samples and exports.
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +26,14 @@ from m1jax.weights.directory import read_config
 from m1jax.weights.pretrained import from_pretrained
 
 
-def use_mesh(spec: str) -> contextlib.AbstractContextManager[Any]:
-    """`with use_mesh("fsdp=4,tensor=2"):` trains on that mesh; an empty spec means one device.
+def use_mesh(spec: str, devices: Sequence[jax.Device] | None = None) -> contextlib.AbstractContextManager[Any]:
+    """`with use_mesh("fsdp=4,tensor=2"):` trains on that mesh, of these devices or all; an empty spec means one device.
 
     Raises:
         UserError: what `make_mesh` raises, or several processes without a spec.
     """
     if spec:
-        return jax.set_mesh(make_mesh(spec))
+        return jax.set_mesh(make_mesh(spec, devices))
     if jax.process_count() > 1:
         raise UserError(
             f"{jax.process_count()} processes with {jax.device_count()} devices need a mesh: give --mesh fsdp=-1, or "

@@ -16,7 +16,7 @@ from m1jax.checkpoint import Checkpoints
 from m1jax.config import ModelConfig
 from m1jax.errors import STOPPED, UserError, require_positive
 from m1jax.flops import training_flops
-from m1jax.train import statistics
+from m1jax.train import allocator, statistics
 from m1jax.train.batch import Batch
 from m1jax.train.guards import NonFiniteGuard, OnNonFinite, StopRequests
 from m1jax.train.meter import Meter, Tracer
@@ -87,6 +87,7 @@ class Session:
         total: int,
         profile: bool = False,
     ):
+        allocator.keep_freed_memory()
         self.state, self.place = state, None
         self._run, self._phase, self._config = run, phase, config
         self._schedule, self._every, self._total = schedule, recipe.checkpoint_every, total

@@ -10,6 +10,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from m1jax.compiling import compiler_options
 from m1jax.train import statistics
 from m1jax.train.batch import Batch
 from m1jax.train.guards import apply_if_finite
@@ -112,7 +113,7 @@ def make_train_step(loss_fn: LossFn[B], optimizer: optax.GradientTransformation)
     """
     optimizer = optax.with_extra_args_support(optimizer)
 
-    @jax.jit(donate_argnums=0)
+    @jax.jit(donate_argnums=0, compiler_options=compiler_options())
     def step(
         state: TrainState, batches: B, *, planned: jax.Array | None = None, count: jax.Array | None = None
     ) -> tuple[TrainState, Report]:
@@ -140,4 +141,4 @@ def make_evaluation(loss_fn: LossFn[B]) -> Callable[[Params, B], Stats]:
         count = len(batches.tokens)
         return jax.lax.fori_loop(0, count, lambda i, stats: statistics.merge([stats, part(i)]), start)
 
-    return jax.jit(evaluate)
+    return jax.jit(evaluate, compiler_options=compiler_options())

@@ -27,8 +27,9 @@ def vocabulary_statistics(
     targets: jax.Array,
     *,
     scale: jax.Array | float = 1.0,
+    keep_scores: bool = False,
     implementation: str = "auto",
-) -> Statistics:
+) -> tuple[Statistics, jax.Array | None]:
     """Statistics of every token's scores, as accurate as float32 though computed on matrix units. No gradients.
 
     Args:
@@ -36,12 +37,13 @@ def vocabulary_statistics(
       weight: [V,D] float32 or bfloat16, below 64 in size.
       targets: [N] int32, the word whose score is wanted; any number outside of 0 ... V - 1 for none.
       scale: of the scores, the reciprocal of a temperature.
+      keep_scores: return the scores too, of which otherwise no more than a part is alive at once.
       implementation: "auto" (the best that can run here), "reference" (writes all scores out: for tests), "xla"
         (portable, in chunks of tokens; on GPUs its sums are rounded down, which costs about four bits), "hopper" (one
-        kernel, nothing written).
+        kernel, which writes no score that is not to be kept).
 
     Returns:
-      Statistics of float32 [N].
+      Statistics of float32 [N], and the scores [N,V] float32 if they were to be kept.
 
     Raises:
       ValueError: a shape that does not match, an unknown implementation, or a named one that cannot run here.
@@ -53,7 +55,7 @@ def vocabulary_statistics(
     if targets.dtype != jnp.int32:
         raise TypeError(f"targets must be int32: got {targets.dtype}")
     name = LADDER.choose(implementation, hidden, weight)
-    return LADDER.module(name).statistics(hidden, weight, targets, jnp.asarray(scale, jnp.float32))
+    return LADDER.module(name).statistics(hidden, weight, targets, jnp.asarray(scale, jnp.float32), keep_scores)
 
 
 def check(hidden: jax.Array, weight: jax.Array) -> None:

@@ -1,4 +1,5 @@
-"""Statistics on NVIDIA Hopper (H100, H200): products and softmax in one kernel (Pallas, Mosaic GPU), no score written.
+"""Statistics on NVIDIA Hopper (H100, H200): products and softmax in one kernel (Pallas, Mosaic GPU), which
+writes scores only where they are to be kept.
 
 A thread block takes 128 tokens, 64 for each of two warpgroups, and goes through a part of the vocabulary, WORDS words
 at a time; a third warpgroup has the copy engine fill a ring of stages. The matrix units round every sum down: over the
@@ -39,7 +40,9 @@ def unsupported(hidden: jax.Array, weight: jax.Array) -> str | None:
     return None
 
 
-def statistics(hidden, weight, targets, scale, *, interpret=False) -> Statistics:
+def statistics(
+    hidden, weight, targets, scale, keep_scores=False, *, interpret=False
+) -> tuple[Statistics, jax.Array | None]:
     """Arguments as in `api.vocabulary_statistics`."""
     count, depth = hidden.shape
     words = weight.shape[0]
@@ -54,8 +57,8 @@ def statistics(hidden, weight, targets, scale, *, interpret=False) -> Statistics
     steps = depth // DEPTH
     ops = _hopper.operations(interpret)
 
-    def body(hidden_ref, high_ref, low_ref, targets_ref, scale_ref, out_ref, *scratch):
-        hidden_smem, high_smem, low_smem, full, free = scratch
+    def body(hidden_ref, high_ref, low_ref, targets_ref, scale_ref, out_ref, *refs):
+        *kept, hidden_smem, high_smem, low_smem, full, free = refs
         part, tile, group = lax.axis_index("part"), lax.axis_index("tile"), lax.axis_index("group")
         begin = part * per_part
         mine = jnp.minimum(word_tiles - begin, per_part)
@@ -115,7 +118,10 @@ def statistics(hidden, weight, targets, scale, *, interpret=False) -> Statistics
                 )
                 for column in range(0, WORDS, PIECE):
                     scores = sums[:, column : column + PIECE] * to_score
-                    found = update(found, scores, (begin + index) * WORDS + column)
+                    first = (begin + index) * WORDS + column
+                    for ref in kept:
+                        ref[tokens, pl.ds(first, PIECE)] = scores
+                    found = update(found, scores, first)
                 return found
 
             zeros = ops.zeros((HALF,), rows=True)
@@ -153,9 +159,10 @@ def statistics(hidden, weight, targets, scale, *, interpret=False) -> Statistics
 
     tiled = functools.partial(plgpu.SMEM, dtype=high.dtype, transforms=_hopper.TILED)
     inputs = (hidden, high, low, targets, scale.reshape(1))
+    kept = [jax.ShapeDtypeStruct((len(hidden), word_tiles * WORDS), jnp.float32)] if keep_scores else []
     out = plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((4, parts, len(hidden)), jnp.float32),
+        out_type=[jax.ShapeDtypeStruct((4, parts, len(hidden)), jnp.float32), *kept],
         scratch_types=[
             tiled((STAGES, 2, HALF, DEPTH)),
             tiled((STAGES, WORDS, DEPTH)),
@@ -171,5 +178,5 @@ def statistics(hidden, weight, targets, scale, *, interpret=False) -> Statistics
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
         interpret=_compat.gpu_interpreter(interpret),
     )(*inputs)
-    out = _compat.vary_over(out, _compat.varying_axes(*inputs))
-    return Statistics(*out[:, :, :count]).together(axis=0)
+    out, *kept = (_compat.vary_over(x, _compat.varying_axes(*inputs)) for x in out)
+    return Statistics(*out[:, :, :count]).together(axis=0), kept[0][:count, :words] if keep_scores else None

@@ -10,13 +10,14 @@ from pallas_kernels.vocabulary.statistics import Statistics, of_scores
 __all__ = ["statistics", "unsupported"]
 
 
-def statistics(hidden, weight, targets, scale) -> Statistics:
+def statistics(hidden, weight, targets, scale, keep_scores=False) -> tuple[Statistics, jax.Array | None]:
     """Arguments as in `api.vocabulary_statistics`."""
     parts = split(weight)
     chunks = Chunks(len(targets), weight.shape[0])
 
     def one(chunk):
         hidden, targets = chunk
-        return of_scores(product(hidden, parts) * scale, targets)
+        scores = product(hidden, parts) * scale
+        return of_scores(scores, targets), scores if keep_scores else None
 
     return chunks.join(jax.lax.map(one, chunks.split(hidden, targets)))

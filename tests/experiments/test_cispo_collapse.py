@@ -1,9 +1,12 @@
 """When a run has collapsed and what warned of it, on series where that is known."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.cispo_collapse import report, survival
+from experiments.cispo_collapse import report, stored, survival
+from experiments.cispo_vs_rivals.loop import History, State
 
 
 def test_collapse_is_the_first_batch_below_half_of_the_best():
@@ -47,3 +50,18 @@ def test_the_verdict_and_the_picture(falls, said, tmp_path):
     assert report.table(records).count("\n| ") >= 9
     report.picture(records, tmp_path / "survival.png")
     assert (tmp_path / "survival.png").stat().st_size > 5000
+
+
+def test_a_block_of_runs_goes_on_where_it_was(tmp_path):
+    begin = State({"w": jnp.zeros((2, 3))}, (jnp.zeros(2),), jax.random.split(jax.random.key(0)))
+    state, history = stored.load(tmp_path / "x.npz", begin)
+    assert state is begin
+    assert history is None
+    now = State({"w": jnp.ones((2, 3))}, (jnp.ones(2),), jax.random.split(jax.random.key(1)))
+    made = History(*np.random.default_rng(0).random((len(History._fields), 2, 5)))
+    stored.save(tmp_path / "x.npz", now, made)
+    state, history = stored.load(tmp_path / "x.npz", begin)
+    assert history is not None
+    np.testing.assert_array_equal(history.gap, made.gap)
+    np.testing.assert_array_equal(state.params["w"], now.params["w"])
+    np.testing.assert_array_equal(jax.random.key_data(state.key), jax.random.key_data(now.key))

@@ -103,6 +103,24 @@ def test_an_answer_counts_only_if_it_is_ended_and_the_last_one():
     assert tasks.judge(jnp.array([chain] * 2), right).reward.tolist() == [1, 0]
 
 
+def test_chain_sum_is_reasoning_gyms():
+    gym = pytest.importorskip("reasoning_gym", reason="the extra `tasks` is not installed")
+    made = gym.create_dataset("chain_sum", min_terms=3, max_terms=3, min_digits=1, max_digits=1, seed=0, size=60)
+    spelling = {"+": tasks.PLUS, "-": tasks.MINUS} | {str(digit): digit for digit in range(10)}
+    entries, prompts, responses, texts = [], [], [], []
+    for number, entry in enumerate(made):
+        problem = [spelling[part] for part in entry["metadata"]["expression"].split()]
+        value = int(entry["answer"]) + number % 3 - 1
+        texts.append(f"{value:+03d}")
+        entries.append(entry)
+        prompts.append([tasks.FIRST_TASK + tasks.CHAIN_SUM, *problem, tasks.EQUALS])
+        responses.append([*(spelling[letter] for letter in texts[-1]), tasks.END, *[tasks.NOTHING] * 4])
+    judged = tasks.judge(jnp.array(prompts), jnp.array(responses))
+    scores = [made.score_answer(text, entry) for text, entry in zip(texts, entries)]
+    assert 10 < sum(score == 1 for score in scores) < 30
+    np.testing.assert_array_equal(judged.reward, np.array(scores) == 1)
+
+
 def test_ratio_finds_a_factor_of_two_and_counts_who_never_arrives():
     def climb(speed: float, seed: int) -> list[float]:
         noise = np.random.default_rng(seed).normal(0, 0.01, 60)

@@ -2,12 +2,16 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from experiments.cispo_vs_rivals.policy import portable
-from experiments.precision_mismatch import amplification, figure3, run
+from experiments.precision_mismatch import amplification, at_size, figure3, run
+from experiments.precision_mismatch.switches import precision
+from m1jax.model import head
+from m1jax.model.cache import LightningCache
 
 
 def test_layers_put_together_are_the_model():
@@ -39,9 +43,9 @@ def test_gap():
 def test_the_verdict_asks_for_half_in_every_seed(left, said):
     records = [
         arm._asdict() | {"mean": left if arm.head == "float32" else 1.0, "seed": seed}
-        for arm in figure3.ARMS for seed in run.SEEDS
+        for arm in figure3.ARMS for seed in at_size.SEEDS
     ]  # fmt: skip
-    assert said in run.figure3_sentence(records)
+    assert said in at_size.sentence(records)
 
 
 def test_readme_shows_the_results(tmp_path):
@@ -50,3 +54,40 @@ def test_readme_shows_the_results(tmp_path):
     assert {line for line in run.amplification_table(records).splitlines() if line.startswith("|")} <= shown
     run.profile(records, tmp_path / "profile.png")
     assert (tmp_path / "profile.png").stat().st_size > 10_000
+
+
+def test_a_head_in_bfloat16_has_bfloat16_logits_in_sampler_and_trainer():
+    rng = np.random.default_rng(0)
+    hidden, lm_head = (jnp.array(rng.normal(size=shape), jnp.float32) for shape in ((1, 3, 8), (16, 8)))
+    targets = jnp.array([[1, 2, 3]])
+
+    def bits_below(x):
+        return np.any(np.asarray(x).view(np.uint32) & 0xFFFF)
+
+    with precision("bfloat16", "float32"):
+        logits = head.logits(hidden, lm_head)
+        logp, _ = head.log_probs(hidden, lm_head, targets)
+    assert not bits_below(logits)
+    expected = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
+    np.testing.assert_allclose(logp, expected, rtol=1e-6)
+    assert bits_below(head.logits(hidden, lm_head))
+
+
+def test_states_in_bfloat16_are_rounded_where_they_are_written():
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.array(rng.normal(size=(1, 1, 2, 4)), jnp.float32) for _ in range(3))
+    cache = LightningCache(jnp.array(rng.normal(size=(2, 1, 2, 4, 4)), jnp.float32))
+    given = (0, q, k, v, jnp.zeros(2), None, None)
+    _, exact = cache.attend(*given)
+    with precision("float32", "bfloat16"):
+        _, rounded = cache.attend(*given)
+    assert not np.any(np.asarray(rounded.state[0]).view(np.uint32) & 0xFFFF)
+    np.testing.assert_allclose(rounded.state[0], exact.state[0], rtol=2**-8)
+    np.testing.assert_array_equal(rounded.state[1], cache.state[1])
+
+
+def test_lines_are_read_back(tmp_path):
+    at_size.Lines(tmp_path / "x.jsonl").add({"seed": 1})
+    lines = at_size.Lines(tmp_path / "x.jsonl")
+    lines.add({"seed": 2})
+    assert [r["seed"] for r in at_size.Lines(tmp_path / "x.jsonl").records] == [1, 2]

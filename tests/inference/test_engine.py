@@ -155,6 +155,13 @@ def test_a_thought_is_closed_when_it_has_taken_all_it_may():
     assert completion.finish == "length"
 
 
+def test_a_first_token_is_told_at_once():
+    engine = Engine(FakeRunner(ROOMY))
+    engine.submit(request([1, 2]))
+    assert [len(event.tokens) for event in engine.step()] == [1]
+    assert [len(event.tokens) for event in engine.step()] == [ROOMY.steps]
+
+
 def test_a_group_prefills_its_prompt_once():
     engine = Engine(FakeRunner(ROOMY))
     group = request(range(30), samples=20, max_new_tokens=4, keep=False)
@@ -272,7 +279,7 @@ def test_fork():
     forks = engine.fork(ticket, 3)
     done = finished(engine)
     check(asked, done[ticket, 0])
-    written = 6
+    written = 4  # the first token alone, then three steps
     for number, fork in enumerate(forks):
         completion = done[fork, 1 + number]
         assert completion.tokens[:written].tolist() == done[ticket, 0].tokens[:written].tolist()
@@ -289,7 +296,7 @@ def test_new_weights():
     engine.step()
     engine.load(7, version=3)
     done = finished(engine)
-    assert done[old, 0].version.tolist() == [0] * 3 + [3] * 6
+    assert done[old, 0].version.tolist() == [0] + [3] * 8
     for n, ticket in enumerate(new):
         assert set(done[ticket, 0].version) == {3}
         check(request([1, 2, 3, 4, 5, 6, 7, n], max_new_tokens=9), done[ticket, 0], weights=7)

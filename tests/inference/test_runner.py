@@ -165,6 +165,22 @@ def test_nothing_is_compiled_for_a_request(scarce):
     assert compiled == []
 
 
+def test_few_rows_run_in_a_small_program_wherever_they_are(alone, monkeypatch):
+    """The last of three is alone at the end, in the last row: nothing is moved, and the smallest program serves it."""
+    runner = ModelRunner(*nnx.split(model()), dataclasses.replace(SCARCE, pages=40, decode=(1, 3)))
+    sizes, copied = [], []
+    decode, copy = runner._decode, runner.copy
+    monkeypatch.setattr(runner, "_decode", lambda packed, *rest: sizes.append(len(packed)) or decode(packed, *rest))
+    monkeypatch.setattr(runner, "copy", lambda copies: copied.extend(copies) or copy(copies))
+    requests = [((1, 2, 3), 0, 1, 5, (), False), ((4, 5), 1, 1, 5, (), False), ((6,), 2, 1, 16, (), False)]
+    for number, completion in Engine(runner).run([asked(*request) for request in requests]):
+        same(completion, alone(*requests[number])[completion.sample])
+    assert sizes[0] == 3
+    assert sizes[-1] == 1
+    moved = [c for c in copied if c.slot_from >= 0 and max(c.slot_from, c.slot_to) < SCARCE.rows]
+    assert moved == []
+
+
 def on(spec):
     return contextlib.nullcontext() if spec is None else jax.set_mesh(make_mesh(spec))
 
@@ -205,7 +221,7 @@ def test_no_weights_are_gathered_for_a_token(spec, monkeypatch):
     monkeypatch.setattr(ModelRunner, "_compile", lambda self: None)
     runner, params = mesh_runner(spec)
     with on(spec), runner._on_mesh():
-        arrays = runner._model, runner._cache, runner._rows, None, np.int32(1), np.bool_(False)
+        arrays = runner._model, runner._cache, runner._packed, None, np.int32(1), np.bool_(False)
         program = runner_module._decode.lower(*arrays, runner.capacity, False, 0).compile()
     moved = sum(c.bytes for c in collectives(program))  # the loop over steps counts once
     assert moved < 0.1 * sum(leaf.nbytes for leaf in jax.tree.leaves(params))  # activations; gathered weights: 0.3 up

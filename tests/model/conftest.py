@@ -1,6 +1,7 @@
 """Small models of every shape that the tests of the model share."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,9 @@ def small_config(pattern: str = "LS", **changes) -> ModelConfig:
     return dataclasses.replace(SMALL, layer_types=kinds, **changes)
 
 
+@functools.cache
 def small_model(pattern: str = "LS", seed: int = 0, **changes) -> MiniMaxM1:
+    """The same object for all who ask for it: not to be changed."""
     return MiniMaxM1(small_config(pattern, **changes), rngs=nnx.Rngs(seed))
 
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from m1jax.model import depth
 from m1jax.model.depth import over_layers
 
 
@@ -84,3 +85,23 @@ def test_keeps_neither_weights_nor_constants():
     shapes = sorted(x.shape for x in jax.tree.leaves(pullback))
     assert shapes.count((5, 6, 6)) == 1, shapes  # the weights themselves
     assert shapes.count((5, 2, 6)) == 1, shapes  # inputs
+
+
+def test_on_a_gpu_only_what_the_forward_pass_reads_too_is_set_apart(monkeypatch):
+    """Else XLA would compute it twice, or copy what a kernel could write where it is to lie."""
+
+    def layer(run, weights, h, constants, number):
+        inner = jnp.tanh(h @ weights)  # read on the way on, and kept for the gradient
+        return (jnp.sin(inner), jnp.zeros(h.shape[:1])), None  # of sin only the cosine is kept
+
+    def barriers():
+        def loss(weights, h):
+            return jnp.sum(over_layers(layer, 1, (3,), [weights], h, ())[0])
+
+        return str(jax.make_jaxpr(jax.grad(loss))(jnp.ones((3, 4, 4)), jnp.ones((2, 4)))).count("optimization_barrier")
+
+    assert barriers() == 0
+    monkeypatch.setattr(depth, "target_platform", lambda: "gpu")
+    pieces = depth._Piece.of(layer, 0, jnp.ones((3, 4, 4)), jnp.ones((2, 4)), ())
+    assert 0 < sum(pieces.shared) < len(pieces.shared)
+    assert barriers() == sum(pieces.shared)

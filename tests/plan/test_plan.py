@@ -96,7 +96,7 @@ def test_rows_too_few_to_be_cut_are_repeated():
 
 
 def test_without_recomputation_more_is_kept():
-    kept, recomputed = (memory(setup(remat=remat))["activations"] for remat in (False, True))
+    kept, recomputed = (memory(setup(remat=remat))["activations"] for remat in ("none", "layers"))
     assert recomputed == 80 * 8192 * 6144 * 2  # one residual per layer, time cut over tensor
     assert kept > 10 * recomputed
 
@@ -153,7 +153,7 @@ def test_meshes_multiply_to_the_devices():
 @pytest.mark.parametrize(
     ("mesh", "changes", "first"),
     [
-        ("fsdp=16,expert=8,tensor=4", dict(remat=False), "--remat"),
+        ("fsdp=16,expert=8,tensor=4", dict(remat="none"), "--remat"),
         ("fsdp=16,expert=8,tensor=4", dict(rows=1024), "--rows 512"),
         ("expert=8,tensor=8", dict(context=2**18, rows=8), "512 devices with --mesh"),
     ],

@@ -9,7 +9,7 @@ import pytest
 
 from m1jax.errors import UserError
 from m1jax.rl.experience import Made
-from m1jax.rl.stream import Stream
+from m1jax.rl.stream import Stream, split
 from tests.rl.episodes import scored
 
 
@@ -78,7 +78,8 @@ def test_evaluation_waits_for_its_turn():
         assert stream.run(lambda experience, own: (experience.count, float(own["w"])), params(9)) == (3, 9.0)
 
 
-def test_on_another_device():
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_on_another_device(staleness):
     where = []
 
     class Looks(Notes):
@@ -86,11 +87,31 @@ def test_on_another_device():
             where.append((params["w"].devices(), jnp.zeros(()).devices()))
             return super().batch(params, version)
 
-    with Stream(Looks(), staleness=1, batches=2, device=1) as stream:
+    others, mesh = split("data=1")
+    assert others == jax.devices()[:-1]
+    with Stream(Looks(), staleness=staleness, batches=2, mesh=mesh) as stream:
         trained(stream, 0, 2)
-    assert where == [({jax.devices()[1]}, {jax.devices()[1]})] * 2
-    with pytest.raises(UserError, match="generator_device = 99: there are devices 0 to"):
-        Stream(Notes(), staleness=1, batches=2, device=99)
+        assert stream.run(lambda _, own: own["w"].devices(), params(2)) == {jax.devices()[-1]}
+    assert where == [({jax.devices()[-1]}, {jax.devices()[-1]})] * 2
+
+
+def test_what_a_version_cost():
+    with Stream(Notes(), staleness=1, batches=3, mesh=split("data=1")[1]) as stream:
+        figures = []
+        for version in range(3):
+            stream.give(params(version), version)
+            figures.append(stream.take().figures)
+    assert [f["sync_bytes"] for f in figures] == [4, 4, 4]
+    assert all(f["generation_seconds"] >= 0 and f["sync_seconds"] >= 0 for f in figures)
+
+
+@pytest.mark.parametrize(
+    ("spec", "why"),
+    [("data=8", "for 1 to 7 devices: there are 8"), ("data=-1", "for 1 to 7"), ("rows=2", "axis 'rows' is unknown")],
+)
+def test_a_split_that_is_none(spec, why):
+    with pytest.raises(UserError, match=why):
+        split(spec)
 
 
 def test_a_failure_reaches_the_trainer():

@@ -1,5 +1,7 @@
 """What compiled programs communicate, and that it is what sharding.py promises."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -45,3 +47,26 @@ def test_weights_are_gathered_one_by_one(small, spec):
     assert max(c.bytes / c.count for c in gathered) <= max(weights)
     # Twice for blocks, once for embedding and head, plus activations' odds and ends.
     assert sum(weights) * 0.8 < sum(c.bytes for c in gathered) < 2.2 * sum(weights)
+
+
+GPU = """HloModule step, is_scheduled=true
+
+ENTRY %main (x: bf16[8,4]) -> bf16[8,4] {
+  %g = (bf16[2,4]{1,0}, bf16[8,4]{1,0}) all-gather-start(%x), replica_groups={{0,1,2,3}}, dimensions={0}
+  %h = ((bf16[8]{0}, f32[8,2]{1,0}), (bf16[2]{0}, f32[2,2]{1,0})) reduce-scatter-start(%y), replica_groups={{0,1,2,3}}
+  %r = (f32[8]{0}, f32[4]{0}) all-reduce-start(%a, %b), replica_groups={{0,1},{2,3}}
+  %p = (s32[3]{0}, s32[3]{0}, u32[], u32[]) collective-permute-start(%c), source_target_pairs={{0,1}}
+}
+"""
+
+
+def test_asynchronous_collectives_of_a_gpu():
+    found = collectives(SimpleNamespace(as_text=lambda: GPU))
+    assert {(c.kind, c.shape, c.devices): c.bytes for c in found} == {
+        ("all-gather", "bf16[8,4]", 4): 64,
+        ("reduce-scatter", "bf16[2]", 4): 16,
+        ("reduce-scatter", "f32[2,2]", 4): 64,
+        ("all-reduce", "f32[8]", 2): 32,
+        ("all-reduce", "f32[4]", 2): 16,
+        ("collective-permute", "s32[3]", 2): 12,
+    }

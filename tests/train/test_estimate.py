@@ -4,6 +4,7 @@ import pytest
 
 from m1jax.config import ModelConfig
 from m1jax.train.estimate import spelt, warn_if_slow
+from tests import tiny
 
 
 def test_a_million_tokens_on_a_laptop(caplog, monkeypatch):
@@ -16,8 +17,18 @@ def test_a_million_tokens_on_a_laptop(caplog, monkeypatch):
     (record,) = caplog.records
     said = record.getMessage()
     assert "an update of 1,048,576 tokens takes 1.4e+13 operations: on 2 CPU cores some 6 minutes" in said
-    assert "the whole training 42 days" in said
-    assert "--batch-tokens 32768 would take some 11 seconds an update" in said
+    assert "the whole training 43 days" in said
+    assert "--batch-tokens 32768 would take some 12 seconds an update" in said
+
+
+def test_small_models_take_long_too(caplog, monkeypatch):
+    """Their products are quick: what is beside them decides, here with a million tokens on two cores."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(2))
+    warn_if_slow(ModelConfig.preset("m1-tiny"), 2**20, 512, 100, f"batch {2**11}")
+    assert "on 2 CPU cores some 78 seconds" in caplog.text
+    caplog.clear()
+    warn_if_slow(tiny.CONFIG, 2**20, 512, 100, f"batch {2**11}")  # takes eight seconds
+    assert not caplog.text
 
 
 @pytest.mark.parametrize(

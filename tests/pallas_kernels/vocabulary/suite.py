@@ -84,7 +84,9 @@ class Suite:
         monkeypatch.setattr(module, "unsupported", lambda *arrays: None)
 
     def op(self, hidden, weight, targets):
-        return vocabulary_statistics(hidden, weight, targets, scale=SCALE, implementation=self.implementation)
+        found, scores = vocabulary_statistics(hidden, weight, targets, scale=SCALE, implementation=self.implementation)
+        assert scores is None
+        return found
 
     def check(self, case, op):
         (hidden, weight, targets), truths, here = problem(case)
@@ -100,6 +102,15 @@ class Suite:
 
     def test_equals_the_truth(self, case):
         self.check(case, self.op)
+
+    def test_keeps_scores(self, case):
+        (hidden, weight, targets), _, _ = problem(case)
+        op = functools.partial(vocabulary_statistics, scale=SCALE, implementation=self.implementation, keep_scores=True)
+        found, scores = jax.jit(op)(hidden, weight, targets)
+        truth = SCALE * hidden.astype(np.float64) @ weight.astype(np.float64).T
+        assert scores.dtype == jnp.float32
+        np.testing.assert_allclose(scores, truth, rtol=0, atol=5e-6 * max(1.0, case.spread))
+        jax.tree.map(np.testing.assert_array_equal, found, jax.jit(self.op)(hidden, weight, targets))
 
     def test_words_over_devices(self):
         """Parts of the vocabulary add up."""

@@ -1,0 +1,225 @@
+"""Does a hybrid that has seen at most 4,096 tokens find values at 65,536 and beyond?
+
+    python -m experiments.long_context.retrieval                                      one GPU: minutes
+    python -m experiments.long_context.retrieval --steps 3 --row 512 --rows 2 --lengths 256,512 --evaluated 2 --seeds 0
+
+A sequence is filler with 32 pairs of a key and a value at random places, and at its end the 32 keys again in another
+order, each before its value. Keys, values and filler are tokens of their own, drawn anew for every sequence. The model
+(7 lightning layers and one of softmax attention) is trained to write the values at the end, by the trainer of this
+package, on sequences of 256 to 4,096 tokens, and read at every length in chunks of 1,024 tokens through its cache.
+
+What was trained is kept in `runs`, what was measured is written at once: started again, the program goes on from there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from flax import nnx
+from jaxtyping import Array, Int, Int32
+
+from m1jax import MiniMaxM1, ModelConfig
+from m1jax.config import LIGHTNING, SOFTMAX
+from m1jax.model import Cache, head
+from m1jax.train.batch import Batch
+from m1jax.train.loop import LoopRecipe, fit
+from m1jax.train.optimizer import OptimizerConfig
+from m1jax.train.run import Run
+
+HERE = Path(__file__).parent
+KEYS, VALUES, FILLER = range(64), range(64, 128), range(128, 256)
+PAIRS = 32
+CHUNK = 1024
+MODEL = ModelConfig(
+    vocab_size=256,
+    hidden_size=256,
+    intermediate_size=256,
+    layer_types=(LIGHTNING,) * 7 + (SOFTMAX,),
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=64,
+    rotary_dim=32,
+    num_experts=4,
+    experts_per_token=2,
+    initializer_range=0.05,
+    # DeepNorm's (2 L)^(1/4) at L = 8 layers, as M1's alpha is at 80.
+    lightning_alpha=2.0,
+    softmax_alpha=2.0,
+    mlp_alpha=2.0,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """What to run and where to write it."""
+
+    out: Path = HERE / "retrieval.json"
+    """JSON with every figure; the table and the picture are written beside it."""
+    runs: Path = Path("runs/retrieval")
+    """Checkpoints."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Of weights and data."""
+    steps: int = 2500
+    """Updates."""
+    row: int = 4096
+    """Tokens of a training row, and of the longest sequence trained on."""
+    rows: int = 8
+    """Of an update."""
+    lengths: tuple[int, ...] = (256, 1024, 4096, 16_384, 65_536, 131_072)
+    """At which to measure."""
+    evaluated: int = 16
+    """Sequences at each length, of 32 values each."""
+
+
+def main(config: Config) -> None:
+    """Trains and measures what an earlier run has not, prints and writes the table."""
+    found: list[dict[str, Any]] = json.loads(config.out.read_text())["found"] if config.out.exists() else []
+    for seed in config.seeds:
+        missing = [n for n in config.lengths if (seed, n) not in {(x["seed"], x["tokens"]) for x in found}]
+        if not missing:
+            continue
+        model = trained(config, seed)
+        read = reader(model, max(config.lengths))
+        for length in missing:
+            rng = np.random.default_rng((seed, length))
+            right = read(np.stack([sequence(rng, length) for _ in range(config.evaluated)]))
+            found.append({"seed": seed, "tokens": length, "right": int(right.sum()), "of": right.size})
+            print(json.dumps(found[-1]), flush=True)
+            write(config, found)
+    print(table(found))
+
+
+def sequence(rng: np.random.Generator, length: int) -> Int32[np.ndarray, " length"]:
+    """Filler with pairs in it, and the pairs again."""
+    context = length - 2 * PAIRS
+    tokens = rng.choice(FILLER, length)
+    pairs = np.stack([rng.permutation(KEYS)[:PAIRS], rng.choice(VALUES, PAIRS)], axis=1)
+    at = 2 * np.sort(rng.choice(context // 2, PAIRS, replace=False))
+    tokens[at], tokens[at + 1] = pairs.T
+    tokens[context:] = rng.permutation(pairs).reshape(-1)
+    return tokens.astype(np.int32)
+
+
+class Batches:
+    """Rows full of sequences of equal length, drawn from the powers of two from 256 on; update n is always the same."""
+
+    def __init__(self, config: Config, seed: int) -> None:
+        self._config, self._seed, self._update = config, seed, 0
+        self._lengths = [n for n in (256 * 2**i for i in range(16)) if n <= config.row]
+
+    def __next__(self) -> Batch:
+        rng = np.random.default_rng((self._seed, 1, self._update))
+        self._update += 1
+        rows, time = self._config.rows, self._config.row
+        batch = Batch.padding((1, rows, time))
+        for row in range(rows):
+            length = int(rng.choice(self._lengths))
+            tokens = np.concatenate([sequence(rng, length) for _ in range(time // length)])
+            place = np.arange(time) % length
+            asked = (place >= length - 2 * PAIRS) & (place % 2 == 0)  # a key at the end: its value comes next
+            for name, values in (
+                ("tokens", tokens),
+                ("targets", np.roll(tokens, -1)),
+                ("segment_ids", np.arange(time) // length),
+                ("mask", asked),
+                ("weight", asked),
+            ):
+                getattr(batch, name)[0, row] = values
+        return batch
+
+    def get_state(self) -> dict[str, Any]:
+        return {"update": self._update}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._update = state["update"]
+
+    def close(self) -> None:
+        pass
+
+
+def trained(config: Config, seed: int) -> MiniMaxM1:
+    dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    model = jax.jit(lambda: MiniMaxM1(MODEL, rngs=nnx.Rngs(seed), dtype=dtype))()
+    recipe = LoopRecipe(
+        optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=200, final_fraction=0.1),
+        steps=config.steps,
+        checkpoint_every=500,
+        log_every=50,
+    )
+    settings = {"recipe": recipe, "seed": seed, "row": config.row, "rows": config.rows}
+    run = Run(config.runs / f"seed{seed}", settings)
+    try:
+        return fit(run, model, Batches(config, seed), recipe, phase="retrieval")
+    finally:
+        run.close()
+
+
+def reader(model: MiniMaxM1, longest: int) -> Callable[[Int32[np.ndarray, "rows length"]], np.ndarray]:
+    """A function that reads whole sequences and says which values were the likeliest tokens, bool [rows, PAIRS]."""
+
+    def read(
+        model: MiniMaxM1, tokens: Int[Array, "rows chunk"], cache: Cache
+    ) -> tuple[Int[Array, "rows asked"], Cache]:
+        out = model.forward(tokens, cache)
+        assert out.cache is not None
+        asked = head.logits(out.hidden[:, -2 * PAIRS :], model.lm_head[...])[:, ::2]
+        return jnp.argmax(asked, axis=-1), out.cache
+
+    program = jax.jit(read, donate_argnums=2)
+
+    def right(tokens: Int32[np.ndarray, "rows length"]) -> np.ndarray:
+        rows, length = tokens.shape
+        cache = model.init_cache(rows, longest)
+        written = None
+        for start in range(0, length, CHUNK):
+            written, cache = program(model, jnp.asarray(tokens[:, start : start + CHUNK]), cache)
+        return np.asarray(written) == tokens[:, length - 2 * PAIRS + 1 :: 2]
+
+    return right
+
+
+def table(found: list[dict[str, Any]]) -> str:
+    """Shares of values found, in Markdown."""
+    seeds = sorted({x["seed"] for x in found})
+    lines = ["| tokens | mean |" + "".join(f" seed {seed} |" for seed in seeds), "|---|---|" + "---|" * len(seeds)]
+    for length in sorted({x["tokens"] for x in found}):
+        shares = {x["seed"]: x["right"] / x["of"] for x in found if x["tokens"] == length}
+        each = "".join(f" {shares[seed]:.1%} |" if seed in shares else " |" for seed in seeds)
+        lines.append(f"| {length:,} | {np.mean(list(shares.values())):.1%} |{each}")
+    return "\n".join(lines)
+
+
+def write(config: Config, found: list[dict[str, Any]]) -> None:
+    """JSON, the table and a picture, side by side."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    about = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "steps": config.steps, "row": config.row}
+    config.out.parent.mkdir(parents=True, exist_ok=True)
+    config.out.write_text(json.dumps({**about, "found": found}, indent=1) + "\n")
+    config.out.with_suffix(".md").write_text(table(found) + "\n")
+    figure, axes = plt.subplots(figsize=(6, 3.6))
+    for seed in sorted({x["seed"] for x in found}):
+        mine = sorted((x["tokens"], x["right"] / x["of"]) for x in found if x["seed"] == seed)
+        axes.plot(*zip(*mine), "o-", label=f"seed {seed}")
+    axes.axvline(config.row, color="grey", linestyle=":", label="longest trained on")
+    axes.axhline(1 / len(VALUES), color="grey", linewidth=0.5)
+    axes.set(xscale="log", ylim=(0, 1.02), xlabel="tokens of context", ylabel="values found")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(config.out.with_suffix(".png"), dpi=120)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))

@@ -1,0 +1,44 @@
+"""How XLA compiles the large programs: what differs from its defaults, and why."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from pallas_kernels import target_platform
+
+GPU_OPTIONS: dict[str, str | int | bool] = {
+    # Products go to cuBLAS, which reads a layer's weights where they lie in their stack and writes its result into a
+    # stack; Triton's products have both copied.
+    "xla_gpu_enable_triton_gemm": False,
+    # Two products of the same activations are not made one of weights copied side by side.
+    "xla_gpu_dot_merger_threshold_mb": 0,
+}
+
+
+def compiler_options() -> dict[str, str | int | bool] | None:
+    """``compiler_options`` for a ``jax.jit`` of updates or of decoding, on the platform the program is meant for."""
+    return GPU_OPTIONS if target_platform() == "gpu" else None
+
+
+class jit:
+    """``jax.jit`` with ``compiler_options()``, for a module's functions: it asks for the platform at the first call.
+
+    Takes ``jax.jit``'s keyword arguments.
+    """
+
+    def __init__(self, function: Callable[..., Any], **options: Any) -> None:
+        self._function, self._options = function, options
+        functools.update_wrapper(self, function)
+
+    @functools.cached_property
+    def _jitted(self) -> Any:
+        return jax.jit(self._function, compiler_options=compiler_options(), **self._options)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._jitted(*args, **kwargs)
+
+    def lower(self, *args: Any, **kwargs: Any) -> Any:
+        """As ``jax.jit``'s."""
+        return self._jitted.lower(*args, **kwargs)

@@ -1,0 +1,162 @@
+"""What the host tells the device of each row, and hears from it: one array each way, because arrays travel singly.
+
+The views are numpy's on the host, where they are filled, and JAX's in the programs, where they are read. Floats and
+keys travel as the integers that have their bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Several
+from typing import Generic, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int32
+
+from m1jax.inference.capacity import Capacity
+from m1jax.inference.device import Decoded
+from m1jax.inference.scheduler import Chunk
+from m1jax.inference.sequence import Sequence
+from m1jax.inference.stopping import END_IDS, NEVER
+
+A = TypeVar("A", np.ndarray, jax.Array)
+
+
+class Rows(NamedTuple, Generic[A]):
+    """What the decode program must know of each row. Each is [rows] or [rows, ...], int32 where nothing else is
+    said."""
+
+    tokens: A
+    lengths: A
+    """tokens that states and keys have seen"""
+    allowances: A
+    """tokens to write at most; 0: the row is at rest"""
+    numbers: A
+    """of the next token in its completion"""
+    samples: A
+    slots: A
+    """of its states"""
+    patience: A
+    """this, `run`, `certain` and `end_ids` are those of `Stops`"""
+    run: A
+    temperature: A
+    """float32"""
+    top_p: A
+    """float32"""
+    certain: A
+    """float32"""
+    keys: A
+    """[rows, words] uint32"""
+    end_ids: A
+    """[rows, END_IDS]"""
+    pages: A
+    """[rows, pages]; -1: none"""
+
+    @classmethod
+    def of(cls, packed: A) -> Rows[A]:
+        """The columns of an int32 array [rows, width]."""
+        tokens, lengths, allowances, numbers, samples, slots, patience, run = (packed[:, i] for i in range(8))
+        temperature, top_p, certain = (packed[:, i].view(np.float32) for i in range(8, 11))
+        first, second, third = np.cumsum([11, _key_words(), END_IDS])
+        return Rows(
+            tokens=tokens,
+            lengths=lengths,
+            allowances=allowances,
+            numbers=numbers,
+            samples=samples,
+            slots=slots,
+            patience=patience,
+            run=run,
+            temperature=temperature,
+            top_p=top_p,
+            certain=certain,
+            keys=packed[:, first:second].view(np.uint32),
+            end_ids=packed[:, second:third],
+            pages=packed[:, third:],
+        )
+
+    @classmethod
+    def at_rest(cls, rows: int, capacity: Capacity) -> Int32[np.ndarray, "rows width"]:
+        """Rows that have nothing to write."""
+        pages = capacity.pages_for(capacity.max_length)
+        packed = np.zeros((rows, 11 + _key_words() + END_IDS + pages), np.int32)
+        view = Rows.of(packed)
+        view.temperature[:] = view.top_p[:] = view.certain[:] = 1.0
+        view.slots[:] = view.end_ids[:] = view.pages[:] = -1
+        return packed
+
+
+def _key_words() -> int:
+    """Words of a raw key, by JAX's configuration."""
+    return jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))).shape[-1]
+
+
+def settle(rows: Rows[np.ndarray], sequence: Sequence) -> None:
+    """Write down what stays as it is while a sequence has its row and its pages."""
+    row, sampling, stop = sequence.row, sequence.request.sampling, sequence.request.sampling.repetition_stop
+    rows.keys[row], rows.samples[row], rows.slots[row] = sequence.key, sequence.sample, sequence.slot
+    rows.temperature[row], rows.top_p[row] = sampling.temperature, sampling.top_p
+    rows.end_ids[row] = -1
+    rows.end_ids[row, : len(sampling.end_ids)] = sampling.end_ids
+    rows.certain[row] = 0.0 if stop is None else np.log(np.maximum(stop.probability, 1e-30))
+    rows.patience[row] = NEVER if stop is None else stop.tokens
+    rows.pages[row] = -1
+    rows.pages[row, : len(sequence.pages)] = sequence.pages
+
+
+def advance(rows: Rows[np.ndarray], sequences: Several[Sequence], allowances: Several[int]) -> None:
+    """Write down what every decode step changes."""
+    at = [sequence.row for sequence in sequences]
+    rows.tokens[at] = [sequence.tokens[-1] for sequence in sequences]
+    rows.lengths[at] = [sequence.computed for sequence in sequences]
+    rows.numbers[at] = [sequence.new for sequence in sequences]
+    rows.run[at] = [sequence.certain for sequence in sequences]
+    rows.allowances[at] = allowances
+
+
+class Prompts(NamedTuple, Generic[A]):
+    """What the prefill program must know of each row, likewise."""
+
+    counts: A
+    """of the row's tokens that are real"""
+    lengths: A
+    slots: A
+    tokens: A
+    """[rows, time]"""
+    pages: A
+
+    @classmethod
+    def of(cls, packed: A, time: int) -> Prompts[A]:
+        """The columns of an int32 array [rows, width]."""
+        return Prompts(packed[:, 0], packed[:, 1], packed[:, 2], packed[:, 3 : 3 + time], packed[:, 3 + time :])
+
+    @classmethod
+    def packed(
+        cls, shape: tuple[int, int], chunks: Several[Chunk], places: Several[int], capacity: Capacity
+    ) -> Int32[np.ndarray, "rows width"]:
+        """These chunks in these rows; the others have nothing to read."""
+        rows, time = shape
+        packed = np.zeros((rows, 3 + time + capacity.pages_for(capacity.max_length)), np.int32)
+        view = Prompts.of(packed, time)
+        view.slots[:] = view.pages[:] = -1
+        for chunk, i in zip(chunks, places):
+            sequence, start = chunk.sequence, chunk.sequence.computed
+            view.counts[i], view.lengths[i], view.slots[i] = chunk.count, start, sequence.slot
+            view.tokens[i, : chunk.count] = sequence.tokens[start : start + chunk.count]
+            view.pages[i, : len(sequence.pages)] = sequence.pages
+        return packed
+
+
+def pack_decoded(out: Decoded[jax.Array]) -> Int32[Array, "rows width"]:
+    """What every row has; routes and the likeliest tokens are not among it."""
+    columns = [out.counts, out.reasons, out.certain]
+    wide = [out.tokens, out.logp.view(np.int32), out.nucleus_logp.view(np.int32)]
+    return jnp.concatenate([*(column[:, None] for column in columns), *wide], axis=1)
+
+
+def unpack_decoded(packed: Int32[np.ndarray, "rows width"]) -> Decoded[np.ndarray]:
+    """The other way."""
+    counts, reasons, certain = packed[:, :3].T
+    tokens, logp, nucleus_logp = np.split(packed[:, 3:], 3, axis=1)
+    return Decoded(counts, tokens, logp.view(np.float32), nucleus_logp.view(np.float32), reasons, certain, None)

@@ -1,0 +1,51 @@
+"""The router's products on matrix units, computed here by plain bfloat16 products."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from m1jax.model import moe
+
+
+@pytest.fixture
+def arrays():
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, 5, 256)), jnp.bfloat16)
+    return x, jnp.asarray(rng.normal(size=(8, 256)) / 16, jnp.float32)
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    monkeypatch.setattr(moe, "target_platform", lambda: "gpu")
+
+
+@pytest.mark.usefixtures("on_gpu")
+def test_as_accurate_as_float32(arrays):
+    x, gate = arrays
+    exact = np.asarray(x, np.float64) @ np.asarray(gate, np.float64).T
+    np.testing.assert_allclose(jax.jit(moe.router_logits)(x, gate), exact, atol=2e-6)
+
+
+@pytest.mark.usefixtures("on_gpu")
+def test_gradients(arrays):
+    x, gate = arrays
+    given = jnp.asarray(np.random.default_rng(1).normal(size=(2, 5, 8)), jnp.float32)
+
+    def gradients(f, x):
+        return jax.grad(lambda x, gate: jnp.sum(f(x, gate) * given), argnums=(0, 1))(x, gate)
+
+    got = gradients(moe.router_logits, x)
+    want = gradients(lambda x, gate: x @ gate.T, x.astype(jnp.float32))
+    assert got[0].dtype == jnp.bfloat16 and got[1].dtype == jnp.float32
+    for a, b in zip(got, want):
+        a = np.asarray(a, np.float32)
+        assert np.linalg.norm(a - b) <= 4e-3 * np.linalg.norm(b)  # three roundings to bfloat16
+
+
+def test_float32_stays_float32(arrays, monkeypatch):
+    x, gate = arrays
+    x = x.astype(jnp.float32)
+    before = moe.router_logits(x, gate)
+    monkeypatch.setattr(moe, "target_platform", lambda: "gpu")
+    np.testing.assert_array_equal(moe.router_logits(x, gate), before)
