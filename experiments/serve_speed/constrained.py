@@ -67,10 +67,9 @@ def main() -> None:
         rates["free"].append(run(seed, 0))
         rates["constrained"].append(run(seed, given.constrained))
         share = statistics.median(rates["constrained"]) / statistics.median(rates["free"])
-        told = {"device": jax.devices()[0].device_kind, **vars(given), "tokens_per_second": rates, "share": share}
-        (given.out or HERE / f"constrained-{given.model.name}.json").write_text(
-            json.dumps(told, indent=1, default=str) + "\n"
-        )
+        told = {"device": jax.devices()[0].device_kind, "model": given.model.name, "requests": given.requests}
+        told |= {"constrained": given.constrained, "tokens": given.tokens, "tokens_per_second": rates, "share": share}
+        (given.out or HERE / f"constrained-{given.model.name}.json").write_text(json.dumps(told, indent=1) + "\n")
         print(
             f"free {rates['free'][-1]:.0f}, constrained {rates['constrained'][-1]:.0f} tokens/s: {share:.1%}",
             flush=True,

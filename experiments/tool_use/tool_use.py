@@ -33,6 +33,8 @@ from m1jax.train.sft import SFTRecipe, batches
 HERE = Path(__file__).parent
 PIECES = ('{"name": "look_up", "arguments": {"item": "', '{"name": "calculate", "arguments": {"expression": "', '"}}')
 """of calls, one token each"""
+SHARES = (0.6, 0.2)
+"""of the demonstrations do it the right way: of the first and of the last, with a straight line between"""
 SFT = SFTRecipe(
     optimizer=OptimizerConfig(learning_rate=5e-3, warmup_steps=100, final_fraction=0.1),
     steps=800,
@@ -54,16 +56,10 @@ RL = RLRecipe(
     checkpoint_every=64,
 )
 RECIPES = {
-    "shop": (SFT, RL, (0.6, 0.2)),
-    # Eight sums of three digits in a row are harder to learn than calls.
-    "guess": (
-        dataclasses.replace(SFT, optimizer=dataclasses.replace(SFT.optimizer, learning_rate=3e-3), row_length=48),
-        dataclasses.replace(RL, iterations=24),
-        (0.9, 0.2),
-    ),
+    "shop": (SFT, RL),
+    # Ten sums of three digits in a row, where the shop has one call after another.
+    "guess": (dataclasses.replace(SFT, steps=1600), dataclasses.replace(RL, iterations=24)),
 }
-"""with the share of the demonstrations that do it the right way: of the first and of the last, and a straight line
-between"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,17 +101,16 @@ def shopping(problem: Problem, use_tools: bool, rng: np.random.Generator) -> tup
 
 
 def guessing(problem: Problem, halve: bool, rng: np.random.Generator) -> tuple[str, Said]:
-    """A game won by halving what is left, or a number out of the air, time and again."""
+    """A game won by halving what is left, or guesses out of the air."""
     game, step = GuessingGame(), 2 ** (HIGHEST.bit_length() - 1)
     (opening,) = game.reset(problem, rng)
     said: Said = []
-    guess, done = step if halve else int(rng.integers(HIGHEST + 1)), False
+    guess, done = step, False
     while not done:
-        answers, done, *_ = game.step(text := f"{guess:03}")
+        answers, done, *_ = game.step(text := f"{guess if halve else rng.integers(HIGHEST + 1):03}")
         said.append((text, answer := "".join(message["content"] for message in answers)))
-        if halve:
-            step //= 2
-            guess += -step if answer == "<" else step
+        step //= 2
+        guess += -step if answer == "<" else step
     return opening["content"], said
 
 
@@ -136,11 +131,11 @@ def demonstration(words: Tokenizer, prompt: str, said: Said) -> Batch:
 def train(config: Config) -> None:
     """SFT, then RL; goes on where it was."""
     seed, words, task = config.seed, tokenizer(), get_task(config.task)
-    warm, rl, shares = RECIPES[config.task]
+    warm, rl = RECIPES[config.task]
     model_config = dataclasses.replace(ModelConfig.preset("m1-demo"), vocab_size=272)
     run = Run(
         config.runs / f"{config.task}-{seed}",
-        {"seed": seed, "model_config": model_config, "sft": warm, "rl": rl, "shares": shares},
+        {"seed": seed, "model_config": model_config, "sft": warm, "rl": rl, "shares": SHARES},
     )
     model = MiniMaxM1(model_config, rngs=nnx.Rngs(seed))
     size = sum(x.size for x in jax.tree.leaves(nnx.state(model)))
@@ -148,7 +143,7 @@ def train(config: Config) -> None:
 
     def example(number: int) -> Batch:
         rng = np.random.default_rng([seed, number])
-        rightly = rng.random() < np.interp(number, (0, warm.steps * warm.batch), shares)
+        rightly = rng.random() < np.interp(number, (0, warm.steps * warm.batch), SHARES)
         problem = task.problem("train", seed + 1_000_000, number)
         return demonstration(words, *SOLUTIONS[config.task](problem, bool(rightly), rng))
 

@@ -268,7 +268,7 @@ def test_tools_that_are_coroutines():
 
 def test_guessing():
     def halving(text):
-        low, high = 0, 255
+        low, high = 0, 999
         for guess, said in re.findall(r"(\d+)<end_of_sentence>([<>])", text):
             low, high = (low, int(guess) - 1) if said == "<" else (int(guess) + 1, high)
         return str((low + high) // 2)
@@ -276,10 +276,10 @@ def test_guessing():
     game = get_task("guess")
     found = episodes(halving, None, game, prompts=20)
     assert {one.reward for one in found} == {1.0}
-    assert {TOKENIZER.decode(one.prompt) for one in found} == {"0-255:"}
+    assert {TOKENIZER.decode(one.prompt) for one in found} == {"0-999:"}
     blind = episodes(lambda text: "<think>x</think>none", None, game)
     assert {(one.reward, len(one.turns), TOKENIZER.decode(one.tokens[~one.written])) for one in blind} == {
-        (0.0, 8, "?" * 7)
+        (0.0, 10, "?" * 9)
     }
 
 

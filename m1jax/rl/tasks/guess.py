@@ -5,7 +5,7 @@ import numpy as np
 from m1jax.rl.environment import Messages, Step
 from m1jax.rl.tasks.base import Family, Problem
 
-HIGHEST = 255
+HIGHEST = 999
 
 
 class GuessingGame:
@@ -35,14 +35,11 @@ class GuessingGame:
 
 
 class Guess(Family):
-    """A number from 0 to 255, in eight guesses.
-
-    A problem is a game, not a number: were numbers held out, training would teach that they never come.
-    """
+    """A number from 0 to 999, in ten guesses."""
 
     name = "guess"
     environment = GuessingGame
 
     def draw(self, rng: np.random.Generator) -> Problem:
-        number, game = str(rng.integers(HIGHEST + 1)), rng.integers(10**9)
-        return Problem(f"game {game}: the number is {number}", number, family=self.name)
+        number = str(rng.integers(HIGHEST + 1))
+        return Problem(f"the number is {number}", number, family=self.name)
