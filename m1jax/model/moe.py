@@ -166,7 +166,7 @@ def balancing_loss(
 def _over_segments(
     values: Float[Array, "batch time channels"], segment_ids: Int[Array, "batch time"]
 ) -> Float[Array, "batch time channels"]:
-    """At each token the sum over its segment. That segments' numbers go up spares a GPU most of its atomic additions."""
+    """At each token the sum over its segment. Numbers that only go up spare a GPU most atomic additions."""
     numbers = jnp.cumsum(jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1]) != 0, axis=1)
 
     def row(values: jax.Array, numbers: jax.Array) -> jax.Array:
