@@ -67,7 +67,7 @@ def test_on_policy_all_objectives_have_one_gradient():
     mask, weight = jnp.ones((4, 8), bool), jnp.full((4, 8), 1 / 32)
 
     def gradient(arm):
-        return jax.grad(lambda x: policy_loss(arm.objective, x, logp, advantage, mask, weight)[0])(logp)
+        return jax.jit(jax.grad(lambda x: policy_loss(arm.objective, x, logp, advantage, mask, weight)[0]))(logp)
 
     wanted = -weight * advantage
     for arm in ARMS.values():

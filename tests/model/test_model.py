@@ -57,8 +57,8 @@ def test_log_probs_equal_those_of_the_full_logits(model, monkeypatch):
 
     hidden = model.forward(tokens).hidden
     monkeypatch.setattr("m1jax.model.head.CHUNK_ELEMENTS", 4 * 2 * 64)  # chunks of 4 in 13 steps
-    ours = jax.value_and_grad(chunked, argnums=(0, 1), has_aux=True)(model.lm_head[...], hidden)
-    theirs = jax.value_and_grad(full, argnums=(0, 1), has_aux=True)(model.lm_head[...], hidden)
+    ours = jax.jit(jax.value_and_grad(chunked, argnums=(0, 1), has_aux=True))(model.lm_head[...], hidden)
+    theirs = jax.jit(jax.value_and_grad(full, argnums=(0, 1), has_aux=True))(model.lm_head[...], hidden)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), ours, theirs)
 
 
@@ -180,9 +180,10 @@ def test_shared_expert_is_mixed_by_its_coefficient():
     assert layer.shared_mlp is not None
     assert layer.coefficient is not None
     shared, share = layer.shared_mlp(x), jax.nn.sigmoid(x @ layer.coefficient[...].T)
-    mixed, _ = layer(x, None)
+    whole = jax.jit(lambda layer: layer(x, None)[0])
+    mixed = whole(layer)
     layer.shared_mlp = layer.coefficient = None
-    routed, _ = layer(x, None)
+    routed = whole(layer)
     np.testing.assert_allclose(mixed, routed * (1 - share) + shared * share, atol=1e-5)
 
 
@@ -190,7 +191,7 @@ def test_experts_against_the_sum_over_all_of_them():
     config = small_config(experts_per_token=3)
     layer = moe_layer(config)
     x = jax.random.normal(jax.random.key(1), (1, 7, config.hidden_size))
-    out, routing = layer(x, None)
+    out, routing = jax.jit(lambda layer: layer(x, None))(layer)
     np.testing.assert_allclose(jnp.sum(routing.weights, axis=-1), 1.0, rtol=1e-6)
     every = jnp.einsum(
         "btef,edf->bted",
@@ -243,6 +244,6 @@ def test_gradients_reach_every_parameter(changes):
         out = model.forward(tokens)
         return -jnp.mean(model.log_probs(out.hidden, tokens)[0]) + jnp.mean(out.aux)
 
-    for path, gradient in jax.tree.leaves_with_path(jax.jit(jax.grad(loss))(parameters)):
-        assert jnp.all(jnp.isfinite(gradient)), jax.tree_util.keystr(path)
-        assert jnp.any(gradient != 0), jax.tree_util.keystr(path)
+    for path, gradient in jax.tree.leaves_with_path(jax.device_get(jax.jit(jax.grad(loss))(parameters))):
+        assert np.isfinite(gradient).all(), jax.tree_util.keystr(path)
+        assert np.any(gradient), jax.tree_util.keystr(path)
