@@ -2,7 +2,8 @@
 (`m1jax.plan.hardware.Rates`), and how much each has to do.
 
 Elementwise work is counted in passes over arrays, read off the compiled update (`m1-2b`, one H200): what fuses with
-what is XLA's choice, and the same for all sizes. Nothing here was fitted to the time of a model.
+what is XLA's choice, and the same for all sizes. No term was fitted to the time of one card; the rate of exchanges and
+three terms of meshes were set so that the cases of experiments/scaling agree.
 """
 
 from __future__ import annotations
@@ -23,10 +24,9 @@ INNER_PASSES = 41  # [tokens, heads x channels]: activations of q, k, v, their s
 EXPERT_PASSES = 10  # [routed tokens, width of an expert]
 ROUTED_PASSES = 5  # [routed tokens, hidden]: to the experts and back
 FORWARD = 0.35  # the share of these that belongs to the forward pass, which remat "layers" repeats
-PARAMETER_BYTES = (
-    38  # AdamW 26 (float32 parameter and moments read and written, bfloat16 gradient read), cast 6, norm 2,
-)
-# gradient written to its stack 4
+# AdamW 26 (float32 parameter and moments read and written, bfloat16 gradient read), cast 6, norm 2, gradient written to
+# its stack 4.
+PARAMETER_BYTES = 38
 SUM_BYTES = 16  # per parameter and micro-batch where there are several: gradients summed in float32, cast again
 HEAD_PRODUCTS = 5  # two of split weights forward, one backward to have the probabilities again, two gradients
 HEAD_BYTES = 7  # per token and word, beside products
