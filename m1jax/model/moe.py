@@ -69,6 +69,8 @@ class MoE(nnx.Module):
             experts = replayed.astype(jnp.int32)
             weights = jnp.take_along_axis(probabilities, experts, axis=-1, mode="fill", fill_value=0.0)
         total = jnp.sum(weights, axis=-1, keepdims=True)
+        if self.k == 1:  # w / w: its gradient would be rounding, which Adam takes for a direction
+            return Routing(probabilities, experts, jnp.where(total == 0, 0.0, 1.0))
         return Routing(probabilities, experts, weights / jnp.where(total == 0, 1.0, total))
 
     def __call__(

@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from m1jax.model import moe
+from tests.model.conftest import random_tokens, small_model
 
 
 @pytest.fixture
@@ -49,3 +51,17 @@ def test_float32_stays_float32(arrays, monkeypatch):
     before = moe.router_logits(x, gate)
     monkeypatch.setattr(moe, "target_platform", lambda: "gpu")
     np.testing.assert_array_equal(moe.router_logits(x, gate), before)
+
+
+def test_a_single_expert_gives_the_router_no_gradient():
+    """Its weight is one, whatever the router says; rounding would be a direction for Adam."""
+    model = small_model("L", experts_per_token=1)
+    graph, params = nnx.split(model)
+    tokens = random_tokens(0, 2, 16)
+
+    def loss(params):
+        return jnp.sum(nnx.merge(graph, params).forward(tokens).hidden ** 2)
+
+    gradients = jax.jit(jax.grad(loss))(params)
+    assert not np.any(gradients["runs"][0]["moe"]["gate"][...])
+    assert np.any(gradients["runs"][0]["moe"]["w1"][...])

@@ -168,7 +168,7 @@ def test_a_training_stopped_in_mid_window_ends_alike(tmp_path, monkeypatch):
     """In the middle of an update's batch, with another in flight and responses that are cut off."""
     # The repetition stop makes lengths differ.
     generation = dataclasses.replace(
-        RECIPE.generation, fifo_window=4, max_new_tokens=24, repetition_tokens=1, repetition_probability=0.0065
+        RECIPE.generation, fifo_window=4, max_new_tokens=24, repetition_tokens=1, repetition_probability=0.008
     )
     update = dataclasses.replace(RECIPE.update, row_length=32)
     recipe = dataclasses.replace(RECIPE, generation=generation, update=update, staleness=1, iterations=3)
