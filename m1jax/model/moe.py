@@ -14,6 +14,9 @@ from m1jax.model.layers import Weights, kept, linear
 from m1jax.model.parallel import experts, with_all_of_time
 from pallas_kernels import PADDING, target_platform
 
+PART = 64
+"""tokens whose numbers are added in one place before those of a whole segment are"""
+
 
 class Routing(NamedTuple):
     """What the router decided: ``probabilities`` over all experts, and the chosen ``experts`` with their weights."""
@@ -159,20 +162,35 @@ def balancing_loss(
     elif segment_ids is None:
         sums = jnp.sum(sums, axis=1, keepdims=True)
     else:
-        sums = with_all_of_time(_over_segments, sums, segment_ids)
+        sums = kept(with_all_of_time(_over_segments, sums, segment_ids))
     assigned, probability, count = jnp.split(sums, (num_experts, 2 * num_experts), axis=-1)
     loss = num_experts * jnp.sum(assigned * probability, axis=-1) / jnp.maximum(count[..., 0], 1.0) ** 2
     return loss * real
 
 
+@jax.custom_vjp
 def _over_segments(
     values: Float[Array, "batch time channels"], segment_ids: Int[Array, "batch time"]
 ) -> Float[Array, "batch time channels"]:
-    """At each token the sum over its segment. Numbers that only go up spare a GPU most atomic additions."""
-    numbers = jnp.cumsum(jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1]) != 0, axis=1)
+    """At each token the sum over its segment, which is also this function's own gradient.
 
-    def row(values: jax.Array, numbers: jax.Array) -> jax.Array:
-        totals = jnp.zeros_like(values).at[numbers].add(values, indices_are_sorted=True)
-        return totals.at[numbers].get(indices_are_sorted=True)
+    Summed in two stages, first within parts of a segment, then over its parts: thousands of atomic additions to one
+    place are slow on a GPU.
+    """
+    time = values.shape[1]
+    segment = jnp.cumsum(jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1]) != 0, axis=1)
+    part = segment + jnp.arange(time) // PART  # one number for each segment in each PART tokens
+    parts = time + time // PART + 1
 
-    return jax.vmap(row)(values, numbers)
+    def row(values: jax.Array, segment: jax.Array, part: jax.Array) -> jax.Array:
+        sums = jnp.zeros((parts, values.shape[1]), values.dtype).at[part].add(values, indices_are_sorted=True)
+        owner = jnp.full(parts, time).at[part].set(segment, indices_are_sorted=True)
+        totals = jnp.zeros_like(values).at[owner].add(sums, mode="drop")  # parts that do not exist have no owner
+        return totals.at[segment].get(indices_are_sorted=True)
+
+    return jax.vmap(row)(values, segment, part)
+
+
+_over_segments.defvjp(
+    lambda values, ids: (_over_segments(values, ids), ids), lambda ids, d: (_over_segments(d, ids), None)
+)
