@@ -509,8 +509,8 @@ def _repeat(body: Any, state: Any, count: int) -> Any:
 
 
 def _written_out(body: Any, state: Any, count: int) -> Any:
-    """``_repeat`` without a loop."""
-    found = []
+    """``_repeat`` without a loop; traced and lowered once all the same."""
+    body, found = jax.jit(body), []
     for _ in range(count):
         state, y = body(state, None)
         found.append(y)
