@@ -398,13 +398,14 @@ def stack(
     def layers(run: int, period: Any, carry: Any) -> Any:
         graph, experts, weights = parts[run]
         flat = weights, *jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (places[run], replayed[run]))
+        decays = places[run].log_decay.reshape(-1, config.num_heads)
         count = config.runs[run].count
 
         def one(state: Any, _: Any) -> Any:
             carry, number = state
             weights, place, chosen = jax.tree.map(lambda x: x[number], flat)
             block = nnx.merge(graph, experts, weights if model.whole else gather_weights(weights, model.dtype))
-            place = Place(number, flat[1].log_decay if few else place.log_decay)
+            place = Place(number, decays if few else place.log_decay)
             carry, seen = layer(block, carry, call, place, chosen, whole_experts)
             return (carry, number + 1), seen
 

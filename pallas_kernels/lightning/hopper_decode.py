@@ -34,7 +34,20 @@ def decode(q, k, v, log_decay, pool, slots, layer=None, *, interpret=False):
     ops = _hopper.operations(interpret)
 
     def body(
-        q_ref, k_ref, v_ref, decay_ref, slots_ref, layer_ref, pool_ref, o_ref, states, queries, keys, values, full, empty
+        q_ref,
+        k_ref,
+        v_ref,
+        decay_ref,
+        slots_ref,
+        layer_ref,
+        pool_ref,
+        o_ref,
+        states,
+        queries,
+        keys,
+        values,
+        full,
+        empty,
     ):
         block, group = lax.axis_index("block"), lax.axis_index("group")
         layer = layer_ref[0]

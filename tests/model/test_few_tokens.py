@@ -1,4 +1,4 @@
-"""What a GPU does differently where it decodes: weights in their stacks, kernels for few tokens, few layers written out."""
+"""What a GPU does differently where it decodes: weights stay in their stacks, and few layers are written out."""
 
 import jax.numpy as jnp
 import numpy as np

@@ -25,8 +25,8 @@ def expert_routes(
       gates: [L,E,D] float32, of all layers. Scores are float32, whatever x is.
       layer: int32 scalar, may be traced, 0 <= layer < L: whose gate is meant.
       k: 1 to E.
-      implementation: "auto" (the best that can run here), "xla" (portable) or "hopper" (one kernel, which reads the gate
-        where it lies).
+      implementation: "auto" (the best that can run here), "xla" (portable) or "hopper" (one kernel, which reads the
+        gate where it lies).
 
     Returns:
       routes [N,k] int32, the largest first, of equals the first, and their weights [N,k] float32.

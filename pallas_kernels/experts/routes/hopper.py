@@ -31,9 +31,7 @@ def unsupported(x: jax.Array, gates: jax.Array, k: int) -> str | None:
     return None
 
 
-def routes(
-    x: jax.Array, gates: jax.Array, layer: jax.Array, k: int, *, interpret=False
-) -> tuple[jax.Array, jax.Array]:
+def routes(x: jax.Array, gates: jax.Array, layer: jax.Array, k: int, *, interpret=False) -> tuple[jax.Array, jax.Array]:
     """Arguments as in `api.expert_routes`."""
     tokens, channels = x.shape
     experts = gates.shape[1]
@@ -78,4 +76,4 @@ def routes(
         interpret=_compat.gpu_interpreter(interpret),
     )(*inputs)
     axes = _compat.varying_axes(*inputs)
-    return tuple(_compat.vary_over(a, axes) for a in out)
+    return _compat.vary_over(out[0], axes), _compat.vary_over(out[1], axes)
