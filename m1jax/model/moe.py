@@ -10,18 +10,19 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Integer
 
 from m1jax.config import ModelConfig
-from m1jax.model.layers import Weights, kept, linear
+from m1jax.model.layers import Weights, by_token, kept, linear
 from m1jax.model.parallel import experts, with_all_of_time
-from pallas_kernels import PADDING, target_platform
+from pallas_kernels import PADDING, expert_routes, target_platform
 
 PART = 64
 """tokens whose numbers are added in one place before those of a whole segment are"""
 
 
 class Routing(NamedTuple):
-    """What the router decided: ``probabilities`` over all experts, and the chosen ``experts`` with their weights."""
+    """What the router decided: ``probabilities`` over all experts, which decoding does not need, and the chosen
+    ``experts`` with their weights."""
 
-    probabilities: Float[Array, "batch time experts"]
+    probabilities: Float[Array, "batch time experts"] | None
     experts: Int[Array, "batch time k"]
     weights: Float[Array, "batch time k"]
 
@@ -57,13 +58,19 @@ class MoE(nnx.Module):
             self.shared_mlp = self.coefficient = None
 
     def route(
-        self, x: Float[Array, "batch time hidden"], replayed: Integer[Array, "batch time k"] | None = None
+        self,
+        x: Float[Array, "batch time hidden"],
+        replayed: Integer[Array, "batch time k"] | None = None,
+        layer: int | Int[Array, ""] = 0,
     ) -> Routing:
         """Float32 softmax over all experts, the k largest, renormalised to sum to one.
 
         Where the choice is ``replayed``, the weights are still today's probabilities of those experts, so that the
         router's gradient flows as it does for a choice of its own. An expert that does not exist has weight zero.
         """
+        if self.gate[...].ndim == 3:  # those of all layers of the run
+            routes, weights = expert_routes(by_token(x), self.gate[...], layer, k=self.k)
+            return Routing(None, *(a.reshape(*x.shape[:2], self.k) for a in (routes, weights)))
         logits = router_logits(x, self.gate[...])
         probabilities = jax.nn.softmax(kept(logits), axis=-1)
         if replayed is None:
@@ -93,7 +100,7 @@ class MoE(nnx.Module):
             layer: the number of this layer, where ``w1``, ``w3`` and ``w2`` are still those of the whole run, or
             stacks: are given beside them.
         """
-        routing = self.route(x, replayed)
+        routing = self.route(x, replayed, 0 if layer is None else layer)
         if segment_ids is not None:
             padding = segment_ids[..., None] == PADDING
             routing = routing._replace(experts=jnp.where(padding, self.num_experts, routing.experts))
@@ -153,6 +160,7 @@ def balancing_loss(
     taken over one sequence, so that packing, micro-batching and sharding cannot change the loss; ``over="batch"``
     takes them over all tokens, as Switch does. A perfectly balanced router gives k. PADDING tokens get 0.
     """
+    assert routing.probabilities is not None
     num_experts = routing.probabilities.shape[-1]
     real = jnp.ones(routing.experts.shape[:2]) if segment_ids is None else (segment_ids != PADDING).astype(jnp.float32)
     chosen = jnp.sum(jax.nn.one_hot(routing.experts, num_experts), axis=-2)
