@@ -14,6 +14,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Sequence as Several
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -28,8 +29,8 @@ from m1jax import parameters
 from m1jax.compiling import jit
 from m1jax.config import ModelConfig
 from m1jax.inference.capacity import Capacity
-from m1jax.inference.device import Decoded
-from m1jax.inference.rows import Prompts, Rows, advance, pack_decoded, settle, unpack_decoded
+from m1jax.inference.device import Call, Decoded
+from m1jax.inference.rows import Last, Prompts, Rows, advance, pack_decoded, settle, unpack_decoded
 from m1jax.inference.sampling import ALL, sample
 from m1jax.inference.scheduler import Chunk, Copy
 from m1jax.inference.sequence import Sequence
@@ -77,6 +78,9 @@ class ModelRunner:
         self._at_rest = {rows: Rows.at_rest(rows, capacity) for rows in self._decode_rows}
         words = -(-self.vocab_size // 32)
         self._free = {rows: jnp.full((rows, words), ALL, jnp.uint32) for rows in self._decode_rows if constrains}
+        # XLA on a GPU holds who starts a loop up until it has ended.
+        self._starter = ThreadPoolExecutor(1, "decode") if capacity.ahead else None
+        self._last = Last.nothing(capacity.rows) if capacity.ahead else None
         self.load(params)
         self._compile()
 
@@ -121,7 +125,9 @@ class ModelRunner:
         routes = jax.device_get(routes)
         return [routes[i, : chunk.count] for i, chunk in zip(places, chunks)]
 
-    def decode(self, sequences: Several[Sequence], allowances: Several[int], patience: int) -> Decoded[np.ndarray]:
+    def decode(
+        self, sequences: Several[Sequence], allowances: Several[int], patience: int, after: Call | None = None
+    ) -> Call:
         for sequence in sequences:
             row = sequence.row
             settled = self._settled[row]
@@ -135,12 +141,19 @@ class ModelRunner:
         size = self.program_rows(len(rows))
         packed = self._at_rest[size].copy()
         packed[places] = self._packed[rows]
+        if isinstance(after, _Started):
+            Rows.of(packed).follows[places] = [after.places[sequence] for sequence in sequences]
         wants_top = any(sequence.request.top for sequence in sequences)
-        out = self._decode(packed, patience, self._allowed(sequences, places, size), wants_top)
-        if not wants_top:
-            out = out._replace(top_tokens=None, top_logp=None)
-        out = jax.tree.map(lambda x: x[places], jax.device_get(out))
-        return unpack_decoded(out.all)._replace(routes=out.routes, top_tokens=out.top_tokens, top_logp=out.top_logp)
+        out = self._start(packed, patience, self._allowed(sequences, places, size), wants_top)
+        return _Started(dict(zip(sequences, places.tolist())), out, wants_top)
+
+    def _start(self, *work: Any) -> Future[Out]:
+        """`_decode` on its way."""
+        if self._starter is not None:
+            return self._starter.submit(self._decode, *work)
+        out: Future[Out] = Future()
+        out.set_result(self._decode(*work))
+        return out
 
     def _allowed(
         self, sequences: Several[Sequence], places: Int[np.ndarray, " n"], size: int
@@ -164,10 +177,11 @@ class ModelRunner:
         wants_top: bool,
     ) -> Out:
         with self._on_mesh():
-            self._cache, out = _decode(
+            self._cache, self._last, out = _decode(
                 self._model,
                 self._cache,
                 packed,
+                self._last,
                 allowed,
                 np.int32(patience),
                 np.bool_(wants_top),
@@ -184,7 +198,7 @@ class ModelRunner:
     def idle(self, rows: int) -> None:
         """A call of the decode program of so many rows, with nothing to write."""
         allowed = self._allowed([], np.arange(0), rows)
-        jax.device_get(self._decode(self._at_rest[rows], 1, allowed, False).all)
+        jax.device_get(self._start(self._at_rest[rows], 1, allowed, False).result().all)
 
     def _compile(self) -> None:
         """Run every program once, with no work to do."""
@@ -193,6 +207,23 @@ class ModelRunner:
             self.prefill(shape, [])
         for rows in self._decode_rows:
             self.idle(rows)
+
+
+class _Started(NamedTuple):
+    """A decode call of a `ModelRunner`."""
+
+    places: dict[Sequence, int]
+    """rows of its program"""
+    out: Future[Out]
+    wants_top: bool
+
+    def result(self) -> Decoded[np.ndarray]:
+        out = self.out.result()
+        if not self.wants_top:
+            out = out._replace(top_tokens=None, top_logp=None)
+        places = list(self.places.values())
+        out = jax.tree.map(lambda x: x[places], jax.device_get(out))
+        return unpack_decoded(out.all)._replace(routes=out.routes, top_tokens=out.top_tokens, top_logp=out.top_logp)
 
 
 def parts() -> int:
@@ -315,15 +346,19 @@ def _decode(
     model: MiniMaxM1,
     cache: Cache,
     packed: Int[Array, "rows width"],
+    last: Last[jax.Array] | None,
     allowed: UInt32[Array, "rows words"] | None,
     patience: Int[Array, ""],
     wants_top: Bool[Array, ""],
     capacity: Capacity,
     record_routes: bool,
     top: int,
-) -> tuple[Cache, Out]:
-    """Up to `steps` tokens for each row, until nobody may write any more, or `patience` rows may not."""
+) -> tuple[Cache, Last[jax.Array] | None, Out]:
+    """Up to `steps` tokens for each row, until nobody may write any more, or `patience` rows may not. `last`: what the
+    call before left for rows that go on from there."""
     rows = Rows.of(packed)
+    if last is not None:
+        rows = rows.going_on(last, capacity.steps)
     fold_in = jax.vmap(jax.random.fold_in)
     keys = fold_in(jax.random.wrap_key_data(rows.keys), rows.samples)
     stops = Stops(rows.end_ids, rows.certain, rows.patience, rows.run)
@@ -386,4 +421,5 @@ def _decode(
         return (step < steps) & jnp.any(writing) & (ended < patience)
 
     _, cache, _, out = jax.lax.while_loop(unfinished, advance, (jnp.int32(0), cache, rows.tokens, out))
-    return cache, _everywhere(Out(pack_decoded(out), out.routes, out.top_tokens, out.top_logp))
+    after = None if last is None else Last.of(out, len(last.tokens))
+    return cache, after, _everywhere(Out(pack_decoded(out), out.routes, out.top_tokens, out.top_logp))
