@@ -39,8 +39,9 @@ from m1jax.model import Cache, MiniMaxM1, head
 from m1jax.sharding import ROWS, ambient_mesh, parameter_shardings
 from pallas_kernels import target_platform
 
-COPIES = 16
-"""Copies that one call carries out."""
+COPIES = (1, 16)
+"""Copies that one call carries out, as many as there are or the next number of these; nobody waits for a loop that is
+counted beforehand."""
 
 
 class ModelRunner:
@@ -93,7 +94,8 @@ class ModelRunner:
                 received, model = received_bytes(model, placed), placed
             self._model = model
             if self._cache is None:
-                self._cache = _empty(model.config, self.capacity, model.dtype)
+                with self._beside(model):
+                    self._cache = _empty(model.config, self.capacity, model.dtype)
         jax.block_until_ready(self._model)
         return received
 
@@ -103,10 +105,16 @@ class ModelRunner:
     def _on_mesh(self) -> contextlib.AbstractContextManager[object]:
         return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
 
+    def _beside(self, model: MiniMaxM1) -> contextlib.AbstractContextManager[object]:
+        """Where arrays are made on the device that a model lies on."""
+        if self._mesh is not None:
+            return contextlib.nullcontext()
+        return jax.default_device(next(iter(model.lm_head[...].devices())))
+
     def copy(self, copies: Several[Copy]) -> None:
-        for start in range(0, len(copies), COPIES):
-            some = copies[start : start + COPIES]
-            numbers = np.full((COPIES, 4), -1, np.int32)
+        for start in range(0, len(copies), COPIES[-1]):
+            some = copies[start : start + COPIES[-1]]
+            numbers = np.full((next(n for n in COPIES if n >= len(some)), 4), -1, np.int32)
             numbers[: len(some)] = [(c.slot_from, c.slot_to, c.page_from, c.page_to) for c in some]
             with self._on_mesh():
                 self._cache = _copy(self._cache, numbers)
@@ -201,8 +209,10 @@ class ModelRunner:
         jax.device_get(self._start(self._at_rest[rows], 1, allowed, False).result().all)
 
     def _compile(self) -> None:
-        """Run every program once, with no work to do."""
-        self.copy([Copy(-1, -1)])
+        """Run every program once, with no work to do, and what makes a request's key."""
+        jax.random.key_data(jax.random.key(0))
+        for number in COPIES:
+            self.copy([Copy(-1, -1)] * number)
         for shape in self.capacity.prefill:
             self.prefill(shape, [])
         for rows in self._decode_rows:
@@ -306,14 +316,14 @@ def _everywhere(out: T) -> T:
 
 
 @functools.partial(jax.jit, donate_argnames="cache")
-def _copy(cache: Cache, copies: Int[Array, "COPIES 4"]) -> Cache:
+def _copy(cache: Cache, copies: Int[Array, "copies 4"]) -> Cache:
     def one(i: jax.Array, cache: Cache) -> Cache:
         slot_from, slot_to, page_from, page_to = copies[i][:, None]
         cache = cache.copy_state(slot_from, jnp.where(slot_from < 0, -1, slot_to))
         cache = cache.clear_state(jnp.where(slot_from < 0, slot_to, -1))
         return _pool(cache.copy_pages(page_from, page_to))
 
-    return jax.lax.fori_loop(0, jnp.sum(jnp.any(copies >= 0, axis=1)), one, cache)
+    return jax.lax.fori_loop(0, len(copies), one, cache)
 
 
 @functools.partial(jit, static_argnames=("time", "record_routes"), donate_argnames="cache")
