@@ -186,8 +186,8 @@ def long_tail(
     rows: int,
     count: int,
 ) -> dict[str, Any]:
-    """So many requests, prompts of 64 tokens, log-normal lengths, `rows` of them in work at once; tokens/s over all, and
-    while all rows are at work."""
+    """So many requests, prompts of 64 tokens, log-normal lengths, `rows` of them in work at once; tokens/s over all,
+    and while all rows are at work."""
     rng, vocab = np.random.default_rng(0), model.config.vocab_size
     lengths = tail(rng, count, config.mean, config.max)
     requests = [asked(rng, number, vocab, prompt=64, new=int(new), keep=False) for number, new in enumerate(lengths)]
@@ -369,8 +369,9 @@ def table(results: dict[str, Any]) -> str:
             ("... engine's own share of the time", f"{x['overhead']:.1%}", "<= 5 %"),
         ]
     for name, x in ((name, x) for name, x in results.items() if name.startswith("prefix")):
+        both = f"{x['cold_s'] * 1e3:.1f} / {x['hit_s'] * 1e3:.1f} ms"
         rows += [
-            (f"first token, {name.split()[1]} tokens, cold / kept", f"{x['cold_s'] * 1e3:.0f} / {x['hit_s'] * 1e3:.0f} ms", ""),
+            (f"first token, {name.split()[1]} tokens, cold / kept", both, ""),
             ("... times as fast", f"{x['speedup']:.1f}x", ">= 5x"),
         ]
     if x := results.get("stall"):
