@@ -14,6 +14,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Sequence as Several
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -28,8 +29,8 @@ from m1jax import parameters
 from m1jax.compiling import jit
 from m1jax.config import ModelConfig
 from m1jax.inference.capacity import Capacity
-from m1jax.inference.device import Decoded
-from m1jax.inference.rows import Prompts, Rows, advance, pack_decoded, settle, unpack_decoded
+from m1jax.inference.device import Call, Decoded
+from m1jax.inference.rows import Last, Prompts, Rows, advance, pack_decoded, settle, unpack_decoded
 from m1jax.inference.sampling import ALL, sample
 from m1jax.inference.scheduler import Chunk, Copy
 from m1jax.inference.sequence import Sequence
@@ -38,8 +39,9 @@ from m1jax.model import Cache, MiniMaxM1, head
 from m1jax.sharding import ROWS, ambient_mesh, parameter_shardings
 from pallas_kernels import target_platform
 
-COPIES = 16
-"""Copies that one call carries out."""
+COPIES = (1, 16)
+"""Copies that one call carries out, as many as there are or the next number of these; nobody waits for a loop that is
+counted beforehand."""
 
 
 class ModelRunner:
@@ -77,6 +79,9 @@ class ModelRunner:
         self._at_rest = {rows: Rows.at_rest(rows, capacity) for rows in self._decode_rows}
         words = -(-self.vocab_size // 32)
         self._free = {rows: jnp.full((rows, words), ALL, jnp.uint32) for rows in self._decode_rows if constrains}
+        # XLA on a GPU holds who starts a loop up until it has ended.
+        self._starter = ThreadPoolExecutor(1, "decode") if capacity.ahead else None
+        self._last = Last.nothing(capacity.rows) if capacity.ahead else None
         self.load(params)
         self._compile()
 
@@ -89,7 +94,8 @@ class ModelRunner:
                 received, model = received_bytes(model, placed), placed
             self._model = model
             if self._cache is None:
-                self._cache = _empty(model.config, self.capacity, model.dtype)
+                with self._beside(model):
+                    self._cache = _empty(model.config, self.capacity, model.dtype)
         jax.block_until_ready(self._model)
         return received
 
@@ -99,10 +105,16 @@ class ModelRunner:
     def _on_mesh(self) -> contextlib.AbstractContextManager[object]:
         return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
 
+    def _beside(self, model: MiniMaxM1) -> contextlib.AbstractContextManager[object]:
+        """Where arrays are made on the device that a model lies on."""
+        if self._mesh is not None:
+            return contextlib.nullcontext()
+        return jax.default_device(next(iter(model.lm_head[...].devices())))
+
     def copy(self, copies: Several[Copy]) -> None:
-        for start in range(0, len(copies), COPIES):
-            some = copies[start : start + COPIES]
-            numbers = np.full((COPIES, 4), -1, np.int32)
+        for start in range(0, len(copies), COPIES[-1]):
+            some = copies[start : start + COPIES[-1]]
+            numbers = np.full((next(n for n in COPIES if n >= len(some)), 4), -1, np.int32)
             numbers[: len(some)] = [(c.slot_from, c.slot_to, c.page_from, c.page_to) for c in some]
             with self._on_mesh():
                 self._cache = _copy(self._cache, numbers)
@@ -121,7 +133,9 @@ class ModelRunner:
         routes = jax.device_get(routes)
         return [routes[i, : chunk.count] for i, chunk in zip(places, chunks)]
 
-    def decode(self, sequences: Several[Sequence], allowances: Several[int], patience: int) -> Decoded[np.ndarray]:
+    def decode(
+        self, sequences: Several[Sequence], allowances: Several[int], patience: int, after: Call | None = None
+    ) -> Call:
         for sequence in sequences:
             row = sequence.row
             settled = self._settled[row]
@@ -135,12 +149,19 @@ class ModelRunner:
         size = self.program_rows(len(rows))
         packed = self._at_rest[size].copy()
         packed[places] = self._packed[rows]
+        if isinstance(after, _Started):
+            Rows.of(packed).follows[places] = [after.places[sequence] for sequence in sequences]
         wants_top = any(sequence.request.top for sequence in sequences)
-        out = self._decode(packed, patience, self._allowed(sequences, places, size), wants_top)
-        if not wants_top:
-            out = out._replace(top_tokens=None, top_logp=None)
-        out = jax.tree.map(lambda x: x[places], jax.device_get(out))
-        return unpack_decoded(out.all)._replace(routes=out.routes, top_tokens=out.top_tokens, top_logp=out.top_logp)
+        out = self._start(packed, patience, self._allowed(sequences, places, size), wants_top)
+        return _Started(dict(zip(sequences, places.tolist())), out, wants_top)
+
+    def _start(self, *work: Any) -> Future[Out]:
+        """`_decode` on its way."""
+        if self._starter is not None:
+            return self._starter.submit(self._decode, *work)
+        out: Future[Out] = Future()
+        out.set_result(self._decode(*work))
+        return out
 
     def _allowed(
         self, sequences: Several[Sequence], places: Int[np.ndarray, " n"], size: int
@@ -164,10 +185,11 @@ class ModelRunner:
         wants_top: bool,
     ) -> Out:
         with self._on_mesh():
-            self._cache, out = _decode(
+            self._cache, self._last, out = _decode(
                 self._model,
                 self._cache,
                 packed,
+                self._last,
                 allowed,
                 np.int32(patience),
                 np.bool_(wants_top),
@@ -184,15 +206,34 @@ class ModelRunner:
     def idle(self, rows: int) -> None:
         """A call of the decode program of so many rows, with nothing to write."""
         allowed = self._allowed([], np.arange(0), rows)
-        jax.device_get(self._decode(self._at_rest[rows], 1, allowed, False).all)
+        jax.device_get(self._start(self._at_rest[rows], 1, allowed, False).result().all)
 
     def _compile(self) -> None:
-        """Run every program once, with no work to do."""
-        self.copy([Copy(-1, -1)])
+        """Run every program once, with no work to do, and what makes a request's key."""
+        jax.random.key_data(jax.random.key(0))
+        for number in COPIES:
+            self.copy([Copy(-1, -1)] * number)
         for shape in self.capacity.prefill:
             self.prefill(shape, [])
         for rows in self._decode_rows:
             self.idle(rows)
+
+
+class _Started(NamedTuple):
+    """A decode call of a `ModelRunner`."""
+
+    places: dict[Sequence, int]
+    """rows of its program"""
+    out: Future[Out]
+    wants_top: bool
+
+    def result(self) -> Decoded[np.ndarray]:
+        out = self.out.result()
+        if not self.wants_top:
+            out = out._replace(top_tokens=None, top_logp=None)
+        places = list(self.places.values())
+        out = jax.tree.map(lambda x: x[places], jax.device_get(out))
+        return unpack_decoded(out.all)._replace(routes=out.routes, top_tokens=out.top_tokens, top_logp=out.top_logp)
 
 
 def parts() -> int:
@@ -275,14 +316,14 @@ def _everywhere(out: T) -> T:
 
 
 @functools.partial(jax.jit, donate_argnames="cache")
-def _copy(cache: Cache, copies: Int[Array, "COPIES 4"]) -> Cache:
+def _copy(cache: Cache, copies: Int[Array, "copies 4"]) -> Cache:
     def one(i: jax.Array, cache: Cache) -> Cache:
         slot_from, slot_to, page_from, page_to = copies[i][:, None]
         cache = cache.copy_state(slot_from, jnp.where(slot_from < 0, -1, slot_to))
         cache = cache.clear_state(jnp.where(slot_from < 0, slot_to, -1))
         return _pool(cache.copy_pages(page_from, page_to))
 
-    return jax.lax.fori_loop(0, jnp.sum(jnp.any(copies >= 0, axis=1)), one, cache)
+    return jax.lax.fori_loop(0, len(copies), one, cache)
 
 
 @functools.partial(jit, static_argnames=("time", "record_routes"), donate_argnames="cache")
@@ -315,15 +356,19 @@ def _decode(
     model: MiniMaxM1,
     cache: Cache,
     packed: Int[Array, "rows width"],
+    last: Last[jax.Array] | None,
     allowed: UInt32[Array, "rows words"] | None,
     patience: Int[Array, ""],
     wants_top: Bool[Array, ""],
     capacity: Capacity,
     record_routes: bool,
     top: int,
-) -> tuple[Cache, Out]:
-    """Up to `steps` tokens for each row, until nobody may write any more, or `patience` rows may not."""
+) -> tuple[Cache, Last[jax.Array] | None, Out]:
+    """Up to `steps` tokens for each row, until nobody may write any more, or `patience` rows may not. `last`: what the
+    call before left for rows that go on from there."""
     rows = Rows.of(packed)
+    if last is not None:
+        rows = rows.going_on(last, capacity.steps)
     fold_in = jax.vmap(jax.random.fold_in)
     keys = fold_in(jax.random.wrap_key_data(rows.keys), rows.samples)
     stops = Stops(rows.end_ids, rows.certain, rows.patience, rows.run)
@@ -386,4 +431,5 @@ def _decode(
         return (step < steps) & jnp.any(writing) & (ended < patience)
 
     _, cache, _, out = jax.lax.while_loop(unfinished, advance, (jnp.int32(0), cache, rows.tokens, out))
-    return cache, _everywhere(Out(pack_decoded(out), out.routes, out.top_tokens, out.top_logp))
+    after = None if last is None else Last.of(out, len(last.tokens))
+    return cache, after, _everywhere(Out(pack_decoded(out), out.routes, out.top_tokens, out.top_logp))
