@@ -225,18 +225,7 @@ class Engine:
         # Rows that fall idle are worth a look only where somebody waits for them.
         waiting = any(part.waiting for part in self._parts)
         patience = max(1, len(allowances) // 8) if waiting else len(allowances)
-        if any(s.matcher is not None for s in sequences):
-            self._decode_guided(sequences, allowances, patience)
-        else:
-            self._take(sequences, self._runner.decode(sequences, allowances, patience))
-
-    def _decode_guided(self, sequences: list[Sequence], allowances: list[int], patience: int) -> None:
-        """As one call of the runner would, token by token: matchers must look at each before the next."""
-        left = dict(zip(sequences, allowances))
-        while left and len(left) > len(sequences) - patience:
-            self._copy()
-            self._take(now := list(left), self._runner.decode(now, [1] * len(now), 1))
-            left = {s: count - 1 for s, count in left.items() if count > 1 and s in self._home}
+        self._take(sequences, self._runner.decode(sequences, allowances, patience))
 
     def _take(self, sequences: list[Sequence], out: Decoded[np.ndarray]) -> None:
         """What the runner decoded becomes part of its sequences."""

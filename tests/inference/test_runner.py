@@ -221,7 +221,7 @@ def test_no_weights_are_gathered_for_a_token(spec, monkeypatch):
     monkeypatch.setattr(ModelRunner, "_compile", lambda self: None)
     runner, params = mesh_runner(spec)
     with on(spec), runner._on_mesh():
-        arrays = runner._model, runner._cache, runner._packed, None, np.int32(1), np.bool_(False)
+        arrays = runner._model, runner._cache, runner._packed, np.int32(1), np.bool_(False)
         program = runner_module._decode.lower(*arrays, runner.capacity, False, 0).compile()
     moved = sum(c.bytes for c in collectives(program))  # the loop over steps counts once
     assert moved < 0.1 * sum(leaf.nbytes for leaf in jax.tree.leaves(params))  # activations; gathered weights: 0.3 up
