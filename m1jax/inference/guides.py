@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Several
 
 import numpy as np
-from jaxtyping import Bool, Int, UInt32
+from jaxtyping import Int, UInt32
 
 from m1jax.inference.sampling import ALL
 from m1jax.inference.sequence import Sequence
@@ -32,8 +32,8 @@ class Guides:
             allowed[place] = sequence.matcher.allowed(sequence.left - sequence.ahead)
         return allowed
 
-    def show(self, tokens: Int[np.ndarray, " rows"], going: Bool[np.ndarray, " rows"]) -> None:
-        """Tell the matchers of the rows that go on what these have drawn."""
-        self._rows = [(place, sequence) for place, sequence in self._rows if going[place]]
+    def show(self, tokens: Int[np.ndarray, " rows"]) -> None:
+        """Tell the matchers what their rows have drawn; -1: the row does not go on."""
+        self._rows = [(place, sequence) for place, sequence in self._rows if tokens[place] >= 0]
         for place, sequence in self._rows:
             sequence.show(int(tokens[place]))

@@ -166,18 +166,18 @@ class ModelRunner:
         """As the decode program does, a step at a time: while the device reads a token, the host looks up what may
         follow it."""
         heard = None
+        weights, tree = jax.tree.flatten(self._model)  # not again for every token: it takes longer than the call
         with self._on_mesh():
-            on_device, written = _begin(packed, self._config, self.capacity.steps, self.records_routes, self.top)
+            work = Work(packed, np.int32(patience), np.bool_(wants_top))
+            work, written = _begin(work, self._config, self.capacity.steps, self.records_routes, self.top)
             for _ in range(steps):
-                self._cache, seen = _read(self._model, self._cache, on_device, written, self.records_routes)
+                self._cache, seen = _read(weights, tree, self._cache, work, written, self.records_routes)
                 if heard is not None:
-                    tokens, going = jax.device_get(heard)
-                    if not going.any():
+                    tokens = jax.device_get(heard)
+                    if not (tokens >= 0).any():
                         break
-                    guides.show(tokens, going)
-                written, heard = _draw(
-                    on_device, written, seen, guides.allowed(), np.int32(patience), np.bool_(wants_top), self.top
-                )
+                    guides.show(tokens)
+                written, heard = _draw(work, written, seen, guides.allowed(), self.top)
             return _end(written)
 
     def program_rows(self, decoding: int) -> int:
@@ -315,6 +315,14 @@ class Out(NamedTuple):
     top_logp: Any
 
 
+class Work(NamedTuple):
+    """What stays as it is while a call decodes: the rows, packed, and the last two arguments of a call."""
+
+    packed: Any
+    patience: Any
+    wants_top: Any
+
+
 class Written(NamedTuple):
     """Where decode steps are."""
 
@@ -440,33 +448,30 @@ def _decode(
 
 
 @functools.partial(jax.jit, static_argnames=("config", "steps", "record_routes", "top"))
-def _begin(
-    packed: Int[Array, "rows width"], config: ModelConfig, steps: int, record_routes: bool, top: int
-) -> tuple[Int[Array, "rows width"], Written]:
+def _begin(work: Work, config: ModelConfig, steps: int, record_routes: bool, top: int) -> tuple[Work, Written]:
     """What the halves of guided steps begin with."""
-    return packed, Written.nothing(Rows.of(packed), config, steps, record_routes, top)
+    return work, Written.nothing(Rows.of(work.packed), config, steps, record_routes, top)
 
 
-@functools.partial(jit, static_argnames="record_routes", donate_argnames="cache")
+@functools.partial(jit, static_argnames=("tree", "record_routes"), donate_argnames="cache")
 def _read(
-    model: MiniMaxM1, cache: Cache, packed: Int[Array, "rows width"], written: Written, record_routes: bool
+    weights: list[jax.Array],
+    tree: Any,
+    cache: Cache,
+    work: Work,
+    written: Written,
+    record_routes: bool,
 ) -> tuple[Cache, Read]:
-    return read(model, cache, Rows.of(packed), written, record_routes)
+    return read(jax.tree.unflatten(tree, weights), cache, Rows.of(work.packed), written, record_routes)
 
 
 @functools.partial(jit, static_argnames="top", donate_argnames="written")
 def _draw(
-    packed: Int[Array, "rows width"],
-    written: Written,
-    seen: Read,
-    allowed: UInt32[Array, "rows words"],
-    patience: Int[Array, ""],
-    wants_top: Bool[Array, ""],
-    top: int,
-) -> tuple[Written, tuple[Int[Array, " rows"], Bool[Array, " rows"]]]:
-    """Also what the host hears of it: the tokens, and who goes on."""
-    written = draw(Rows.of(packed), written, seen, allowed, patience, wants_top, top)
-    return written, _everywhere((written.tokens, written.going))
+    work: Work, written: Written, seen: Read, allowed: UInt32[Array, "rows words"], top: int
+) -> tuple[Written, Int[Array, " rows"]]:
+    """Also what the host hears of it: the tokens of the rows that go on, else -1."""
+    written = draw(Rows.of(work.packed), written, seen, allowed, work.patience, work.wants_top, top)
+    return written, _everywhere(jnp.where(written.going, written.tokens, -1))
 
 
 @jax.jit
