@@ -236,17 +236,15 @@ class Engine:
         # Rows that fall idle are worth a look only where somebody waits for them.
         waiting = any(part.waiting for part in self._parts)
         patience = max(1, len(allowances) // 8) if waiting else len(allowances)
-        if any(s.matcher is not None for s in sequences):
-            self._decode_guided(sequences, allowances, patience)
-        else:
-            self._flight = _Flight(sequences, steps, self._runner.decode(sequences, allowances, patience))
+        self._flight = _Flight(sequences, steps, self._runner.decode(sequences, allowances, patience))
 
     def _follow(self, flight: _Flight) -> _Flight | None:
         """The call after one whose result nobody has seen, where all is as it was but for those who end."""
         capacity = self._runner.capacity
         alive = [s for s in flight.sequences if s in self._home]
         going = [s for s in alive if s.left > flight.steps]
-        if not capacity.ahead or not going or len(alive) < len(self._home):
+        guided = any(s.matcher is not None for s in alive)
+        if not capacity.ahead or guided or not going or len(alive) < len(self._home):
             return None
         steps = flight.steps + capacity.steps  # of both
         if not all(part.go_on(steps) for part in self._parts):
@@ -260,14 +258,6 @@ class Engine:
         if self._flight is not None:
             flight, self._flight = self._flight, None
             self._take(flight.sequences, flight.call.result())
-
-    def _decode_guided(self, sequences: list[Sequence], allowances: list[int], patience: int) -> None:
-        """As one call of the runner would, token by token: matchers must look at each before the next."""
-        left = dict(zip(sequences, allowances))
-        while left and len(left) > len(sequences) - patience:
-            self._copy()
-            self._take(now := list(left), self._runner.decode(now, [1] * len(now), 1).result())
-            left = {s: count - 1 for s, count in left.items() if count > 1 and s in self._home}
 
     def _take(self, sequences: list[Sequence], out: Decoded[np.ndarray]) -> None:
         """What the runner decoded becomes part of its sequences."""

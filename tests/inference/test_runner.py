@@ -196,6 +196,46 @@ def test_the_pool_lies_beside_the_weights_again_after_a_rest():
         assert {d for leaf in jax.tree.leaves(engine._runner._cache) for d in leaf.devices()} == {device}
 
 
+class Alternating:
+    """Allows one id, and then all; every token it must be shown before it says what may follow."""
+
+    def __init__(self, odd):
+        self.odd, self.seen = odd, []
+
+    def begin(self):
+        return self
+
+    def allowed(self, left):
+        assert left == 12 - len(self.seen)
+        only = np.array([1 << self.odd, 0], np.uint32)
+        return only if len(self.seen) % 2 else np.full(2, 0xFFFFFFFF, np.uint32)
+
+    def take(self, tokens):
+        self.seen += tokens
+
+
+def test_constrained_rows_are_shown_each_token_and_free_ones_write_as_ever(alone):
+    """More requests than rows, so that some begin while others are in the middle of theirs."""
+    runner = ModelRunner(
+        *nnx.split(model()), dataclasses.replace(SCARCE, pages=40, decode=(1, 3)), constrains=True, record_routes=True
+    )
+    guides = [Alternating(7), None, Alternating(9), None, None, Alternating(11)]
+    prompts = [(1, 2, 3), (4, 5), (6,), (7, 8), (9, 1), (2, 2)]
+    wanted = [
+        dataclasses.replace(asked(prompt, n), constraint=guide, record_routes=True)
+        for n, (prompt, guide) in enumerate(zip(prompts, guides))
+    ]
+    for number, completion in Engine(runner).run(wanted):
+        guide = guides[number]
+        teacher_forced(prompts[number], completion)
+        assert len(completion.routes) == len(prompts[number]) + 11
+        if guide is None:
+            same(completion, alone(prompts[number], number, 1, 12, (), True)[0])
+        else:
+            assert guide.seen == completion.tokens.tolist()
+            assert set(guide.seen[1::2]) == {guide.odd}
+
+
 def on(spec):
     return contextlib.nullcontext() if spec is None else jax.set_mesh(make_mesh(spec))
 
@@ -236,7 +276,7 @@ def test_no_weights_are_gathered_for_a_token(spec, monkeypatch):
     monkeypatch.setattr(ModelRunner, "_compile", lambda self: None)
     runner, params = mesh_runner(spec)
     with on(spec), runner._on_mesh():
-        arrays = runner._model, runner._cache, runner._packed, None, None, np.int32(1), np.bool_(False)
+        arrays = runner._model, runner._cache, runner._packed, None, np.int32(1), np.bool_(False)
         program = runner_module._decode.lower(*arrays, runner.capacity, False, 0).compile()
     moved = sum(c.bytes for c in collectives(program))  # the loop over steps counts once
     assert moved < 0.1 * sum(leaf.nbytes for leaf in jax.tree.leaves(params))  # activations; gathered weights: 0.3 up
