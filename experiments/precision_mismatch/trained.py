@@ -1,21 +1,18 @@
 """The amplification again, with trained weights; and which weights it comes from."""
 
 import dataclasses
-import functools
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
-from jaxtyping import Array
 
-from experiments.precision_mismatch import amplification, figure3
+from experiments.precision_mismatch import amplification, figure3, language
 from experiments.precision_mismatch.amplification import Setting, Unit
+from experiments.precision_mismatch.language import Schedule
 from experiments.precision_mismatch.lines import Lines, Record
 from m1jax import from_pretrained
 from m1jax.chat import Tokenizer
@@ -45,25 +42,11 @@ def train(setting: Setting, seed: int, code: np.ndarray) -> tuple[MiniMaxM1, flo
     """A model of bytes of source code, float32 throughout, and its last losses in nats."""
     alphas = dict.fromkeys(("lightning_alpha", "softmax_alpha", "mlp_alpha"), setting.alpha)
     made = dataclasses.replace(amplification.config(setting), **alphas)
-    graph, params = nnx.split(MiniMaxM1(made, rngs=nnx.Rngs(seed), dtype=jnp.float32))
-    rate = optax.schedules.warmup_cosine_decay_schedule(0.0, RATE, STEPS // 6, STEPS, RATE / 10)
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, b1=0.9, b2=0.95))
-
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(params: nnx.State, state: Any, tokens: Array) -> Any:
-        def loss(params: nnx.State) -> Array:
-            model = nnx.merge(graph, params)
-            return -jnp.mean(model.log_probs(model.forward(tokens[:, :-1]).hidden, tokens[:, 1:])[0])
-
-        value, grads = jax.value_and_grad(loss)(params)
-        updates, state = optimizer.update(grads, state, params)
-        return optax.apply_updates(params, updates), state, value
-
-    rng, state, losses = np.random.default_rng(seed), optimizer.init(params), []
-    for _ in range(STEPS):
-        params, state, value = step(params, state, rows(code, rng, ROWS))
-        losses = [*losses[-19:], value]
-    return nnx.merge(graph, params), float(np.mean([float(x) for x in losses]))
+    model = MiniMaxM1(made, rngs=nnx.Rngs(seed), dtype=jnp.float32)
+    rng = np.random.default_rng(seed)
+    schedule = Schedule(RATE, STEPS // 6, STEPS)
+    params, loss = language.train(model, schedule, (rows(code, rng, ROWS) for _ in range(STEPS)))
+    return nnx.merge(nnx.graphdef(model), params), loss
 
 
 def rows(code: np.ndarray, rng: np.random.Generator, count: int) -> np.ndarray:
