@@ -89,6 +89,8 @@ def main(config: Config) -> None:
     with policy.of(size.model), policy.portable():
         how = run.Config(width=config.width, out=config.out, minutes=config.minutes)
         for group in size.groups:
+            if not in_time():
+                break
             starts, told = starts_of(group, size, config.starts)
             write_atomically(config.out / f"starts-{group[0]}.json", json.dumps(told) + "\n")
             print(f"starts of {group}: {time.monotonic() - begun:.0f} s", flush=True)
@@ -97,10 +99,15 @@ def main(config: Config) -> None:
             seeds = [seed for seed in group if seed < size.loop.primary_seeds]
             run.execute(main_jobs(seeds, tuning), runs, starts, size.loop, how, in_time)
             print(f"runs of {group}: {time.monotonic() - begun:.0f} s", flush=True)
+            write_report(runs, tuning, size, config.out)
+    write_report(runs, tuning, size, config.out)
+
+
+def write_report(runs: Results, tuning: Results, size: Size, out: Path) -> None:
     text = report.table(runs, tuning, size.loop.rates)
-    (config.out / "table.md").write_text(text)
-    report.picture(runs, config.out)
-    print(text)
+    (out / "table.md").write_text(text)
+    report.picture(runs, out)
+    print(text, flush=True)
 
 
 def tuning_jobs(size: run.Size) -> list[Job]:
@@ -165,9 +172,8 @@ def fresh(seeds: jax.Array) -> Any:
 def _piece(state: Any, first: jax.Array, last: jax.Array, *, steps: int) -> Any:
     def one(state: Any, first: jax.Array, last: jax.Array) -> Any:
         def loss(params: Params, key: jax.Array) -> jax.Array:
-            key_task, key_each = jax.random.split(key)
-            task = jax.random.randint(key_task, (START_BATCH,), 0, len(tasks.TASKS))
-            tokens, weight = jax.vmap(tasks.demonstration)(jax.random.split(key_each, START_BATCH), task)
+            keys = jax.random.split(key, START_BATCH)
+            tokens, weight = jax.vmap(tasks.demonstration, (0, None))(keys, jnp.array(tasks.RECHECKS))
             return -jnp.sum(weight * policy.log_probs(params, tokens)[0]) / jnp.sum(weight)
 
         def step(state: Any, share: jax.Array) -> Any:

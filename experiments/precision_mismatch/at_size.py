@@ -4,8 +4,9 @@ import dataclasses
 import itertools
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import get_args
 
 import jax
@@ -26,7 +27,9 @@ from m1jax.train.run import Run
 SEEDS = (0, 1, 2)
 SHOWN = 3000
 """pairs of an arm in the scatter"""
-RL_SEED, RL_START_STEPS = 0, 500
+RL_SEEDS = (0, 1, 2)
+"""of problems and samples; the start is one"""
+RL_START_STEPS = 500
 RL_ARMS = (
     Arm("float32", "float32", False),
     Arm("bfloat16", "float32", False),
@@ -99,33 +102,38 @@ def scatter(out: Path, work: Path, seeds: Sequence[int]) -> list[Record]:
 def rl_runs(out: Path, work: Path, arms: Sequence[Arm]) -> list[Record]:
     """What each arm does to a short RL run with the product's own trainer: `rl.jsonl`, a line per generation batch."""
     size, lines = figure3.scale(), Lines(out / "rl.jsonl")
-    recipe = SMALL_RL if jax.default_backend() == "cpu" else RL
     start = dataclasses.replace(size, steps=min(size.steps, RL_START_STEPS))
-    params, _ = parameters(start, work / "rl-start.npz", RL_SEED, 1.0)
-    task, words = get_task(figure3.TASK), Tokenizer.tiny()
+    params, _ = parameters(start, work / "rl-start.npz", 0, 1.0)
+    recipe = SMALL_RL if jax.default_backend() == "cpu" else RL
     for arm in arms:
-        there = [r for r in lines.records if Arm(r["head"], r["state"], r["replay"]) == arm]
-        if any(r["step"] == recipe.iterations for r in there):
-            continue
-        begun = time.monotonic()
-        update = dataclasses.replace(recipe.update, replay_routes=arm.replay)
-        here = dataclasses.replace(recipe, update=update)
-        with tempfile.TemporaryDirectory() as directory, precision(arm.head, arm.state):
-            run = Run(directory, {"recipe": here})
-            append = run.log.append
-
-            def noted(phase: str, step: int, values: dict[str, float], arm=arm, append=append, begun=begun) -> None:
-                append(phase, step, values)
-                if phase == PHASE:
-                    kept = {name: float(x) for name, x in values.items() if isinstance(x, int | float | np.number)}
-                    lines.add(arm._asdict() | {"step": step} | kept | {"since": time.monotonic() - begun})
-                    print(f"{arm}: {step}, accuracy {kept.get('accuracy')}", flush=True)
-
-            run.log.append = noted  # pyright: ignore[reportAttributeAccessIssue]
-            model = nnx.merge(figure3.graph_of(size), jax.tree.map(jax.numpy.copy, params))
-            Trainer(run, model, task, words, here, RL_SEED).train()
-            run.close()
+        with precision(arm.head, arm.state):
+            for seed in RL_SEEDS:
+                there = [r["step"] for r in of_arm(lines.records, arm) if r["seed"] == seed]
+                if recipe.iterations not in there:
+                    model = nnx.merge(figure3.graph_of(size), jax.tree.map(jax.numpy.copy, params))
+                    rl_run(model, recipe, arm, seed, lines)
     return lines.records
+
+
+def rl_run(model: figure3.MiniMaxM1, recipe: RLRecipe, arm: Arm, seed: int, lines: Lines) -> None:
+    begun = time.monotonic()
+    update = dataclasses.replace(recipe.update, replay_routes=arm.replay)
+    here = dataclasses.replace(recipe, update=update)
+    with tempfile.TemporaryDirectory() as directory:
+        run = Run(directory, {"recipe": here})
+        append = run.log.append
+
+        def noted(phase: str, step: int, values: dict[str, float]) -> None:
+            append(phase, step, values)
+            if phase == PHASE:
+                kept = {name: float(x) for name, x in values.items() if isinstance(x, int | float | np.number)}
+                said = {"seed": seed, "step": step} | kept | {"since": time.monotonic() - begun}
+                lines.add(arm._asdict() | said)
+                print(f"{arm}, seed {seed}: {step}, accuracy {kept.get('accuracy')}", flush=True)
+
+        run.log.append = noted  # pyright: ignore[reportAttributeAccessIssue]
+        Trainer(run, model, get_task(figure3.TASK), Tokenizer.tiny(), here, seed).train()
+        run.close()
 
 
 def of_arm(records: Sequence[Record], arm: Arm) -> list[Record]:
@@ -194,31 +202,41 @@ def picture(pairs: dict[str, np.ndarray], file: Path) -> None:
 
 
 def rl_table(records: Sequence[Record]) -> str:
-    """Markdown: what became of each run."""
+    """Markdown: what became of each arm's runs, those that came to their last batch: medians over seeds, and ranges."""
     lines = [
-        "| head | lightning states | routes | batches | accuracy, first five | last five | held out, at the end "
+        "| head | lightning states | routes | runs | accuracy, first five batches | last five | held out, at the end "
         "| Pearson, median (least) | largest gap, median (most) | entropy at the end |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for arm in RL_ARMS:
-        found = [r for r in of_arm(records, arm) if r["step"] > 0]
-        if not found:
+        runs = finished(records, arm)
+        if not runs:
             continue
-        series = {name: [r[name] for r in found] for name in ("accuracy", "pearson", "sampler_gap", "entropy")}
-        heldout = [r["heldout_accuracy"] for r in found if "heldout_accuracy" in r]
+        pearson, gap = ([r[name] for run in runs for r in run] for name in ("pearson", "sampler_gap"))
         lines.append(
-            f"| {arm.head} | {arm.state} | {'replayed' if arm.replay else 'free'} | {len(found)} "
-            f"| {np.mean(series['accuracy'][:5]):.3f} | {np.mean(series['accuracy'][-5:]):.3f} "
-            f"| {heldout[-1] if heldout else float('nan'):.3f} "
-            f"| {np.median(series['pearson']):.5f} ({min(series['pearson']):.5f}) "
-            f"| {np.median(series['sampler_gap']):.2f} ({max(series['sampler_gap']):.2f}) "
-            f"| {series['entropy'][-1]:.3f} |"
+            f"| {arm.head} | {arm.state} | {'replayed' if arm.replay else 'free'} | {len(runs)} "
+            f"| {range_of(mean(r['accuracy'] for r in run[:5]) for run in runs)} "
+            f"| {range_of(mean(r['accuracy'] for r in run[-5:]) for run in runs)} "
+            f"| {range_of(run[-1]['heldout_accuracy'] for run in runs)} "
+            f"| {np.median(pearson):.5f} ({min(pearson):.5f}) | {np.median(gap):.2f} ({max(gap):.2f}) "
+            f"| {range_of(run[-1]['entropy'] for run in runs)} |"
         )
     return "\n".join(lines) + "\n"
 
 
+def finished(records: Sequence[Record], arm: Arm) -> list[list[Record]]:
+    """An arm's runs that came to their last batch, batch by batch."""
+    runs = [[r for r in of_arm(records, arm) if r["seed"] == seed and r["step"] > 0] for seed in RL_SEEDS]
+    return [run for run in runs if run and "heldout_accuracy" in run[-1]]
+
+
+def range_of(values: Iterable[float]) -> str:
+    there = sorted(values)
+    return f"{np.median(there):.3f} ({there[0]:.3f} to {there[-1]:.3f})"
+
+
 def rl_picture(records: Sequence[Record], file: Path) -> None:
-    """Accuracy, correlation and largest gap against batches."""
+    """Accuracy, correlation and largest gap against batches, a line for each run."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -226,10 +244,11 @@ def rl_picture(records: Sequence[Record], file: Path) -> None:
 
     shown = {"accuracy": "accuracy", "pearson": "Pearson correlation", "sampler_gap": "largest gap, nats"}
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.6))
-    for arm in RL_ARMS:
-        found = [r for r in of_arm(records, arm) if r["step"] > 0]
-        for axis, name in zip(axes, shown):
-            axis.plot([r["step"] for r in found], [r[name] for r in found], label=str(arm), linewidth=1.2)
+    for number, arm in enumerate(RL_ARMS):
+        for run in finished(records, arm):
+            label = str(arm) if run[0]["seed"] == RL_SEEDS[0] else None
+            for axis, name in zip(axes, shown):
+                axis.plot([r["step"] for r in run], [r[name] for r in run], f"C{number}", label=label, linewidth=1.0)
     for axis, label in zip(axes, shown.values()):
         axis.set_xlabel("generation batches of 16 updates")
         axis.set_ylabel(label)

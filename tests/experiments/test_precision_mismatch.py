@@ -91,3 +91,13 @@ def test_lines_are_read_back(tmp_path):
     lines = at_size.Lines(tmp_path / "x.jsonl")
     lines.add({"seed": 2})
     assert [r["seed"] for r in at_size.Lines(tmp_path / "x.jsonl").records] == [1, 2]
+
+
+def test_only_runs_that_came_to_their_end_are_told():
+    arm = at_size.RL_ARMS[1]
+    batch = {"accuracy": 0.5, "pearson": 0.99, "sampler_gap": 0.1, "entropy": 1.0}
+    records = [arm._asdict() | batch | {"seed": seed, "step": step} for seed in (0, 1) for step in (1, 2)]
+    records[1]["heldout_accuracy"] = 0.75
+    assert [[r["step"] for r in run] for run in at_size.finished(records, arm)] == [[1, 2]]
+    assert "| bfloat16 | float32 | free | 1 | 0.500 (0.500 to 0.500) |" in at_size.rl_table(records)
+    assert "bfloat16" not in at_size.rl_table(records[2:])
