@@ -187,7 +187,7 @@ class _Piece(NamedTuple):
         before = len(jax.tree.leaves(one))
         for variable in closed.jaxpr.invars[before : before + len(jax.tree.leaves(h))]:
             del places[variable]  # h is another in each layer
-        sources = [None if hasattr(v, "val") else places.get(v) for v in leaves]
+        sources = [None if _is_literal(v) else places.get(v) for v in leaves]
         own = [v for v, source in zip(leaves, sources) if source is None]
         kept = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in own]
         return _Piece(
@@ -243,11 +243,11 @@ def _in_place(
     values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*program.consts, *arguments]))
 
     def read(variable: Any) -> Any:
-        return variable.val if hasattr(variable, "val") else values[variable]
+        return variable.val if _is_literal(variable) else values[variable]
 
-    places = {v: i for i, v in enumerate(kept) if not hasattr(v, "val") and v not in values}
+    places = {v: i for i, v in enumerate(kept) if not _is_literal(v) and v not in values}
     for equation in jaxpr.eqns:
-        names = list(dict.fromkeys(v for v in equation.invars if not hasattr(v, "val")))
+        names = list(dict.fromkeys(v for v in equation.invars if not _is_literal(v)))
         one = jaxpr.replace(constvars=[], invars=names, outvars=equation.outvars, eqns=[equation])
         made = jaxpr_as_fun(ClosedJaxpr(one, []))(*map(read, names))
         for variable, x in zip(equation.outvars, made, strict=True):
@@ -256,9 +256,13 @@ def _in_place(
                 x = _at(jax.lax.optimization_barrier(stacks[place]), number)
             values[variable] = x
     for place, variable in enumerate(kept):
-        if places.get(variable) != place:
+        if _is_literal(variable) or places.get(variable) != place:
             stacks[place] = _put(stacks[place], number, read(variable))
     return list(map(read, jaxpr.outvars)), stacks
+
+
+def _is_literal(variable: Any) -> bool:
+    return hasattr(variable, "val")
 
 
 def _split(flat: Sequence[Any], outputs: Any) -> tuple[list[Any], list[Any]]:

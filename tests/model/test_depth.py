@@ -9,11 +9,19 @@ from m1jax.model import depth
 from m1jax.model.depth import over_layers
 
 
+@jax.custom_vjp
+def three_times(x):
+    return 3 * x
+
+
+three_times.defvjp(lambda x: (3 * x, 3.0), lambda three, d: (three * d,))  # keeps a number
+
+
 def layer(run, weights, h, constants, number):
     """Two kinds of layers that keep things, read constants, and tell one thing with a gradient and one without."""
     scale, shifts = constants
     inner = jnp.tanh(h @ weights["a"] * scale + shifts[run][number])
-    h = h + (inner if run == 0 else jnp.sin(inner) * weights["b"])
+    h = three_times(h) / 3 + (inner if run == 0 else jnp.sin(inner) * weights["b"])
     return (h, jnp.sum(inner**2, axis=-1)), jnp.argmax(h, axis=-1) + number
 
 
