@@ -1,6 +1,6 @@
 """The primary comparison with some 36 M parameters on one GPU. See README.md beside this file.
 
-python -m experiments.cispo_vs_rivals.large [--minutes N] [--out FOLDER] [--starts FOLDER] [--smoke]
+python -m experiments.cispo_vs_rivals.large [--minutes N] [--seeds N ...] [--out FOLDER] [--starts FOLDER] [--smoke]
 """
 
 import dataclasses
@@ -68,6 +68,8 @@ class Config:
     """no block of runs is begun after so many"""
     width: int = 8
     """runs of a block"""
+    seeds: tuple[int, ...] = ()
+    """whose starts are made, as one group; without them all"""
     out: Path = run.HERE / "results-large"
     starts: Path = run.HERE / "results-large"
     """folder of the starts: 140 MB each"""
@@ -88,7 +90,7 @@ def main(config: Config) -> None:
     tuning, runs = Results(config.out, "tuning"), Results(config.out, "runs")
     with policy.of(size.model), policy.portable():
         how = run.Config(width=config.width, out=config.out, minutes=config.minutes)
-        for group in size.groups:
+        for group in (config.seeds,) if config.seeds else size.groups:
             if not in_time():
                 break
             starts, told = starts_of(group, size, config.starts)

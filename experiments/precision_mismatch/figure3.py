@@ -73,9 +73,9 @@ def corpus() -> Int[np.ndarray, " bytes"]:
 class Text:
     """Rows of training: source code, and demonstrations of the task that reinforcement learning is given."""
 
-    def __init__(self, size: Scale, seed: int, demonstrations: float = DEMONSTRATIONS) -> None:
+    def __init__(self, size: Scale, seed: int) -> None:
         self._size, self._seed, self._rng = size, seed, np.random.default_rng(seed)
-        self._demonstrations = round(demonstrations * size.rows)
+        self._demonstrations = round(DEMONSTRATIONS * size.rows)
         self._code, self._task, self._words = corpus(), get_task(TASK), Tokenizer.tiny()
         self._number = 0
 

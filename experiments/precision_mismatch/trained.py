@@ -22,7 +22,7 @@ from m1jax.model import MiniMaxM1
 from m1jax.rl.tasks import get_task
 
 SEEDS = (0, 1, 2)
-STEPS, ROWS, RATE = 300, 16, 2e-3
+STEPS, ROWS, RATE = 300, 8, 2e-3
 BASE = "depth 16"
 PARTS = ("embed_tokens", "['attention']", "['w", "['gate']", "layernorm", "lm_head")
 """of paths of parameters, moved alone in the model of sixteen layers"""
