@@ -81,15 +81,14 @@ def test_what_responses_set_off():
 
 @pytest.fixture(scope="module")
 def measured():
-    """(figures of an update that a tiny model makes of (logits' scale, log-ratios [4, 8] or None: on policy))"""
-    graph, params = nnx.split(tiny.model())
-    loss = jax.jit(rl_loss(graph, CONVENTIONS["paper"].objective))
+    """(scale of the logits, log-ratios [4, 8]) -> figures of an update, by the loss itself on a tiny model"""
+    loss = jax.jit(rl_loss(nnx.graphdef(tiny.model()), CONVENTIONS["paper"].objective))
     rng = np.random.default_rng(0)
     ids = jnp.asarray(rng.integers(0, 256, (4, 9)), jnp.int32)
     advantage = np.repeat([1.0, -1.0], 2)[:, None] * np.ones((4, 8), np.float32)
 
     def figures(scale=1.0, gap=0.0):
-        model = nnx.merge(graph, params)
+        model = tiny.model()
         model.lm_head[...] = model.lm_head[...] * scale
         logp, _ = model.log_probs(model.forward(ids[:, :-1]).hidden, ids[:, 1:])
         batch = RLBatch(
