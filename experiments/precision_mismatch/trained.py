@@ -1,6 +1,7 @@
 """The amplification again, with trained weights; and which weights it comes from."""
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -62,17 +63,15 @@ def measure(out: Path, names: Sequence[str]) -> list[Record]:
     """
     lines, code = Lines(out / "trained.jsonl"), figure3.corpus()
     there = {(r["name"], r["seed"]) for r in lines.records}
-    for name in names:
-        setting = settings()[name]
-        for seed in SEEDS:
-            if (name, seed) in there:
-                continue
-            begun = time.monotonic()
-            model, loss = train(setting, seed, code)
-            with jax.default_device(jax.local_devices(backend="cpu")[0]):
-                found = moved_by_parts(model, setting, seed, code, ("", *PARTS) if name == BASE else ("",))
-            lines.add({"name": name, "seed": seed, "loss": loss, "found": found})
-            print(f"{name}, seed {seed}: loss {loss:.3f}, {time.monotonic() - begun:.0f} s", flush=True)
+    for seed, name in itertools.product(SEEDS, names):
+        if (name, seed) in there:
+            continue
+        setting, begun = settings()[name], time.monotonic()
+        model, loss = train(setting, seed, code)
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+            found = moved_by_parts(model, setting, seed, code, ("", *PARTS) if name == BASE else ("",))
+        lines.add({"name": name, "seed": seed, "loss": loss, "found": found})
+        print(f"{name}, seed {seed}: loss {loss:.3f}, {time.monotonic() - begun:.0f} s", flush=True)
     return lines.records
 
 
