@@ -70,7 +70,7 @@ class Config:
     """Of weights and data."""
     steps: int = 5000
     """Updates."""
-    learning_rate: float = 3e-3
+    learning_rate: float = 2e-3
     """At its peak."""
     row: int = 4096
     """Tokens of a training row, and of the longest sequence trained on."""
@@ -94,7 +94,8 @@ def main(config: Config) -> None:
         for length in missing:
             rng = np.random.default_rng((seed, length))
             right = read(sequences(rng, config.evaluated, length))
-            found.append({"seed": seed, "tokens": length, "right": int(right.sum()), "of": right.size})
+            about = {"seed": seed, "learning_rate": config.learning_rate, "tokens": length}
+            found.append({**about, "right": int(right.sum()), "of": right.size})
             print(json.dumps(found[-1]), flush=True)
             write(config, found)
     print(table(found))
