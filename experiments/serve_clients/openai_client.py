@@ -1,9 +1,14 @@
-"""The openai SDK against a running server: python openai_client.py http://127.0.0.1:8000 (needs the package openai)."""
+"""The openai SDK against a running server: python openai_client.py http://127.0.0.1:8000 PID (needs openai).
+
+PID is the server's process.
+"""
 
 import json
+import os
 import sys
 import time
 import urllib.request
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -67,22 +72,29 @@ def prefilled(place: str) -> int:
     return int(float(next(line.split()[1] for line in lines if line.startswith("m1jax_prefilled_tokens "))))
 
 
-def rounds(client: Any, model: str, place: str) -> list[tuple[int, float, int, int]]:
-    """An agent whose history grows: (tokens of the prompt, seconds, tokens written, tokens prefilled) of each round."""
+def processor(pid: int) -> float:
+    """Seconds that a process has computed, on all cores together."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def rounds(client: Any, model: str, place: str, pid: int) -> list[tuple[int, float, float, int, int]]:
+    """An agent whose history grows: (tokens of the prompt, seconds, the server's seconds of processor time, tokens
+    written, tokens prefilled) of each round."""
     messages: list = [{"role": "user", "content": "Keep notes. " * 3}]
     found = []
     for number in range(ROUNDS):
-        before = prefilled(place)
+        before, spent = prefilled(place), processor(pid)
         start = time.perf_counter()
         answer = client.chat.completions.create(
             model=model, messages=messages, tools=[TOOL], tool_choice="required", max_tokens=120, seed=number,
             parallel_tool_calls=False,
         )  # fmt: skip
-        seconds = time.perf_counter() - start
+        seconds, spent = time.perf_counter() - start, processor(pid) - spent
         message = answer.choices[0].message
         assert answer.choices[0].finish_reason == "tool_calls"
         usage = answer.usage
-        found.append((usage.prompt_tokens, seconds, usage.completion_tokens, prefilled(place) - before))
+        found.append((usage.prompt_tokens, seconds, spent, usage.completion_tokens, prefilled(place) - before))
         messages.append(message.model_dump(exclude_none=True))
         for call in message.tool_calls:
             arguments = json.loads(call.function.arguments)
@@ -94,7 +106,7 @@ def main() -> None:
     client = openai.OpenAI(base_url=f"{sys.argv[1]}/v1", api_key="none", max_retries=0, timeout=120)
     model = client.models.list().data[0].id
     protocol(client, model)
-    found = rounds(client, model, sys.argv[1])
+    found = rounds(client, model, sys.argv[1], int(sys.argv[2]))
     print(json.dumps({"version": openai.__version__, "rounds": found}))
 
 

@@ -53,21 +53,22 @@ def main() -> None:
         tempfile.TemporaryDirectory() as here,
         serving(roomy(given.model, Path(here)), "--rows", "8", "--max-length", "16384", "--max-new-tokens", "256") as (
             place,
-            _,
+            process,
         ),
     ):
         name = httpx.get(f"{place}/v1/models").json()["data"][0]["id"]
         if given.openai:
-            found = told(str(given.openai / "bin/python"), str(HERE / "openai_client.py"), place)
+            found = told(str(given.openai / "bin/python"), str(HERE / "openai_client.py"), place, str(process.pid))
             rounds = found.pop("rounds")
-            per_token = [seconds / written for _, seconds, written, _ in rounds]
+            per_token = [seconds / written for _, seconds, _, written, _ in rounds]
             thirds = slice(1, len(rounds) // 3), slice(-(len(rounds) // 3), None)
             result["openai"] = found | {
                 "rounds": len(rounds),
                 "prompt_tokens": [rounds[0][0], rounds[-1][0]],
                 "medians": {
                     name: {
-                        "seconds": statistics.median(seconds for _, seconds, _, _ in rounds[third]),
+                        "seconds": statistics.median(seconds for _, seconds, *_ in rounds[third]),
+                        "processor_seconds": statistics.median(spent for _, _, spent, _, _ in rounds[third]),
                         "prefilled_tokens": statistics.median(tokens for *_, tokens in rounds[third]),
                         "milliseconds_per_written_token": 1000 * statistics.median(per_token[third]),
                     }

@@ -3,9 +3,9 @@
     m1jax init m1-100m runs/m1-100m
     python -m experiments.serve_speed.serve_speed runs/m1-100m
 
-Engine and server run by turns, each in a process of its own, with the same requests. The client is a third process
-that does next to nothing (client.py); --cores 0-1 --client-core 2 keeps it off their cores. Processor time is told
-apart: the client's, that of the server's event loop, and all of the server.
+Engine and server are processes of their own, each on the whole device, and get the same requests by turns; who has not
+its turn rests. The client is a third process that does next to nothing (client.py); --cores 0-1 --client-core 2 keeps
+it off their cores. Processor time is told apart: the client's, that of the server's event loop, and all of the server.
 """
 
 import argparse
@@ -27,8 +27,8 @@ LENGTH = 1024
 TICK = os.sysconf("SC_CLK_TCK")
 
 
-def engine(model: Path, streams: int, tokens: int, rounds: int, firsts: int) -> dict[str, list[float]]:
-    """The engine alone, in this process."""
+def engine(model: Path, streams: int, tokens: int) -> None:
+    """The engine alone, in this process: does what each line of standard input asks, and tells what came of it."""
     import jax
     import numpy as np
 
@@ -62,11 +62,10 @@ def engine(model: Path, streams: int, tokens: int, rounds: int, firsts: int) -> 
         time.sleep(0.05)
         return seconds
 
-    run(1000)
-    return {
-        "tokens_per_second": [run(seed) for seed in range(rounds)],
-        "first_token": [first(2000 + seed) for seed in range(firsts)],
-    }
+    for line in sys.stdin:
+        asked = json.loads(line)
+        told = {"tokens_per_second": [run(seed) for seed in asked["rounds"]]}
+        print(json.dumps(told | {"first_token": [first(seed) for seed in asked["firsts"]]}), flush=True)
 
 
 def processor_of(process: int, thread: int | None = None) -> float:
@@ -76,30 +75,23 @@ def processor_of(process: int, thread: int | None = None) -> float:
     return (int(fields[11]) + int(fields[12])) / TICK
 
 
-def server(given: argparse.Namespace, limited: list[str]) -> dict[str, list[float]]:
+def server(place: str, pid: int, asked: dict[str, Any], client_core: str | None) -> dict[str, list[float]]:
     """The same through the server."""
-    options = ("--rows", str(given.streams), "--max-length", str(LENGTH))
-    asked = {"streams": given.streams, "tokens": given.tokens, "rounds": given.rounds}
-    asked |= {"firsts": given.firsts, "first_tokens": 8}
-    with serving(given.model, *options, before=limited) as (place, process):
-        begin, loop = processor_of(process.pid), processor_of(process.pid, process.pid)
-        client = ["taskset", "-c", given.client_core] if given.client_core else []
-        done = subprocess.run(
-            [*client, sys.executable, "-m", "experiments.serve_speed.client", place, json.dumps(asked)],
-            check=True,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        spent, in_loop = processor_of(process.pid) - begin, processor_of(process.pid, process.pid) - loop
+    begin, loop = processor_of(pid), processor_of(pid, pid)
+    client = ["taskset", "-c", client_core] if client_core else []
+    many = {**asked, "first_tokens": 8}
+    command = [*client, sys.executable, "-m", "experiments.serve_speed.client", place]
+    done = subprocess.run([*command, json.dumps({**many, "firsts": []})], check=True, stdout=subprocess.PIPE, text=True)
+    spent, in_loop = processor_of(pid) - begin, processor_of(pid, pid) - loop
     told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     tokens = sum(n for _, n in told["rounds"])
-    share = tokens / (tokens * (1 + 1 / given.rounds))  # the first round is not timed
+    done = subprocess.run([*command, json.dumps({**many, "rounds": []})], check=True, stdout=subprocess.PIPE, text=True)
     return {
         "tokens_per_second": [n / seconds for seconds, n in told["rounds"]],
-        "first_token": told["firsts"],
+        "first_token": json.loads(done.stdout.splitlines()[-1])["firsts"],
         "client_microseconds_per_token": [1e6 * told["processor"] / tokens],
-        "loop_microseconds_per_token": [1e6 * share * in_loop / tokens],
-        "process_microseconds_per_token": [1e6 * share * spent / tokens],
+        "loop_microseconds_per_token": [1e6 * in_loop / tokens],
+        "process_microseconds_per_token": [1e6 * spent / tokens],
     }
 
 
@@ -108,30 +100,40 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--streams", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=256, help="of each stream")
-    parser.add_argument("--rounds", type=int, default=3, help="in each process")
-    parser.add_argument("--firsts", type=int, default=20, help="lone requests in each process")
-    parser.add_argument("--turns", type=int, default=2, help="processes of each kind")
+    parser.add_argument("--rounds", type=int, default=2, help="in each turn")
+    parser.add_argument("--firsts", type=int, default=5, help="lone requests in each turn")
+    parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--cores", help="of engine and server, as taskset takes them")
     parser.add_argument("--client-core", help="of the client")
-    parser.add_argument("--engine", action="store_true", help="measure the engine here and print it")
+    parser.add_argument("--engine", action="store_true", help="be the engine")
     parser.add_argument("--out", type=Path, help="default: result-MODEL.json beside this file")
     given = parser.parse_args()
     if given.engine:
-        print(json.dumps(engine(given.model, given.streams, given.tokens, given.rounds, given.firsts)))
+        engine(given.model, given.streams, given.tokens)
         return
     limited = ["taskset", "-c", given.cores] if given.cores else []
+    options = ("--rows", str(given.streams), "--max-length", str(LENGTH))
+    command = [*limited, sys.executable, "-m", "experiments.serve_speed.serve_speed", *sys.argv[1:], "--engine"]
     seen: dict[str, dict[str, list[float]]] = {"engine": {}, "server": {}}
-    for _ in range(given.turns):
-        done = subprocess.run(
-            [*limited, sys.executable, "-m", "experiments.serve_speed.serve_speed", *sys.argv[1:], "--engine"],
-            check=True,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for name, values in (("engine", json.loads(done.stdout.splitlines()[-1])), ("server", server(given, limited))):
-            for key, more in values.items():
-                seen[name].setdefault(key, []).extend(more)
-        write(given, seen)
+    with (
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as alone,
+        serving(given.model, *options, before=limited) as (place, process),
+    ):
+        assert alone.stdin is not None and alone.stdout is not None
+        for turn in range(-1, given.turns):
+            rounds = [1000] if turn < 0 else [turn * given.rounds + n for n in range(given.rounds)]
+            asked = {"streams": given.streams, "tokens": given.tokens, "rounds": rounds}
+            asked["firsts"] = [2000 + turn * given.firsts + n for n in range(given.firsts)]
+            print(json.dumps(asked), file=alone.stdin, flush=True)
+            told = {"engine": json.loads(alone.stdout.readline())}
+            told["server"] = server(place, process.pid, asked, given.client_core)
+            if turn < 0:  # the first time of everything
+                continue
+            for name, values in told.items():
+                for key, more in values.items():
+                    seen[name].setdefault(key, []).extend(more)
+            write(given, seen)
+        alone.stdin.close()
 
 
 def write(given: argparse.Namespace, seen: dict[str, dict[str, list[float]]]) -> None:

@@ -14,6 +14,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Sequence as Several
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -22,15 +23,16 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Int, Int32, UInt8, UInt32
+from jaxtyping import Array, Bool, Float, Int, Int32, UInt8, UInt32
 
 from m1jax import parameters
 from m1jax.compiling import jit
 from m1jax.config import ModelConfig
 from m1jax.inference.capacity import Capacity
-from m1jax.inference.device import Decoded
-from m1jax.inference.rows import Prompts, Rows, advance, pack_decoded, settle, unpack_decoded
-from m1jax.inference.sampling import ALL, sample
+from m1jax.inference.device import Call, Decoded
+from m1jax.inference.guides import Guides
+from m1jax.inference.rows import Last, Prompts, Rows, advance, pack_decoded, settle, unpack_decoded
+from m1jax.inference.sampling import sample
 from m1jax.inference.scheduler import Chunk, Copy
 from m1jax.inference.sequence import Sequence
 from m1jax.inference.stopping import Stops, ended
@@ -38,8 +40,9 @@ from m1jax.model import Cache, MiniMaxM1, head
 from m1jax.sharding import ROWS, ambient_mesh, parameter_shardings
 from pallas_kernels import target_platform
 
-COPIES = 16
-"""Copies that one call carries out."""
+COPIES = (1, 16)
+"""Copies that one call carries out, as many as there are or the next number of these; nobody waits for a loop that is
+counted beforehand."""
 
 
 class ModelRunner:
@@ -66,7 +69,8 @@ class ModelRunner:
         assert capacity.parts == parts()
         self.capacity, self.records_routes, self.constrains = capacity, record_routes, constrains
         self._graph, self._mesh = graph, decoding_mesh()
-        self.vocab_size = nnx.merge(graph, params).config.vocab_size
+        self._config = nnx.merge(graph, params).config
+        self.vocab_size = self._config.vocab_size
         self.top = min(top, self.vocab_size)
         self._model: MiniMaxM1 | None = None
         self._cache: Cache | None = None
@@ -75,8 +79,9 @@ class ModelRunner:
         self._settled: list[tuple[list[int], int] | None] = [None] * len(self._packed)
         self._decode_rows = capacity.decode if capacity.parts == 1 else (len(self._packed),)
         self._at_rest = {rows: Rows.at_rest(rows, capacity) for rows in self._decode_rows}
-        words = -(-self.vocab_size // 32)
-        self._free = {rows: jnp.full((rows, words), ALL, jnp.uint32) for rows in self._decode_rows if constrains}
+        # XLA on a GPU holds who starts a loop up until it has ended.
+        self._starter = ThreadPoolExecutor(1, "decode") if capacity.ahead else None
+        self._last = Last.nothing(capacity.rows) if capacity.ahead else None
         self.load(params)
         self._compile()
 
@@ -89,7 +94,8 @@ class ModelRunner:
                 received, model = received_bytes(model, placed), placed
             self._model = model
             if self._cache is None:
-                self._cache = _empty(model.config, self.capacity, model.dtype)
+                with self._beside(model):
+                    self._cache = _empty(model.config, self.capacity, model.dtype)
         jax.block_until_ready(self._model)
         return received
 
@@ -99,10 +105,16 @@ class ModelRunner:
     def _on_mesh(self) -> contextlib.AbstractContextManager[object]:
         return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
 
+    def _beside(self, model: MiniMaxM1) -> contextlib.AbstractContextManager[object]:
+        """Where arrays are made on the device that a model lies on."""
+        if self._mesh is not None:
+            return contextlib.nullcontext()
+        return jax.default_device(next(iter(model.lm_head[...].devices())))
+
     def copy(self, copies: Several[Copy]) -> None:
-        for start in range(0, len(copies), COPIES):
-            some = copies[start : start + COPIES]
-            numbers = np.full((COPIES, 4), -1, np.int32)
+        for start in range(0, len(copies), COPIES[-1]):
+            some = copies[start : start + COPIES[-1]]
+            numbers = np.full((next(n for n in COPIES if n >= len(some)), 4), -1, np.int32)
             numbers[: len(some)] = [(c.slot_from, c.slot_to, c.page_from, c.page_to) for c in some]
             with self._on_mesh():
                 self._cache = _copy(self._cache, numbers)
@@ -121,7 +133,9 @@ class ModelRunner:
         routes = jax.device_get(routes)
         return [routes[i, : chunk.count] for i, chunk in zip(places, chunks)]
 
-    def decode(self, sequences: Several[Sequence], allowances: Several[int], patience: int) -> Decoded[np.ndarray]:
+    def decode(
+        self, sequences: Several[Sequence], allowances: Several[int], patience: int, after: Call | None = None
+    ) -> Call:
         for sequence in sequences:
             row = sequence.row
             settled = self._settled[row]
@@ -135,40 +149,32 @@ class ModelRunner:
         size = self.program_rows(len(rows))
         packed = self._at_rest[size].copy()
         packed[places] = self._packed[rows]
+        if isinstance(after, _Started):
+            Rows.of(packed).follows[places] = [after.places[sequence] for sequence in sequences]
         wants_top = any(sequence.request.top for sequence in sequences)
-        out = self._decode(packed, patience, self._allowed(sequences, places, size), wants_top)
-        if not wants_top:
-            out = out._replace(top_tokens=None, top_logp=None)
-        out = jax.tree.map(lambda x: x[places], jax.device_get(out))
-        return unpack_decoded(out.all)._replace(routes=out.routes, top_tokens=out.top_tokens, top_logp=out.top_logp)
+        if any(sequence.matcher is not None for sequence in sequences):
+            guides = Guides(sequences, places, size, self.vocab_size)
+            out: Future[Out] = Future()
+            out.set_result(self._decode_guided(packed, patience, wants_top, guides, max(allowances)))
+        else:
+            out = self._start(packed, patience, wants_top)
+        return _Started(dict(zip(sequences, places.tolist())), out, wants_top)
 
-    def _allowed(
-        self, sequences: Several[Sequence], places: Int[np.ndarray, " n"], size: int
-    ) -> UInt32[np.ndarray | jax.Array, "rows words"] | None:
-        """What each row may draw; None in an engine without constraints."""
-        if not self.constrains:
-            return None
-        constrained = [(place, s, s.matcher) for place, s in zip(places, sequences) if s.matcher is not None]
-        if not constrained:
-            return self._free[size]
-        allowed = np.full(self._free[size].shape, ALL, np.uint32)
-        for place, sequence, matcher in constrained:
-            allowed[place] = matcher.allowed(sequence.left)
-        return allowed
+    def _start(self, *work: Any) -> Future[Out]:
+        """`_decode` on its way."""
+        if self._starter is not None:
+            return self._starter.submit(self._decode, *work)
+        out: Future[Out] = Future()
+        out.set_result(self._decode(*work))
+        return out
 
-    def _decode(
-        self,
-        packed: Int32[np.ndarray, "rows width"],
-        patience: int,
-        allowed: UInt32[np.ndarray | jax.Array, "rows words"] | None,
-        wants_top: bool,
-    ) -> Out:
+    def _decode(self, packed: Int32[np.ndarray, "rows width"], patience: int, wants_top: bool) -> Out:
         with self._on_mesh():
-            self._cache, out = _decode(
+            self._cache, self._last, out = _decode(
                 self._model,
                 self._cache,
                 packed,
-                allowed,
+                self._last,
                 np.int32(patience),
                 np.bool_(wants_top),
                 self.capacity,
@@ -177,22 +183,63 @@ class ModelRunner:
             )
         return out
 
+    def _decode_guided(
+        self, packed: Int32[np.ndarray, "rows width"], patience: int, wants_top: bool, guides: Guides, steps: int
+    ) -> Out:
+        """As the decode program does, a step at a time: while the device reads a token, the host looks up what may
+        follow it."""
+        heard = None
+        weights, tree = jax.tree.flatten(self._model)  # not again for every token: it takes longer than the call
+        with self._on_mesh():
+            work = Work(packed, np.int32(patience), np.bool_(wants_top))
+            work, written = _begin(work, self._config, self.capacity.steps, self.records_routes, self.top)
+            for _ in range(steps):
+                self._cache, seen = _read(weights, tree, self._cache, work, written, self.records_routes)
+                if heard is not None:
+                    tokens = jax.device_get(heard)
+                    if not (tokens >= 0).any():
+                        break
+                    guides.show(tokens)
+                written, heard = _draw(work, written, seen, guides.allowed(), self.top)
+            return _end(written)
+
     def program_rows(self, decoding: int) -> int:
         """Rows of the program that serves so many."""
         return next(rows for rows in self._decode_rows if rows >= decoding)
 
     def idle(self, rows: int) -> None:
         """A call of the decode program of so many rows, with nothing to write."""
-        allowed = self._allowed([], np.arange(0), rows)
-        jax.device_get(self._decode(self._at_rest[rows], 1, allowed, False).all)
+        jax.device_get(self._start(self._at_rest[rows], 1, False).result().all)
 
     def _compile(self) -> None:
-        """Run every program once, with no work to do."""
-        self.copy([Copy(-1, -1)])
+        """Run every program once, with no work to do, and what makes a request's key."""
+        jax.random.key_data(jax.random.key(0))
+        for number in COPIES:
+            self.copy([Copy(-1, -1)] * number)
         for shape in self.capacity.prefill:
             self.prefill(shape, [])
         for rows in self._decode_rows:
             self.idle(rows)
+            if self.constrains:
+                nobody = Guides([], np.arange(0), rows, self.vocab_size)
+                jax.device_get(self._decode_guided(self._at_rest[rows], 1, False, nobody, 2).all)
+
+
+class _Started(NamedTuple):
+    """A decode call of a `ModelRunner`."""
+
+    places: dict[Sequence, int]
+    """rows of its program"""
+    out: Future[Out]
+    wants_top: bool
+
+    def result(self) -> Decoded[np.ndarray]:
+        out = self.out.result()
+        if not self.wants_top:
+            out = out._replace(top_tokens=None, top_logp=None)
+        places = list(self.places.values())
+        out = jax.tree.map(lambda x: x[places], jax.device_get(out))
+        return unpack_decoded(out.all)._replace(routes=out.routes, top_tokens=out.top_tokens, top_logp=out.top_logp)
 
 
 def parts() -> int:
@@ -275,14 +322,14 @@ def _everywhere(out: T) -> T:
 
 
 @functools.partial(jax.jit, donate_argnames="cache")
-def _copy(cache: Cache, copies: Int[Array, "COPIES 4"]) -> Cache:
+def _copy(cache: Cache, copies: Int[Array, "copies 4"]) -> Cache:
     def one(i: jax.Array, cache: Cache) -> Cache:
         slot_from, slot_to, page_from, page_to = copies[i][:, None]
         cache = cache.copy_state(slot_from, jnp.where(slot_from < 0, -1, slot_to))
         cache = cache.clear_state(jnp.where(slot_from < 0, slot_to, -1))
         return _pool(cache.copy_pages(page_from, page_to))
 
-    return jax.lax.fori_loop(0, jnp.sum(jnp.any(copies >= 0, axis=1)), one, cache)
+    return jax.lax.fori_loop(0, len(copies), one, cache)
 
 
 @functools.partial(jit, static_argnames=("time", "record_routes"), donate_argnames="cache")
@@ -301,7 +348,7 @@ def _prefill(
 
 
 class Out(NamedTuple):
-    """What `_decode` wrote."""
+    """What decode steps wrote."""
 
     all: Any
     """see `pack_decoded`"""
@@ -310,80 +357,169 @@ class Out(NamedTuple):
     top_logp: Any
 
 
+class Work(NamedTuple):
+    """What stays as it is while a call decodes: the rows, packed, and the last two arguments of a call."""
+
+    packed: Any
+    patience: Any
+    wants_top: Any
+
+
+class Written(NamedTuple):
+    """Where decode steps are."""
+
+    step: Int[Array, ""]
+    tokens: Int[Array, " rows"]
+    """to be read next"""
+    going: Bool[Array, " rows"]
+    """who writes another"""
+    out: Decoded[jax.Array]
+
+    @classmethod
+    def nothing(cls, rows: Rows[jax.Array], config: ModelConfig, steps: int, record_routes: bool, top: int) -> Written:
+        shape = (len(rows.tokens), steps)
+        routes = (*shape, config.num_layers, config.experts_per_token)
+        out = Decoded(
+            counts=jnp.zeros_like(rows.run),
+            tokens=jnp.zeros(shape, jnp.int32),
+            logp=jnp.zeros(shape, jnp.float32),
+            nucleus_logp=jnp.zeros(shape, jnp.float32),
+            reasons=jnp.zeros_like(rows.run),
+            certain=rows.run,
+            routes=jnp.zeros(routes, jnp.uint8) if record_routes else None,
+            top_tokens=jnp.zeros((*shape, top), jnp.int32) if top else None,
+            top_logp=jnp.zeros((*shape, top), jnp.float32) if top else None,
+        )
+        return cls(jnp.int32(0), rows.tokens, rows.allowances > 0, out)
+
+    @property
+    def told(self) -> Out:
+        out = self.out
+        return _everywhere(Out(pack_decoded(out), out.routes, out.top_tokens, out.top_logp))
+
+
+class Read(NamedTuple):
+    """What the model said to the rows' last tokens."""
+
+    logits: Float[Array, "rows vocab"]
+    routes: UInt8[Array, "rows layers k"] | None
+
+
+def read(
+    model: MiniMaxM1, cache: Cache, rows: Rows[jax.Array], written: Written, record_routes: bool
+) -> tuple[Cache, Read]:
+    """One half of a decode step: the model reads the rows' last tokens."""
+    slots = jnp.where(written.going, rows.slots, -1)
+    view = cache.with_rows(rows.lengths + written.out.counts, slots, rows.pages)
+    seen = model.forward(written.tokens[:, None], view, record_routes=record_routes)
+    assert seen.cache is not None
+    logits = head.logits(seen.hidden[:, 0], model.lm_head[...])
+    return _pool(seen.cache), Read(logits, None if seen.routes is None else seen.routes[:, 0])
+
+
+def draw(
+    rows: Rows[jax.Array],
+    written: Written,
+    read: Read,
+    allowed: UInt32[Array, "rows words"] | None,
+    patience: Int[Array, ""],
+    wants_top: Bool[Array, ""],
+    top: int,
+) -> Written:
+    """The other half: the next tokens, and who goes on."""
+    fold_in = jax.vmap(jax.random.fold_in)
+    keys = fold_in(jax.random.wrap_key_data(rows.keys), rows.samples)
+    stops = Stops(rows.end_ids, rows.certain, rows.patience, rows.run)
+    step, out, going = written.step, written.out, written.going
+    drawn = sample(
+        read.logits,
+        fold_in(keys, rows.numbers + out.counts),
+        temperature=rows.temperature,
+        top_p=rows.top_p,
+        allowed=allowed,
+        top=top,
+        wants_top=wants_top,
+    )
+
+    def put(all: jax.Array | None, new: jax.Array | None) -> jax.Array | None:
+        return None if all is None or new is None else all.at[:, step].set(new)
+
+    after, reasons = ended(stops._replace(run=out.certain), drawn.tokens, drawn.logp, going)
+    out = Decoded(
+        counts=out.counts + going,
+        tokens=out.tokens.at[:, step].set(drawn.tokens),
+        logp=out.logp.at[:, step].set(drawn.logp),
+        nucleus_logp=out.nucleus_logp.at[:, step].set(drawn.nucleus_logp),
+        reasons=jnp.where(going, reasons, out.reasons),
+        certain=after.run,
+        routes=put(out.routes, read.routes),
+        top_tokens=put(out.top_tokens, drawn.top_tokens),
+        top_logp=put(out.top_logp, drawn.top_logp),
+    )
+    alive = (out.counts < rows.allowances) & (out.reasons == 0)
+    enough = jnp.sum(~alive & (rows.allowances > 0)) >= patience
+    return Written(step + 1, drawn.tokens, alive & ~enough, out)
+
+
 @functools.partial(jit, static_argnames=("capacity", "record_routes", "top"), donate_argnames="cache")
 def _decode(
     model: MiniMaxM1,
     cache: Cache,
     packed: Int[Array, "rows width"],
-    allowed: UInt32[Array, "rows words"] | None,
+    last: Last[jax.Array] | None,
     patience: Int[Array, ""],
     wants_top: Bool[Array, ""],
     capacity: Capacity,
     record_routes: bool,
     top: int,
-) -> tuple[Cache, Out]:
-    """Up to `steps` tokens for each row, until nobody may write any more, or `patience` rows may not."""
+) -> tuple[Cache, Last[jax.Array] | None, Out]:
+    """Up to `steps` tokens for each row, until nobody may write any more, or `patience` rows may not. `last`: what the
+    call before left for rows that go on from there."""
     rows = Rows.of(packed)
-    fold_in = jax.vmap(jax.random.fold_in)
-    keys = fold_in(jax.random.wrap_key_data(rows.keys), rows.samples)
-    stops = Stops(rows.end_ids, rows.certain, rows.patience, rows.run)
-    steps = capacity.steps
-    shape = (len(packed), steps)
-    routes = (*shape, model.config.num_layers, model.config.experts_per_token)
-    out = Decoded(
-        counts=jnp.zeros_like(rows.run),
-        tokens=jnp.zeros(shape, jnp.int32),
-        logp=jnp.zeros(shape, jnp.float32),
-        nucleus_logp=jnp.zeros(shape, jnp.float32),
-        reasons=jnp.zeros_like(rows.run),
-        certain=rows.run,
-        routes=jnp.zeros(routes, jnp.uint8) if record_routes else None,
-        top_tokens=jnp.zeros((*shape, top), jnp.int32) if top else None,
-        top_logp=jnp.zeros((*shape, top), jnp.float32) if top else None,
-    )
+    if last is not None:
+        rows = rows.going_on(last, capacity.steps)
 
-    def put(all: jax.Array | None, step: jax.Array, new: jax.Array | None) -> jax.Array | None:
-        return None if all is None or new is None else all.at[:, step].set(new)
+    def advance(carry: tuple[Cache, Written]) -> tuple[Cache, Written]:
+        cache, written = carry
+        cache, seen = read(model, cache, rows, written, record_routes)
+        return cache, draw(rows, written, seen, None, patience, wants_top, top)
 
-    def alive(out: Decoded[jax.Array]) -> Bool[Array, " rows"]:
-        return (out.counts < rows.allowances) & (out.reasons == 0)
+    def unfinished(carry: tuple[Cache, Written]) -> jax.Array:
+        _, written = carry
+        return (written.step < capacity.steps) & jnp.any(written.going)
 
-    def advance(
-        carry: tuple[jax.Array, Cache, jax.Array, Decoded[jax.Array]],
-    ) -> tuple[jax.Array, Cache, jax.Array, Decoded[jax.Array]]:
-        step, cache, tokens, out = carry
-        writing = alive(out)
-        view = cache.with_rows(rows.lengths + out.counts, jnp.where(writing, rows.slots, -1), rows.pages)
-        seen = model.forward(tokens[:, None], view, record_routes=record_routes)
-        assert seen.cache is not None
-        drawn = sample(
-            head.logits(seen.hidden[:, 0], model.lm_head[...]),
-            fold_in(keys, rows.numbers + out.counts),
-            temperature=rows.temperature,
-            top_p=rows.top_p,
-            allowed=allowed,
-            top=top,
-            wants_top=wants_top,
-        )
-        after, reasons = ended(stops._replace(run=out.certain), drawn.tokens, drawn.logp, writing)
-        out = Decoded(
-            counts=out.counts + writing,
-            tokens=out.tokens.at[:, step].set(drawn.tokens),
-            logp=out.logp.at[:, step].set(drawn.logp),
-            nucleus_logp=out.nucleus_logp.at[:, step].set(drawn.nucleus_logp),
-            reasons=jnp.where(writing, reasons, out.reasons),
-            certain=after.run,
-            routes=put(out.routes, step, None if seen.routes is None else seen.routes[:, 0]),
-            top_tokens=put(out.top_tokens, step, drawn.top_tokens),
-            top_logp=put(out.top_logp, step, drawn.top_logp),
-        )
-        return step + 1, _pool(seen.cache), drawn.tokens, out
+    nothing = Written.nothing(rows, model.config, capacity.steps, record_routes, top)
+    cache, written = jax.lax.while_loop(unfinished, advance, (cache, nothing))
+    return cache, None if last is None else Last.of(written.out, len(last.tokens)), written.told
 
-    def unfinished(carry: tuple[jax.Array, Cache, jax.Array, Decoded[jax.Array]]) -> jax.Array:
-        step, _, _, out = carry
-        writing = alive(out)
-        ended = jnp.sum(~writing & (rows.allowances > 0))
-        return (step < steps) & jnp.any(writing) & (ended < patience)
 
-    _, cache, _, out = jax.lax.while_loop(unfinished, advance, (jnp.int32(0), cache, rows.tokens, out))
-    return cache, _everywhere(Out(pack_decoded(out), out.routes, out.top_tokens, out.top_logp))
+@functools.partial(jax.jit, static_argnames=("config", "steps", "record_routes", "top"))
+def _begin(work: Work, config: ModelConfig, steps: int, record_routes: bool, top: int) -> tuple[Work, Written]:
+    """What the halves of guided steps begin with."""
+    return work, Written.nothing(Rows.of(work.packed), config, steps, record_routes, top)
+
+
+@functools.partial(jit, static_argnames=("tree", "record_routes"), donate_argnames="cache")
+def _read(
+    weights: list[jax.Array],
+    tree: Any,
+    cache: Cache,
+    work: Work,
+    written: Written,
+    record_routes: bool,
+) -> tuple[Cache, Read]:
+    return read(jax.tree.unflatten(tree, weights), cache, Rows.of(work.packed), written, record_routes)
+
+
+@functools.partial(jit, static_argnames="top", donate_argnames="written")
+def _draw(
+    work: Work, written: Written, seen: Read, allowed: UInt32[Array, "rows words"], top: int
+) -> tuple[Written, Int[Array, " rows"]]:
+    """Also what the host hears of it: the tokens of the rows that go on, else -1."""
+    written = draw(Rows.of(work.packed), written, seen, allowed, work.patience, work.wants_top, top)
+    return written, _everywhere(jnp.where(written.going, written.tokens, -1))
+
+
+@jax.jit
+def _end(written: Written) -> Out:
+    return written.told

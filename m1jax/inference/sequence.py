@@ -37,7 +37,7 @@ class Sequence:
         self.order, self.ticket, self.sample, self.request = order, ticket, sample, request
         self.key, self.further = key, further
         self.prompt = len(request.tokens)
-        self.tokens: list[int] = [int(token) for token in request.tokens]
+        self.tokens: list[int] = np.asarray(request.tokens).tolist()
         self.logp: list[float] = []
         self.nucleus_logp: list[float] = []
         self.written: list[bool] = []
@@ -49,6 +49,8 @@ class Sequence:
         budget = request.sampling.thinking_budget
         self.thought = None if budget is None else Thought(budget, self.tokens)
         self.matcher = None if request.constraint is None else request.constraint.begin()
+        self.ahead = 0
+        """tokens that the matcher knows already while they are still being written"""
 
         self.computed = 0
         """tokens that states and keys have seen"""
@@ -101,7 +103,14 @@ class Sequence:
         if self.thought is not None:
             self.thought.feed(tokens)
         if self.matcher is not None:
-            self.matcher.take(tokens)
+            self.matcher.take(tokens[self.ahead :])
+            self.ahead = 0
+
+    def show(self, token: int) -> None:
+        """Let the matcher see a token that is still being written."""
+        assert self.matcher is not None
+        self.matcher.take([token])
+        self.ahead += 1
 
     def forced(self) -> list[int]:
         """What must be written now in the model's place: the end of a thought that has taken all it may."""

@@ -14,6 +14,7 @@ from flax import nnx
 
 from m1jax import MiniMaxM1, ModelConfig
 from m1jax.collectives import collectives
+from m1jax.errors import UserError
 from m1jax.inference import Engine, Finished, Request, Sampling
 from m1jax.inference import runner as runner_module
 from m1jax.inference.capacity import Capacity
@@ -59,9 +60,9 @@ def alone():
     return serve
 
 
-@pytest.fixture(scope="module")
-def scarce():
-    return ModelRunner(*nnx.split(model()), SCARCE)
+@pytest.fixture(scope="module", params=[False, True], ids=["", "ahead"])
+def scarce(request):
+    return ModelRunner(*nnx.split(model()), dataclasses.replace(SCARCE, ahead=request.param))
 
 
 def asked(tokens, seed=0, samples=1, new=12, junctions=(), keep=True):
@@ -112,8 +113,9 @@ def test_random_schedules(alone, scarce, actions):
                 engine.cancel(ticket)
             else:
                 begun = engine._live[ticket][sample].new
-                (fork,) = engine.fork(ticket, 1, sample)
-                wanted[fork], forked[fork] = wanted[ticket], (ticket, sample, begun)
+                with contextlib.suppress(UserError):  # what was on its way has ended it
+                    (fork,) = engine.fork(ticket, 1, sample)
+                    wanted[fork], forked[fork] = wanted[ticket], (ticket, sample, begun)
     while engine.busy:
         events += engine.step()
     done = {(e.ticket, e.sample): e.completion for e in events if isinstance(e, Finished)}
@@ -179,6 +181,59 @@ def test_few_rows_run_in_a_small_program_wherever_they_are(alone, monkeypatch):
     assert sizes[-1] == 1
     moved = [c for c in copied if c.slot_from >= 0 and max(c.slot_from, c.slot_to) < SCARCE.rows]
     assert moved == []
+
+
+def test_the_pool_lies_beside_the_weights_again_after_a_rest():
+    device = jax.devices()[1]
+    graph, params = nnx.split(model())
+    params = jax.device_put(params, device)
+    engine = Engine(ModelRunner(graph, params, ROOMY))
+    for _ in range(2):
+        list(engine.run([asked([1, 2, 3])]))
+        assert {d for leaf in jax.tree.leaves(engine._runner._cache) for d in leaf.devices()} == {device}
+        engine.rest()
+        engine.load(params, version=1)
+        assert {d for leaf in jax.tree.leaves(engine._runner._cache) for d in leaf.devices()} == {device}
+
+
+class Alternating:
+    """Allows one id, and then all; every token it must be shown before it says what may follow."""
+
+    def __init__(self, odd):
+        self.odd, self.seen = odd, []
+
+    def begin(self):
+        return self
+
+    def allowed(self, left):
+        assert left == 12 - len(self.seen)
+        only = np.array([1 << self.odd, 0], np.uint32)
+        return only if len(self.seen) % 2 else np.full(2, 0xFFFFFFFF, np.uint32)
+
+    def take(self, tokens):
+        self.seen += tokens
+
+
+def test_constrained_rows_are_shown_each_token_and_free_ones_write_as_ever(alone):
+    """More requests than rows, so that some begin while others are in the middle of theirs."""
+    runner = ModelRunner(
+        *nnx.split(model()), dataclasses.replace(SCARCE, pages=40, decode=(1, 3)), constrains=True, record_routes=True
+    )
+    guides = [Alternating(7), None, Alternating(9), None, None, Alternating(11)]
+    prompts = [(1, 2, 3), (4, 5), (6,), (7, 8), (9, 1), (2, 2)]
+    wanted = [
+        dataclasses.replace(asked(prompt, n), constraint=guide, record_routes=True)
+        for n, (prompt, guide) in enumerate(zip(prompts, guides))
+    ]
+    for number, completion in Engine(runner).run(wanted):
+        guide = guides[number]
+        teacher_forced(prompts[number], completion)
+        assert len(completion.routes) == len(prompts[number]) + 11
+        if guide is None:
+            same(completion, alone(prompts[number], number, 1, 12, (), True)[0])
+        else:
+            assert guide.seen == completion.tokens.tolist()
+            assert set(guide.seen[1::2]) == {guide.odd}
 
 
 def on(spec):

@@ -1,0 +1,39 @@
+"""What constrained rows may draw, token by token, while a batch is being decoded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Several
+
+import numpy as np
+from jaxtyping import Int, UInt32
+
+from m1jax.inference.sampling import ALL
+from m1jax.inference.sequence import Sequence
+
+
+class Guides:
+    """The matchers of a batch.
+
+    Args:
+        sequences: of the batch; those without a matcher may draw everything.
+        places: their rows in the decode program.
+        rows: of that program.
+    """
+
+    def __init__(self, sequences: Several[Sequence], places: Int[np.ndarray, " n"], rows: int, vocab_size: int) -> None:
+        self._shape = (rows, -(-vocab_size // 32))
+        self._rows = [(place, s) for place, s in zip(places.tolist(), sequences) if s.matcher is not None]
+
+    def allowed(self) -> UInt32[np.ndarray, "rows words"]:
+        """What each row may draw next (`sampling.unpacked`)."""
+        allowed = np.full(self._shape, ALL, np.uint32)
+        for place, sequence in self._rows:
+            assert sequence.matcher is not None
+            allowed[place] = sequence.matcher.allowed(sequence.left - sequence.ahead)
+        return allowed
+
+    def show(self, tokens: Int[np.ndarray, " rows"]) -> None:
+        """Tell the matchers what their rows have drawn; -1: the row does not go on."""
+        self._rows = [(place, sequence) for place, sequence in self._rows if tokens[place] >= 0]
+        for place, sequence in self._rows:
+            sequence.show(int(tokens[place]))
