@@ -12,9 +12,6 @@ before a dot. Where most experts have a few rows, one batched product reads all 
 too. Where an expert has a single row, the product is written as a chain of multiply-adds over vectors, with which the
 slice is fused.
 
-Where a token takes at least half of all experts, a few tokens go through all of them: that is at most twice the
-operations, but in three large products, without sorting and without a loop.
-
 Everything is float32 inside, whatever the arguments are: XLA:CPU multiplies bfloat16 some thirty times slower.
 """
 
@@ -32,7 +29,6 @@ unsupported = ladder.always
 
 BLOCKS = (8, 16, 32, 64, 128)  # rows of a product; larger or finer ones bring nothing, and each has to be compiled
 TOGETHER = (4, 8)  # rows of every expert in one batched product, where most experts have some
-DENSE = 64  # tokens that go through all experts, where they take at least half of them
 LANES = 16  # floats that the chain keeps side by side
 LINKS = 64  # at most so many links in the chain: every one is an instruction that XLA has to compile
 
@@ -75,8 +71,6 @@ def forward(
 ) -> jax.Array:
     """Shapes as in `api.expert_mlp`; y [N, D] in x's dtype."""
     num_experts, assignments = w1.shape[0], routes.size
-    if num_experts <= min(2 * routes.shape[1], assignments) and len(routes) <= DENSE:
-        return _through_all(x, w1, w3, w2, routes, weights)
     plan = _plan(routes, num_experts)
     chain = _chain_fits(assignments, w1, w2)
     blocks = _blocks(assignments)
@@ -209,17 +203,6 @@ def _backward(saved, dy):
 
 
 forward.defvjp(_forward, _backward)
-
-
-def _through_all(x, w1, w3, w2, routes, weights):
-    """Every token through every expert; what experts say that it does not go to is left out, whatever it is."""
-    a, b, c, rows = (z.astype(jnp.float32) for z in (w1, w3, w2, x))
-    mine = routes == jnp.arange(len(a))[:, None, None]  # [E, N, k]
-    share = jnp.sum(jnp.where(mine, weights.astype(jnp.float32), 0.0), axis=-1)
-    up, gate = (jnp.einsum("efd,nd->efn", w, rows) for w in (a, b))
-    out = jnp.einsum("edf,efn->edn", c, jax.nn.silu(up) * gate)
-    out = jnp.sum(jnp.where(jnp.any(mine, axis=-1)[:, None], out * share[:, None], 0.0), axis=0)
-    return _transposed(out).astype(x.dtype)
 
 
 def _sorted_rows(x: jax.Array, plan: _Plan, spare: int) -> jax.Array:
