@@ -110,10 +110,13 @@ def main(config: Config) -> None:
         task = _problems(files, tokenizer, recipe) if files else get_task(config.task or "")
         judge = None if config.reward is None else get_judge(config.reward, task, recipe.reward.format_reward)
         curriculum.follow(task, recipe.curriculum)
+        shapes = [(recipe.update.rows, recipe.update.row_length)]
         if config.dry_run:
-            print("\n".join(described(read_config(config.model), recipe)))
+            model_config = read_config(config.model)
+            placement.check_rows(model_config, shapes)
+            print("\n".join(described(model_config, recipe)))
             return
-        model = placement.load_model(config.model, [(recipe.update.rows, recipe.update.row_length)])
+        model = placement.load_model(config.model, shapes)
         asked = recipe.generation
         tokens = asked.prompts * asked.samples * asked.longest // recipe.update.updates  # at most; generation apart
         warn_if_slow(model.config, tokens, asked.longest, recipe.planned_updates, f"prompts {asked.prompts}")
