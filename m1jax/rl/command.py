@@ -154,7 +154,12 @@ def main(config: Config) -> None:
             environment=environment,
             profile=config.profile,
         )
-        finish(run, trainer.train(), tokenizer)
+        try:
+            trained = trainer.train()
+        except SystemExit:  # asked to stop, or nothing learnt: how far it came, and why, is to be seen all the same
+            report(run)
+            raise
+        finish(run, trained, tokenizer)
 
 
 def _problems(files: list[tuple[str, float]], tokenizer: Tokenizer, recipe: RLRecipe) -> Task:
@@ -171,5 +176,11 @@ def finish(run: Run, model: MiniMaxM1, tokenizer: Tokenizer) -> None:
     """Draws the curves, writes the report and exports the model."""
     if processes.writes():
         draw_curves(run.log.records, CURVES, run.directory / "curves.png")
-        write_report(run.directory, run.log.of(PHASE))
+    report(run)
     export(run, model, tokenizer)
+
+
+def report(run: Run) -> None:
+    """Writes the run's report.html."""
+    if processes.writes():
+        write_report(run.directory, run.log.of(PHASE))

@@ -109,6 +109,11 @@ def test_nothing_learnt_has_a_status_of_its_own(files, tmp_path, capsys):
     assert leaving.value.code == UNTRAINED
     assert "not one update was made" in capsys.readouterr().out
     assert not (tmp_path / "rl/export").exists()
+    report = (tmp_path / "rl/report.html").read_text()  # why that is so
+    assert "groups of equal rewards" in report
+    with pytest.raises(SystemExit):
+        cli.main(["eval", f"{tmp_path}/rl", "--task", "sums"])
+    assert "rl is a run that has not exported its model yet" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
