@@ -203,12 +203,12 @@ def dealt(useful: Bool[Array, " groups"], updates: Int[Array, ""]) -> Int[Array,
 def advantages(
     rewards: Float[Array, "groups samples"], useful: Bool[Array, " groups"], *, over_batch: bool = False
 ) -> Float[Array, "groups samples"]:
-    """(R - the group's mean) / standard deviation, over the group or over all useful groups; zero for the others."""
+    """(R - the group's mean) / standard deviation of that, over the group or over all useful groups; zero for the
+    others."""
     centred = rewards - jnp.mean(rewards, axis=1, keepdims=True)
     if over_batch:
         count = jnp.maximum(jnp.sum(useful) * rewards.shape[1], 1)
-        mean = jnp.sum(jnp.where(useful[:, None], rewards, 0.0)) / count
-        std = jnp.sqrt(jnp.sum(jnp.where(useful[:, None], (rewards - mean) ** 2, 0.0)) / count)
+        std = jnp.sqrt(jnp.sum(jnp.where(useful[:, None], centred**2, 0.0)) / count)
     else:
         std = jnp.std(rewards, axis=1, keepdims=True)
     return jnp.where(useful[:, None], centred / jnp.where(std == 0, 1.0, std), 0.0)

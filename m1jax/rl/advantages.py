@@ -17,7 +17,7 @@ class Advantages:
     baseline: Literal["group", "batch"] = "group"
     """what the mean is taken over: the responses to one prompt, or all of the generation batch"""
     scale: Literal["group", "batch"] | None = "group"
-    """what the standard deviation is taken over; None: no division"""
+    """what the standard deviation of the advantages is taken over; None: no division"""
     ddof: int = 0
     """the divisor of the variance is the number of rewards minus this"""
     epsilon: float = 0.0
@@ -39,7 +39,7 @@ class Advantages:
         mean, spread, _ = _moments(rewards, group if self.baseline == "group" else everything)
         advantages = np.where(spread, rewards - mean, 0.0)
         if self.scale is not None:
-            _, spread, (total, count) = _moments(rewards, group if self.scale == "group" else everything)
+            _, spread, (total, count) = _moments(advantages, group if self.scale == "group" else everything)
             std = np.sqrt(total / np.maximum(count - self.ddof, 1)) + self.epsilon
             advantages = np.where(spread, advantages / np.where(spread, std, 1.0), 0.0)
         return advantages.astype(np.float32)

@@ -110,10 +110,13 @@ def main(config: Config) -> None:
         task = _problems(files, tokenizer, recipe) if files else get_task(config.task or "")
         judge = None if config.reward is None else get_judge(config.reward, task, recipe.reward.format_reward)
         curriculum.follow(task, recipe.curriculum)
+        shapes = [(recipe.update.rows, recipe.update.row_length)]
         if config.dry_run:
-            print("\n".join(described(read_config(config.model), recipe)))
+            model_config = read_config(config.model)
+            placement.check_rows(model_config, shapes)
+            print("\n".join(described(model_config, recipe)))
             return
-        model = placement.load_model(config.model, [(recipe.update.rows, recipe.update.row_length)])
+        model = placement.load_model(config.model, shapes)
         asked = recipe.generation
         tokens = asked.prompts * asked.samples * asked.longest // recipe.update.updates  # at most; generation apart
         warn_if_slow(model.config, tokens, asked.longest, recipe.planned_updates, f"prompts {asked.prompts}")
@@ -151,7 +154,12 @@ def main(config: Config) -> None:
             environment=environment,
             profile=config.profile,
         )
-        finish(run, trainer.train(), tokenizer)
+        try:
+            trained = trainer.train()
+        except SystemExit:  # asked to stop, or nothing learnt: how far it came, and why, is to be seen all the same
+            report(run)
+            raise
+        finish(run, trained, tokenizer)
 
 
 def _problems(files: list[tuple[str, float]], tokenizer: Tokenizer, recipe: RLRecipe) -> Task:
@@ -168,5 +176,11 @@ def finish(run: Run, model: MiniMaxM1, tokenizer: Tokenizer) -> None:
     """Draws the curves, writes the report and exports the model."""
     if processes.writes():
         draw_curves(run.log.records, CURVES, run.directory / "curves.png")
-        write_report(run.directory, run.log.of(PHASE))
+    report(run)
     export(run, model, tokenizer)
+
+
+def report(run: Run) -> None:
+    """Writes the run's report.html."""
+    if processes.writes():
+        write_report(run.directory, run.log.of(PHASE))

@@ -73,7 +73,7 @@ CONVENTIONS: dict[str, Convention] = {
     "trl": Convention(objective=cispo(), aggregation=aggregation.batch_token_mean, advantages=_TRL),
     # verl, loss_mode="cispo" with clip_ratio_low = 0.2, clip_ratio_high = 0.28: a band about 1.
     "verl": Convention(objective=cispo(1.28, 0.8), aggregation=aggregation.token_mean, advantages=_VERL),
-    # arXiv 2510.13786: prompt mean; advantages about the group's mean, scaled by the batch's spread.
+    # arXiv 2510.13786: prompt mean; advantages about the group's mean, over the deviation of all in the batch.
     "scalerl": Convention(objective=cispo(), aggregation=aggregation.prompt_mean, advantages=Advantages(scale="batch")),
     # arXiv 1707.06347 with the dual clip of arXiv 1912.09729 and the baseline of a batch, as in verl.
     "ppo": Convention(

@@ -22,6 +22,7 @@ from m1jax.rl.rollout import Draw, GenerationRecipe, Prompts, Rollout
 from m1jax.rl.tasks import Problem, ProblemFile, Split, Task, UserProblems, get_task, read_problems
 from m1jax.rl.types import Scored
 from m1jax.train.data import load_tokenizer
+from m1jax.weights.directory import locate
 from m1jax.weights.pretrained import from_pretrained
 
 AT_ONCE = 64
@@ -89,7 +90,7 @@ def main(config: Config) -> None:
     if bool(config.data) == (config.task is not None):
         raise UserError("eval: give either --data FILE.jsonl or --task NAME")
     require_seed(config.seed)
-    directory = config.model / "export" if (config.model / "export").is_dir() else config.model
+    directory = locate(config.model)
     tokenizer = load_tokenizer(directory)
     task, problems = _problems(config, tokenizer)
     scored = evaluate(from_pretrained(directory), tokenizer, task, problems, config)

@@ -17,6 +17,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from m1jax.config import ModelConfig
 from m1jax.errors import UserError
 from m1jax.model import MiniMaxM1
 from m1jax.sharding import AXES, ROWS, check_shardable, make_mesh, parameter_shardings, process_rows, rows_of_batch
@@ -59,7 +60,18 @@ def load_model(directory: str | os.PathLike[str], shapes: Iterable[tuple[int, in
         UserError: before any weight is read, if rows are longer than the model's positions, or the mesh cannot shard
             the model or these batches; or what `from_pretrained` raises.
     """
-    mesh, config, shapes = current_mesh(), read_config(Path(directory)), list(shapes)
+    config = read_config(Path(directory))
+    check_rows(config, shapes)
+    return from_pretrained(directory, param_dtype=jnp.float32, mesh=current_mesh())
+
+
+def check_rows(config: ModelConfig, shapes: Iterable[tuple[int, int]]) -> None:
+    """Whether a model and the mesh take micro-batches of so many (rows, time).
+
+    Raises:
+        UserError: rows are longer than the model's positions, or the mesh cannot shard the model or these batches.
+    """
+    mesh, shapes = current_mesh(), list(shapes)
     longest = max(time for _, time in shapes)
     if longest > config.max_position_embeddings:
         raise UserError(
@@ -69,7 +81,6 @@ def load_model(directory: str | os.PathLike[str], shapes: Iterable[tuple[int, in
     if mesh is not None:
         for rows, time in shapes:
             check_shardable(config, mesh, batch=rows, time=time)
-    return from_pretrained(directory, param_dtype=jnp.float32, mesh=mesh)
 
 
 def place_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:

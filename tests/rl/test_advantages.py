@@ -5,6 +5,7 @@ from m1jax.rl.advantages import Advantages, informative
 
 REWARDS = np.array([1, 0, 0, 0, 0.5, 0.1, 0.1, 0.1, 1, 1], np.float32)
 PROMPTS = np.array([3, 3, 3, 3, 1, 1, 1, 1, 2, 2])
+MEANS = np.array([0.25] * 4 + [0.2] * 4 + [1] * 2)
 
 
 def test_of_the_report():
@@ -28,7 +29,8 @@ def test_equal_rewards_get_exactly_zero():
     ("kind", "want"),
     [
         (Advantages(scale=None), lambda g, everything: g - g.mean()),
-        (Advantages(scale="batch"), lambda g, everything: (g - g.mean()) / everything.std()),
+        # ScaleRL: by the deviation of all advantages, not of all rewards, whose groups' means differ.
+        (Advantages(scale="batch"), lambda g, everything: (g - g.mean()) / (everything - MEANS).std()),
         (Advantages(ddof=1, epsilon=1e-4), lambda g, everything: (g - g.mean()) / (g.std(ddof=1) + 1e-4)),
         (
             Advantages(baseline="batch", scale="batch", ddof=1),

@@ -1,10 +1,12 @@
 """`m1jax train rl` from the command line: one's own problems in several files, one's own reward, chat format."""
 
+import dataclasses
 import json
 
 import pytest
 
 from m1jax import cli
+from m1jax.chat import Tokenizer
 from m1jax.errors import UNTRAINED
 from tests import tiny
 
@@ -107,6 +109,11 @@ def test_nothing_learnt_has_a_status_of_its_own(files, tmp_path, capsys):
     assert leaving.value.code == UNTRAINED
     assert "not one update was made" in capsys.readouterr().out
     assert not (tmp_path / "rl/export").exists()
+    report = (tmp_path / "rl/report.html").read_text()  # why that is so
+    assert "groups of equal rewards" in report
+    with pytest.raises(SystemExit):
+        cli.main(["eval", f"{tmp_path}/rl", "--task", "sums"])
+    assert "rl is a run that has not exported its model yet" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -135,6 +142,17 @@ def test_a_dry_run_makes_nothing(files, tmp_path, capsys):
     for what in ("loss: objective cispo", "memory of all devices together", "time: at most"):
         assert what in said
     assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_refuses_what_the_run_would(tmp_path, capsys):
+    """m1-report's rows are for models of 80K tokens."""
+    config = dataclasses.replace(tiny.CONFIG, max_position_embeddings=4096)
+    (tmp_path / "config.json").write_text(json.dumps(config.to_hf("official")))
+    Tokenizer.tiny().save(tmp_path)
+    with pytest.raises(SystemExit) as ending:
+        cli.main(["train", "rl", str(tmp_path), "--task", "sums", "--recipe", "m1-report", "--dry-run"])
+    assert ending.value.code == 2
+    assert "rows of 83968 tokens are longer than the model's max_position_embeddings = 4096" in capsys.readouterr().err
 
 
 def test_eval(files, tmp_path, capsys):

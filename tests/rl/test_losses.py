@@ -172,6 +172,25 @@ def test_advantages_as_verl_and_trl_have_them():
     np.testing.assert_allclose(CONVENTIONS["trl"].advantages(rewards, prompts), trl.ravel(), rtol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["paper", "scalerl"])
+def test_as_the_papers_have_it(name):
+    """Those who publish no code: from rewards to the gradient, by their equations in float64, on the same arrays."""
+    golden = np.load(GOLDEN)
+    prompts, mask = golden["prompts"], golden["mask"]
+    rewards, logp, old_logp = (golden[n].astype(np.float64) for n in ("rewards", "logp", "old_logp"))
+    rewards[:3] += 1  # so that means differ between groups
+    groups = [prompts == group for group in np.unique(prompts)]
+    centred = rewards - sum(mine * rewards[mine].mean() for mine in groups)
+    advantage = centred / (sum(mine * rewards[mine].std() for mine in groups) if name == "paper" else centred.std())
+    want, want_grad = oracle(logp, old_logp, advantage, mask, prompts, 5.0)
+    convention = CONVENTIONS[name]
+    found = convention.advantages(rewards.astype(np.float32), prompts)
+    taken = arrays([golden["logp"], golden["old_logp"], found, mask], prompts, name)
+    loss, grad = jax.value_and_grad(lambda x: policy_loss(convention.objective, x, *taken[1:])[0])(taken[0])
+    np.testing.assert_allclose(loss, want, rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(grad, want_grad, rtol=1e-6, atol=1e-7)
+
+
 # One token each: ratio, advantage -> what the objective's gradient in log pi is; old probability 1/4 throughout.
 BY_HAND = {
     "cispo up": (partial(losses.cispo, max_weight=2.0), 3.0, 1.5, 2.0 * 1.5),

@@ -17,6 +17,17 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 
 
+OF_UPDATES = (
+    *("log_ratio_p01", "log_ratio_p50", "log_ratio_p99", "effective", "entropy", "kl_k3", "grad_norm"),
+    *("clipped_up", "clipped_down", "clipped_mass_up", "clipped_mass_down"),
+)
+OF_BATCHES = (
+    *("reward", "reward_std", "reward_of_sums", "reward_of_board", "reward_std_of_sums", "reward_std_of_board"),
+    *("format", "length", "length_p99", "finish_stop", "finish_length", "finish_repetition", "zero_variance"),
+    *("asked", "kept", "staleness", "learning_rate", "pearson", "sampler_gap"),
+)
+
+
 @pytest.fixture(scope="module")
 def program():
     environment = {
@@ -78,6 +89,9 @@ def test_the_undisturbed_run(undisturbed):
     assert rl[-1]["retired"] > 0
     assert any(r["waited"] for r in rl[1:])
     assert all("kl_reference" in r for r in rl[1:] if r["updates"])
+    for record in rl[1:]:
+        assert all(len(record[f"{name}_by_update"]) == record["updates"] for name in OF_UPDATES)
+        assert set(OF_BATCHES) <= record.keys()
     assert (undisturbed / "samples_before.md").exists()
     assert (undisturbed / "samples_after.md").exists()
     assert list((undisturbed / "tensorboard").iterdir())
