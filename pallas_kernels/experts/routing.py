@@ -5,6 +5,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+FEW = 1024
+"""Assignments up to which each is compared with all before it: one program on a GPU, where a cumulative sum is several
+slow ones."""
+
 
 class Plan(NamedTuple):
     """Assignments sorted by expert: expert e has the rows start[e] : start[e] + size[e], the first ones used."""
@@ -34,9 +38,16 @@ def plan(routes: jax.Array, experts: int, block: int = 1) -> Plan:
     """
     tokens, k = routes.shape
     assignments = routes.size
-    chosen = (routes.reshape(-1)[:, None] == jnp.arange(experts)).astype(jnp.int32)
-    so_far = jnp.cumsum(chosen, axis=0)
-    size = -(-so_far[-1] // block) * block
+    flat = routes.reshape(-1)
+    chosen = (flat[:, None] == jnp.arange(experts)).astype(jnp.int32)
+    if assignments <= FEW:
+        count = jnp.sum(chosen, axis=0)
+        rank = jnp.arange(assignments)
+        so_far = jnp.sum((flat == flat[:, None]) & (rank <= rank[:, None]), axis=1, dtype=jnp.int32)[:, None]
+    else:
+        so_far = jnp.cumsum(chosen, axis=0)
+        count = so_far[-1]
+    size = -(-count // block) * block
     start = jnp.cumsum(size) - size
     # No more blocks than these are in use, however the assignments fall.
     length = assignments if block == 1 else (assignments // block + min(experts, assignments)) * block

@@ -43,7 +43,7 @@ def project(
       x: [N,D] float.
       projections: weights in x's dtype.
       layer: int32 scalar, may be traced, 0 <= layer < L.
-      implementation: "auto" (the best that can run here), "xla" (portable) or "hopper" (one kernel for up to 256 tokens
+      implementation: "auto" (the best that can run here), "xla" (portable) or "hopper" (one kernel for up to 64 tokens
         in bfloat16, which reads the weights where they lie).
 
     Returns:

@@ -17,10 +17,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import _compat, _hopper
 from pallas_kernels.projections.api import Projection
 
-TOKENS = 256
-"""So many may be there."""
+TOKENS = 64
+"""So many may be there: every thread block reads them all, which with more of them takes longer than weights do."""
 _MEMORY = 192 << 10  # Of the ring.
-_ROWS = 64
 _DEPTH = 128
 
 
@@ -44,22 +43,23 @@ def unsupported(x: jax.Array, projections: Sequence[Projection]) -> str | None:
 def project(x, projections: Sequence[Projection], layer, *, interpret=False) -> list[jax.Array]:
     """Arguments as in `api.project`."""
     tokens, channels = x.shape
-    halves = -(-tokens // _ROWS)
+    if tokens > 8:  # The copy engine's tiles have eight rows; of fewer it fills up one.
+        x = jnp.pad(x, ((0, -tokens % 8), (0, 0)))
     sizes = [p.weights.shape[1] for p in projections]
     # Narrow items where wide ones would leave half of the multiprocessors idle.
     columns = 64 if sum(sizes) // 64 > _hopper.MULTIPROCESSORS // 2 else 32
     items = sum(sizes) // columns
     blocks = 2 if interpret else min(items, _hopper.MULTIPROCESSORS)
     steps = channels // _DEPTH
-    stages = _MEMORY // ((halves * _ROWS + columns) * _DEPTH * 2)
-    shapes = [(tokens, p.weights.shape[1] // p.parts) for p in projections for _ in range(p.parts)]
+    stages = _MEMORY // ((TOKENS + columns) * _DEPTH * 2)
+    shapes = [(len(x), p.weights.shape[1] // p.parts) for p in projections for _ in range(p.parts)]
 
     def body(x_ref, layer_ref, *refs):
         weights_refs, refs = refs[: len(projections)], refs[len(projections) :]
         out_refs, (x_smem, weights_smem, out_smem, full, empty) = refs[: len(shapes)], refs[len(shapes) :]
         block, group = lax.axis_index("block"), lax.axis_index("group")
-        # Numbers that are known would have to lie inside; the copy engine fills up what lies behind the last token.
-        begins = [jnp.minimum(block, 0) + half * _ROWS for half in range(halves)]
+        # The copy engine fills up what lies behind the last token, where a slice that is known may not reach.
+        rows = pl.ds(jnp.minimum(block, 0), TOKENS)
 
         def each(visit):
             """visit(projection, its first channel, how many steps were before) for each of this block's items."""
@@ -82,34 +82,29 @@ def project(x, projections: Sequence[Projection], layer, *, interpret=False) -> 
                 plgpu.barrier_wait(empty.at[stage])
                 weights = weights_refs[number].at[layer_ref[0], pl.ds(first, columns), inside]
                 plgpu.copy_gmem_to_smem(weights, weights_smem.at[stage], full.at[stage])
-                for half, begin in enumerate(begins):
-                    some = x_ref.at[pl.ds(begin, _ROWS), inside]
-                    plgpu.copy_gmem_to_smem(some, x_smem.at[stage, half], full.at[stage])
+                plgpu.copy_gmem_to_smem(x_ref.at[rows, inside], x_smem.at[stage], full.at[stage])
 
         def compute(number, first, done):
-            def multiply(*sums):
+            def multiply(total):
                 @pl.loop(0, steps)
                 def _(step):
                     stage = lax.rem(done + step, jnp.int32(stages))
                     plgpu.barrier_wait(full.at[stage])
-                    for half, total in enumerate(sums):
-                        plgpu.wgmma(total, x_smem.at[stage, half], _compat.transposed(weights_smem.at[stage]))
-                    plgpu.wgmma_wait(halves)  # Those of the step before are done.
+                    plgpu.wgmma(total, x_smem.at[stage], _compat.transposed(weights_smem.at[stage]))
+                    plgpu.wgmma_wait(1)  # That of the step before is done.
 
                     @pl.when(step > 0)
                     def _():
                         plgpu.barrier_arrive(empty.at[lax.rem(done + step - 1, jnp.int32(stages))])
 
-                return [total[...] for total in sums]
+                return total[...]
 
-            products = pl.run_scoped(multiply, *[plgpu.ACC((_ROWS, columns), jnp.float32)] * halves)
+            product = pl.run_scoped(multiply, plgpu.ACC((TOKENS, columns), jnp.float32))
             plgpu.barrier_arrive(empty.at[lax.rem(done + steps - 1, jnp.int32(stages))])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             _, activation, parts, width = projections[number]
-            for half, product in enumerate(products):
-                out_smem[half] = _ACTIVATIONS[activation](product.astype(jnp.bfloat16).astype(jnp.float32)).astype(
-                    jnp.bfloat16
-                )
+            rounded = product.astype(jnp.bfloat16).astype(jnp.float32)
+            out_smem[...] = _ACTIVATIONS[activation](rounded).astype(jnp.bfloat16)
             plgpu.commit_smem()
             width = sizes[number] if width is None else width
             turn = lax.div(first, jnp.int32(width))
@@ -119,9 +114,7 @@ def project(x, projections: Sequence[Projection], layer, *, interpret=False) -> 
 
                 @pl.when(lax.rem(turn, jnp.int32(parts)) == part)
                 def _(part=part):
-                    for half, begin in enumerate(begins):
-                        place = out_refs[before + part].at[pl.ds(begin, _ROWS), pl.ds(inside, columns)]
-                        plgpu.copy_smem_to_gmem(out_smem.at[half], place)
+                    plgpu.copy_smem_to_gmem(out_smem, out_refs[before + part].at[rows, pl.ds(inside, columns)])
 
         @pl.when(group == 0)
         def _():
@@ -145,10 +138,10 @@ def project(x, projections: Sequence[Projection], layer, *, interpret=False) -> 
         body,
         out_type=[jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes],
         scratch_types=[
-            tiled((stages, halves, _ROWS, _DEPTH)),
+            tiled((stages, TOKENS, _DEPTH)),
             tiled((stages, columns, _DEPTH)),
-            plgpu.SMEM((halves, _ROWS, columns), jnp.bfloat16, transforms=narrow),
-            plgpu.Barrier(num_arrivals=halves + 1, num_barriers=stages),
+            plgpu.SMEM((TOKENS, columns), jnp.bfloat16, transforms=narrow),
+            plgpu.Barrier(num_arrivals=2, num_barriers=stages),
             plgpu.Barrier(num_barriers=stages),
         ],
         grid=(blocks,),
@@ -160,7 +153,7 @@ def project(x, projections: Sequence[Projection], layer, *, interpret=False) -> 
         interpret=_compat.gpu_interpreter(interpret),
     )(*inputs)
     axes = _compat.varying_axes(*inputs)
-    return [_compat.vary_over(out, axes) for out in outputs]
+    return [_compat.vary_over(out[:tokens], axes) for out in outputs]
 
 
 _ACTIVATIONS = {

@@ -50,7 +50,7 @@ def test_compiles(tmp_path, record_property, function, kernels, tokens, experts,
     assert temporaries <= 2 * rows * (4 * hidden + 7 * inner) + (1 << 22)
 
 
-@pytest.mark.parametrize("tokens", [64, 512])
+@pytest.mark.parametrize("tokens", [64, 70, 512])
 def test_a_scan_over_layers_copies_no_weights(tmp_path, tokens):
     layers, experts, size = 6, 8, 1024
 

@@ -6,7 +6,7 @@ from pallas_kernels import Projection, project
 from tests.pallas_kernels.h200 import compile_for_h200
 
 
-@pytest.mark.parametrize("rows", [1, 64, 256])
+@pytest.mark.parametrize("rows", [1, 5, 19, 64])
 @pytest.mark.parametrize(("width", "size"), [(1024, 64), (2048, 128)])
 def test_compiles(record_property, tmp_path, rows, width, size):
     """What a lightning layer of 16 heads takes from its stacks, without copies."""
@@ -24,4 +24,4 @@ def test_compiles(record_property, tmp_path, rows, width, size):
     record_property("registers", kernel.registers)
     assert kernel.spilled == 0
     assert kernel.shared_memory <= 227 * 1024
-    assert compiled.memory_analysis().temp_size_in_bytes <= 1 << 16
+    assert compiled.memory_analysis().temp_size_in_bytes <= 1 << 20  # Tokens filled up to eights, not weights.
