@@ -70,7 +70,7 @@ class Config:
     """Of weights and data."""
     steps: int = 5000
     """Updates."""
-    learning_rate: float = 3e-3
+    learning_rate: float = 2e-3
     """At its peak."""
     row: int = 4096
     """Tokens of a training row, and of the longest sequence trained on."""
