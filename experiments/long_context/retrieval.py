@@ -94,7 +94,8 @@ def main(config: Config) -> None:
         for length in missing:
             rng = np.random.default_rng((seed, length))
             right = read(sequences(rng, config.evaluated, length))
-            found.append({"seed": seed, "tokens": length, "right": int(right.sum()), "of": right.size})
+            about = {"seed": seed, "learning_rate": config.learning_rate, "tokens": length}
+            found.append({**about, "right": int(right.sum()), "of": right.size})
             print(json.dumps(found[-1]), flush=True)
             write(config, found)
     print(table(found))
