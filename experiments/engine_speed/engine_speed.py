@@ -54,14 +54,16 @@ class Config:
     """Tokens that they write on average: a log-normal distribution, cut at `max`."""
     max: int = 384
     """Tokens that the longest writes."""
-    prefix: int = 4096
-    """Tokens of the prompt that is hit."""
+    prefix: tuple[int, ...] = (4096,)
+    """Tokens of the prompts that are hit."""
     long: int = 1024
     """Tokens of the prompt that others must not wait for."""
     rows: int | None = None
     """Sequences in work at once; None: what the device has room for."""
     refilled: int = 0
     """The long tail again with so many requests in work, each that ends replaced by the next; 0: not."""
+    many: int = 0
+    """Once more likewise, with so many requests that the longest does not decide; 0: not."""
     peer: tuple[int, ...] = (32, 8)
     """Numbers of requests beside Transformers, which runs on a CPU; none on a GPU."""
     threads: int = 2
@@ -95,7 +97,7 @@ def main(config: Config) -> None:
     if cpu:
         for count in config.peer:
             note(f"beside Transformers, {count}", beside(model, count, config, bandwidth))
-    length = min(max(config.prefix, config.long) + 64 + config.max, model_config.max_position_embeddings)
+    length = min(max(*config.prefix, config.long) + 64 + config.max, model_config.max_position_embeddings)
     capacity = capacity_for(model_config, dtype, rows=config.rows, max_length=length)
     begin = time.perf_counter()
     with compilations() as programs:
@@ -103,12 +105,14 @@ def main(config: Config) -> None:
     note("start", {"seconds": time.perf_counter() - begin, "programs": len(programs), "rows": capacity.rows})
     with compilations() as programs:
         engine = Engine(runner)
-        note("long tail", long_tail(engine, runner, config, model, bandwidth, capacity.rows))
-        if config.refilled:
-            few = long_tail(engine, runner, config, model, bandwidth, config.refilled)
-            note("long tail, refilled", few)
+        note("long tail", long_tail(engine, runner, config, model, bandwidth, capacity.rows, config.requests))
+        for name, requests in ("refilled", config.requests), ("many refilled", config.many):
+            if config.refilled and requests:
+                few = long_tail(engine, runner, config, model, bandwidth, config.refilled, requests)
+                note(f"long tail, {name}", few)
         runner.waits = False
-        note("prefix", first_token(engine, config, model_config.vocab_size))
+        for prefix in config.prefix:
+            note(f"prefix {prefix}", first_token(engine, prefix, model_config.vocab_size))
         note("stall", stall(engine, capacity, config, model_config.vocab_size))
     note("compiled while serving", {"programs": dict(Counter(programs))})
     print(table(results))
@@ -174,14 +178,20 @@ def asked(rng: np.random.Generator, seed: int, vocab: int, *, prompt: int, new: 
 
 
 def long_tail(
-    engine: Engine, runner: MeasuredRunner, config: Config, model: MiniMaxM1, bandwidth: float, rows: int
+    engine: Engine,
+    runner: MeasuredRunner,
+    config: Config,
+    model: MiniMaxM1,
+    bandwidth: float,
+    rows: int,
+    count: int,
 ) -> dict[str, Any]:
-    """Prompts of 64 tokens, log-normal lengths, so many in work at once; tokens/s over all, and while all rows are at
-    work."""
+    """So many requests, prompts of 64 tokens, log-normal lengths, `rows` of them in work at once; tokens/s over all,
+    and while all rows are at work."""
     rng, vocab = np.random.default_rng(0), model.config.vocab_size
-    lengths = tail(rng, config.requests, config.mean, config.max)
+    lengths = tail(rng, count, config.mean, config.max)
     requests = [asked(rng, number, vocab, prompt=64, new=int(new), keep=False) for number, new in enumerate(lengths)]
-    rows = min(rows, config.requests)
+    rows = min(rows, count)
     steady = steady_rate(engine, runner, rows, vocab)
 
     runner.record = Record()
@@ -197,21 +207,27 @@ def long_tail(
     seconds, record = time.perf_counter() - begin, runner.record
     idle = runner.idle_decode_s()
     bound = sum(step_bytes(model.config, model.dtype, *step) for step in record.alive) / bandwidth
-    # What a decode call costs beyond its steps counts as the engine's own: starting it and bringing results home.
-    overhead = seconds - record.device_s + record.calls * idle
+    # What decoding takes beyond the device's own time for as many steps is the engine's: scheduling, starting calls,
+    # bringing results home, steps in which the device waits.
+    step_s = {rows: runner.step_s(rows) for rows in {*record.programs, runner.capacity.decode[0]}}
+    overhead = seconds - record.prefill_s - record.copy_s
+    overhead -= sum(steps * step_s[rows] for rows, (steps, _) in record.programs.items())
     return {
         "tokens": int(lengths.sum()),
         "longest": int(lengths.max()),
         "rows": rows,
+        "requests": count,
         "tokens_s": int(lengths.sum()) / seconds,
         "steady_tokens_s": steady,
         "of_steady": int(lengths.sum()) / seconds / steady,
+        # All at the steady rate, but the longest cannot take less than its steps.
+        "limit": min(1.0, int(lengths.sum()) / steady / (int(lengths.max()) * step_s[runner.capacity.decode[0]])),
         "decode_tokens_s": int(lengths.sum()) / record.decode_s,
         "mean_rows_alive": float(np.mean([alive for alive, _ in record.alive])),
         "steps": len(record.alive),
         "step_ms": 1e3 * record.decode_s / len(record.alive),
         "programs": {
-            rows: {"steps": steps, "step_ms": 1e3 * seconds / steps}
+            rows: {"steps": steps, "step_ms": 1e3 * seconds / steps, "device_step_ms": 1e3 * step_s[rows]}
             for rows, (steps, seconds) in record.programs.items()
         },
         "bound_share_decode": bound / record.decode_s,
@@ -256,13 +272,13 @@ def steady_rate(engine: Engine, runner: MeasuredRunner, rows: int, vocab: int) -
     return float(np.median(rates))
 
 
-def first_token(engine: Engine, config: Config, vocab: int) -> dict[str, Any]:
+def first_token(engine: Engine, tokens: int, vocab: int) -> dict[str, Any]:
     """Seconds from `submit` to the first token, of prompts whose first tokens nobody has seen, and of others' that
     were kept; nobody else is at work."""
     rng = np.random.default_rng(2)
     cold, hit = [], []
     for number in range(3):
-        prefix = rng.integers(0, vocab, config.prefix).astype(np.int32)
+        prefix = rng.integers(0, vocab, tokens).astype(np.int32)
         for times in (cold, hit):
             user = rng.integers(0, vocab, 32).astype(np.int32)
             sampling = Sampling(max_new_tokens=4)
@@ -333,23 +349,29 @@ def table(results: dict[str, Any]) -> str:
                 ("... by processor time", f"{x['speedup_processor']:.1f}x", ""),
                 ("... share of the bandwidth bound, decoding", f"{x['bound_share_decode']:.0%}", ""),
             ]
-    for x in (results[name] for name in ("long tail", "long tail, refilled") if name in results):
+    for x in (x for name, x in results.items() if name.startswith("long tail")):
         programs = sorted(x["programs"].items(), key=lambda item: int(item[0]))
         rows += [
-            (f"long tail, {x['tokens']} tokens, longest {x['longest']}: tokens/s", f"{x['tokens_s']:.0f}", ""),
+            (
+                f"long tail, {x['requests']} requests, {x['tokens']} tokens, longest {x['longest']}: tokens/s",
+                f"{x['tokens_s']:.0f}",
+                "",
+            ),
             (f"... steady decode rate, {x['rows']} rows", f"{x['steady_tokens_s']:.0f}", ""),
             ("... share of it", f"{x['of_steady']:.0%}", ">= 85 %"),
+            ("... the most that its longest request leaves possible", f"{x['limit']:.0%}", ""),
             ("... rows that write, mean", f"{x['mean_rows_alive']:.0f}", ""),
             (
                 f"... steps in programs of {' / '.join(str(size) for size, _ in programs)} rows",
-                " / ".join(f"{p['steps']} of {p['step_ms']:.2f} ms" for _, p in programs),
+                " / ".join(f"{p['steps']} of {p['device_step_ms']:.2f} ms" for _, p in programs),
                 "",
             ),
             ("... engine's own share of the time", f"{x['overhead']:.1%}", "<= 5 %"),
         ]
-    if x := results.get("prefix"):
+    for name, x in ((name, x) for name, x in results.items() if name.startswith("prefix")):
+        both = f"{x['cold_s'] * 1e3:.1f} / {x['hit_s'] * 1e3:.1f} ms"
         rows += [
-            ("first token, cold / prefix kept", f"{x['cold_s'] * 1e3:.0f} / {x['hit_s'] * 1e3:.0f} ms", ""),
+            (f"first token, {name.split()[1]} tokens, cold / kept", both, ""),
             ("... times as fast", f"{x['speedup']:.1f}x", ">= 5x"),
         ]
     if x := results.get("stall"):

@@ -74,6 +74,7 @@ def main(config: Config) -> None:
         decode=(1, 32),
         prefill=((1, 32), (1, 128)),
         stall=32,
+        ahead=True,
     )
     runner = ModelRunner(*nnx.split(model), capacity)
 

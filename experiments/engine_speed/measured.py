@@ -7,6 +7,7 @@ import dataclasses
 import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Several
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -14,10 +15,12 @@ from jaxtyping import UInt8
 
 from m1jax.config import ModelConfig
 from m1jax.flops import parameters_per_token
-from m1jax.inference.device import Decoded
+from m1jax.inference.device import Call, Decoded
+from m1jax.inference.rows import Rows
 from m1jax.inference.runner import ModelRunner
 from m1jax.inference.scheduler import Chunk, Copy
 from m1jax.inference.sequence import Sequence
+from m1jax.inference.stopping import NEVER
 from m1jax.model.cache import key_value_bytes, state_bytes
 
 
@@ -26,7 +29,7 @@ class Record:
     """What a runner did since somebody began to look."""
 
     decode_s: float = 0.0
-    """in `decode`, until its results are on the host"""
+    """that decode calls were the oldest on their way, until their results were on the host"""
     prefill_s: float = 0.0
     """in `prefill`, until the device has done it"""
     copy_s: float = 0.0
@@ -47,6 +50,8 @@ class MeasuredRunner(ModelRunner):
 
     record = Record()
     waits = True
+    free = 0.0
+    """when the result of the last decode call was there"""
 
     def copy(self, copies: Several[Copy]) -> None:
         begin = time.perf_counter()
@@ -63,19 +68,34 @@ class MeasuredRunner(ModelRunner):
         self.record.prefill_s += time.perf_counter() - begin
         return routes
 
-    def decode(self, sequences: Several[Sequence], allowances: Several[int], patience: int) -> Decoded[np.ndarray]:
-        lengths = np.array([sequence.computed for sequence in sequences])
+    def decode(
+        self, sequences: Several[Sequence], allowances: Several[int], patience: int, after: Call | None = None
+    ) -> Call:
         begin = time.perf_counter()
-        out = super().decode(sequences, allowances, patience)
-        seconds, size = time.perf_counter() - begin, self.program_rows(len(sequences))
-        self.record.decode_s += seconds
-        self.record.calls += 1
-        steps, before = self.record.programs.get(size, (0, 0.0))
-        self.record.programs[size] = steps + int(out.counts.max()), before + seconds
-        for step in range(int(out.counts.max())):
-            writing = out.counts > step
-            self.record.alive.append((int(writing.sum()), float(lengths[writing].mean()) + step))
-        return out
+        inner = after.call if isinstance(after, MeasuredCall) else after
+        return MeasuredCall(self, super().decode(sequences, allowances, patience, inner), sequences, begin)
+
+    def step_s(self, rows: int, length: int = 256) -> float:
+        """Seconds of a decode step of the program of so many rows, all of which write after so many tokens: what a call
+        of all steps takes beyond one of a single step, the device's own time."""
+        capacity, rng = self.capacity, np.random.default_rng(0)
+        packed = self._at_rest[rows].copy()
+        view, pages = Rows.of(packed), capacity.pages_for(length + capacity.steps)
+        view.tokens[:], view.lengths[:] = rng.integers(0, self.vocab_size, rows), length
+        view.slots[:] = np.arange(rows)
+        view.top_p[:], view.patience[:] = 0.95, NEVER
+        view.pages[:, :pages] = np.arange(rows * pages).reshape(rows, pages) % capacity.pages
+
+        def call(steps: int) -> float:
+            times = []
+            for _ in range(10):
+                view.allowances[:] = steps
+                begin = time.perf_counter()
+                jax.device_get(self._start(self._decode, packed, rows, False).result().all)
+                times.append(time.perf_counter() - begin)
+            return min(times)
+
+        return (call(capacity.steps) - call(1)) / (capacity.steps - 1)
 
     def idle_decode_s(self) -> float:
         """Seconds of a decode call of all rows in which nobody has anything to write: what one costs besides steps."""
@@ -85,6 +105,30 @@ class MeasuredRunner(ModelRunner):
             self.idle(self._decode_rows[-1])
             times.append(time.perf_counter() - begin)
         return float(np.median(times))
+
+
+class MeasuredCall(NamedTuple):
+    """A decode call, and when it was made."""
+
+    runner: MeasuredRunner
+    call: Call
+    sequences: Several[Sequence]
+    begin: float
+
+    def result(self) -> Decoded[np.ndarray]:
+        lengths = np.array([sequence.computed for sequence in self.sequences])
+        out, runner = self.call.result(), self.runner
+        now, record = time.perf_counter(), runner.record
+        seconds, size = now - max(self.begin, runner.free), runner.program_rows(len(self.sequences))
+        runner.free = now
+        record.decode_s += seconds
+        record.calls += 1
+        steps, before = record.programs.get(size, (0, 0.0))
+        record.programs[size] = steps + int(out.counts.max()), before + seconds
+        for step in range(int(out.counts.max())):
+            writing = out.counts > step
+            record.alive.append((int(writing.sum()), float(lengths[writing].mean()) + step))
+        return out
 
 
 @contextlib.contextmanager

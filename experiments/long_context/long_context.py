@@ -47,7 +47,6 @@ SMALL = ModelConfig(
 )
 DECODED = 32
 """Tokens that are decoded at each length."""
-PAGE_SIZE = 128
 READ = 4
 """Chunks before each length whose times are kept."""
 
@@ -108,10 +107,7 @@ def measure(
 
     step = jax.jit(run, donate_argnums=2)
     saved = config.out.with_name(f"{config.out.stem}-{name}.npz")
-    pages = -(-(max(lengths) + DECODED * len(lengths)) // PAGE_SIZE)
-    pool = Cache.pool(model_config, slots=1, pages=pages, page_size=PAGE_SIZE, dtype=dtype)
-    row = jnp.zeros(1, jnp.int32)
-    cache, position = pool.with_rows(row, row.copy(), jnp.arange(pages, dtype=jnp.int32)[None]), 0
+    cache, position = model.init_cache(1, max(lengths) + DECODED * len(lengths)), 0
     if saved.exists():
         cache, position = restored(saved, cache)
         print(f"{name}: goes on from {position} tokens", flush=True)

@@ -35,7 +35,7 @@ from m1jax.train.optimizer import OptimizerConfig
 from m1jax.train.run import Run
 
 HERE = Path(__file__).parent
-KEYS, VALUES, FILLER = range(64), range(64, 128), range(128, 256)
+KEYS, VALUES, FILLER = range(32), range(32, 64), range(64, 256)
 PAIRS = 8
 CHUNK = 1024
 MODEL = ModelConfig(
@@ -43,8 +43,9 @@ MODEL = ModelConfig(
     hidden_size=256,
     intermediate_size=256,
     layer_types=(LIGHTNING,) * 3 + (SOFTMAX,),
-    num_heads=4,
-    num_kv_heads=2,
+    # With few heads even the fastest forgets slowly, and a value's key is hard to tell from the keys before it.
+    num_heads=8,
+    num_kv_heads=4,
     head_dim=64,
     rotary_dim=32,
     num_experts=4,
@@ -67,11 +68,13 @@ class Config:
     """Checkpoints."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of weights and data."""
-    steps: int = 8000
+    steps: int = 5000
     """Updates."""
+    learning_rate: float = 2e-3
+    """At its peak."""
     row: int = 4096
     """Tokens of a training row, and of the longest sequence trained on."""
-    rows: int = 8
+    rows: int = 4
     """Of an update."""
     lengths: tuple[int, ...] = (256, 1024, 4096, 16_384, 65_536, 131_072)
     """At which to measure."""
@@ -90,26 +93,31 @@ def main(config: Config) -> None:
         read = reader(model, max(config.lengths))
         for length in missing:
             rng = np.random.default_rng((seed, length))
-            right = read(np.stack([sequence(rng, length) for _ in range(config.evaluated)]))
-            found.append({"seed": seed, "tokens": length, "right": int(right.sum()), "of": right.size})
+            right = read(sequences(rng, config.evaluated, length))
+            about = {"seed": seed, "learning_rate": config.learning_rate, "tokens": length}
+            found.append({**about, "right": int(right.sum()), "of": right.size})
             print(json.dumps(found[-1]), flush=True)
             write(config, found)
     print(table(found))
 
 
-def sequence(rng: np.random.Generator, length: int) -> Int32[np.ndarray, " length"]:
+def sequences(rng: np.random.Generator, count: int, length: int) -> Int32[np.ndarray, "count length"]:
     """Filler with pairs in it, and the pairs again."""
     context = length - 2 * PAIRS
-    tokens = rng.choice(FILLER, length)
-    pairs = np.stack([rng.permutation(KEYS)[:PAIRS], rng.choice(VALUES, PAIRS)], axis=1)
-    at = 2 * np.sort(rng.choice(context // 2, PAIRS, replace=False))
-    tokens[at], tokens[at + 1] = pairs.T
-    tokens[context:] = rng.permutation(pairs).reshape(-1)
-    return tokens.astype(np.int32)
+    tokens = rng.choice(FILLER, (count, length)).astype(np.int32)
+    keys = rng.permuted(np.tile(KEYS, (count, 1)), axis=1)[:, :PAIRS]
+    pairs = np.stack([keys, rng.choice(VALUES, (count, PAIRS))], axis=-1)
+    at = 2 * np.sort(np.argsort(rng.random((count, context // 2)), axis=1)[:, :PAIRS], axis=1)
+    for i in range(2):
+        np.put_along_axis(tokens, at + i, pairs[..., i], axis=1)
+    order = rng.permuted(np.tile(np.arange(PAIRS), (count, 1)), axis=1)
+    tokens[:, context:] = np.take_along_axis(pairs, order[..., None], axis=1).reshape(count, -1)
+    return tokens
 
 
 class Batches:
-    """Rows full of sequences of equal length, drawn from the powers of two from 64 on; update n is always the same."""
+    """Rows full of sequences of equal length; update n is always the same. A row's length is drawn from the powers of
+    two from 64 on, up to one that grows over the first half of the updates."""
 
     def __init__(self, config: Config, seed: int) -> None:
         self._config, self._seed, self._update = config, seed, 0
@@ -117,12 +125,11 @@ class Batches:
 
     def __next__(self) -> Batch:
         rng = np.random.default_rng((self._seed, 1, self._update))
+        rows, time, share = self._config.rows, self._config.row, 2 * self._update / self._config.steps
         self._update += 1
-        rows, time = self._config.rows, self._config.row
         batch = Batch.padding((1, rows, time))
-        for row in range(rows):
-            length = int(rng.choice(self._lengths))
-            tokens = np.concatenate([sequence(rng, length) for _ in range(time // length)])
+        for row, length in enumerate(rng.choice(self._lengths[: 1 + int(share * len(self._lengths))], rows)):
+            tokens = sequences(rng, time // length, length).reshape(-1)
             place = np.arange(time) % length
             asked = (place >= length - 2 * PAIRS) & (place % 2 == 0)  # a key at the end: its value comes next
             for name, values in (
@@ -130,7 +137,7 @@ class Batches:
                 ("targets", np.roll(tokens, -1)),
                 ("segment_ids", np.arange(time) // length),
                 ("mask", asked),
-                ("weight", asked),
+                ("weight", asked / np.sum(asked)),  # long sequences, of which a row has few, count as much
             ):
                 getattr(batch, name)[0, row] = values
         return batch
@@ -149,12 +156,12 @@ def trained(config: Config, seed: int) -> MiniMaxM1:
     dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     model = jax.jit(lambda: MiniMaxM1(MODEL, rngs=nnx.Rngs(seed), dtype=dtype))()
     recipe = LoopRecipe(
-        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=200, final_fraction=0.1),
+        optimizer=OptimizerConfig(learning_rate=config.learning_rate, warmup_steps=200, final_fraction=0.1),
         steps=config.steps,
         checkpoint_every=1000,
         log_every=50,
     )
-    settings = {"recipe": recipe, "seed": seed, "row": config.row, "rows": config.rows}
+    settings = {"recipe": recipe, "seed": seed, "row": config.row, "rows": config.rows, "lengths": "growing"}
     run = Run(config.runs / f"seed{seed}", settings)
     try:
         return fit(run, model, Batches(config, seed), recipe, phase="retrieval")

@@ -31,6 +31,9 @@ class Capacity:
     """rows x tokens that may be prefilled between decode steps, however few decode: how long those may have to wait"""
     parts: int = 1
     """with several, the only decode program is that of all rows"""
+    ahead: bool = False
+    """whether the next decode call is on its way before what the last one wrote is read, where nobody waits to be let
+    in: the host's work takes no time then, and who comes anew waits for a call more"""
 
     @property
     def slots(self) -> int:

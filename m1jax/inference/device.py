@@ -40,6 +40,14 @@ class Decoded(NamedTuple, Generic[A]):
     """float32 [n, steps, top]"""
 
 
+class Call(Protocol):
+    """Decode steps that are on their way."""
+
+    def result(self) -> Decoded[np.ndarray]:
+        """What they wrote, once they have; asked once."""
+        ...
+
+
 class Runner(Protocol):
     """The model on its device. Rows and slots, pages and lengths are the sequences' own."""
 
@@ -59,9 +67,16 @@ class Runner(Protocol):
         """Let the model read the chunks' tokens. Returns their routes, where they are recorded."""
         ...
 
-    def decode(self, sequences: Several[Sequence], allowances: Several[int], patience: int) -> Decoded[np.ndarray]:
+    def decode(
+        self, sequences: Several[Sequence], allowances: Several[int], patience: int, after: Call | None = None
+    ) -> Call:
         """Feed each sequence its last token and draw the next, up to so many times; and no further once `patience` of
-        them have ended or written what they may."""
+        them have ended or written what they may.
+
+        after: the call before, whose result nobody has seen: its sequences go on from where it left them, those that
+            ended in it write nothing, and the allowances are of both calls together. Until its result is asked for,
+            nothing else may be but another decode call after this one.
+        """
         ...
 
     def load(self, params: nnx.State) -> int:

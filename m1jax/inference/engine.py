@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Several
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -15,7 +16,7 @@ from flax import nnx
 from m1jax.errors import UserError
 from m1jax.inference.capacity import Capacity
 from m1jax.inference.checks import check_request
-from m1jax.inference.device import Decoded, Runner
+from m1jax.inference.device import Call, Decoded, Runner
 from m1jax.inference.memory import capacity_for
 from m1jax.inference.runner import ModelRunner
 from m1jax.inference.scheduler import Counts, Scheduler
@@ -68,6 +69,7 @@ class Engine:
         self._home: dict[Sequence, Scheduler] = {}
         self._tickets = self._arrivals = 0
         self._events: list[Event] = []
+        self._flight: _Flight | None = None
 
     @property
     def counts(self) -> Counts:
@@ -115,6 +117,7 @@ class Engine:
         Raises:
             UserError: the sample has ended, or was never asked for, or n is not positive.
         """
+        self._land()
         source = self._live.get(ticket, {}).get(sample)
         if source is None:
             raise UserError(f"fork: sample {sample} of request {ticket.number} is not running; fork it before it ends")
@@ -130,6 +133,7 @@ class Engine:
     def load(self, params: nnx.State, version: int) -> Loaded:
         """Go on with other weights. A sample that has written nothing yet is computed by them alone; one that has keeps
         its states and keys, and its completion says which weights wrote which token. Kept prefixes are forgotten."""
+        self._land()
         begin = time.perf_counter()
         received = self._runner.load(params)
         self._version = version
@@ -140,16 +144,23 @@ class Engine:
     def rest(self) -> None:
         """Give the device's memory back, weights and all, until `load`. Nobody may be in work."""
         assert not self._live, "requests are in work"
+        self._land()
         for part in self._parts:
             part.forget()
         self._runner.rest()
 
     def step(self) -> list[Event]:
         """Run what is to be run next (a piece of prefill, some decode steps) and tell what came of it."""
-        for part in self._parts:
-            part.admit()
-        self._prefill()
-        self._decode([sequence for part in self._parts for sequence in part.decoding()])
+        if self._flight is None:
+            for part in self._parts:
+                part.admit()
+            self._prefill()
+            self._decode([sequence for part in self._parts for sequence in part.decoding()])
+        if self._flight is not None:
+            flight, self._flight = self._flight, self._follow(self._flight)
+            self._take(flight.sequences, flight.call.result())
+        if self._flight is not None and not any(s in self._home for s in self._flight.sequences):
+            self._land()
         events, self._events = self._events, []
         return events
 
@@ -225,13 +236,37 @@ class Engine:
         # Rows that fall idle are worth a look only where somebody waits for them.
         waiting = any(part.waiting for part in self._parts)
         patience = max(1, len(allowances) // 8) if waiting else len(allowances)
-        self._take(sequences, self._runner.decode(sequences, allowances, patience))
+        self._flight = _Flight(sequences, steps, self._runner.decode(sequences, allowances, patience))
+
+    def _follow(self, flight: _Flight) -> _Flight | None:
+        """The call after one whose result nobody has seen, where all is as it was but for those who end."""
+        capacity = self._runner.capacity
+        alive = [s for s in flight.sequences if s in self._home]
+        going = [s for s in alive if s.left > flight.steps]
+        if not capacity.ahead or not going or len(alive) < len(self._home):
+            return None
+        if any(s.matcher is not None for s in alive):  # it must see a token before the next
+            return None
+        steps = flight.steps + capacity.steps  # of both
+        if not all(part.go_on(steps) for part in self._parts):
+            return None
+        allowances = [s.allowance(steps) for s in going]
+        call = self._runner.decode(going, allowances, len(going), after=flight.call)
+        return _Flight(going, capacity.steps, call)
+
+    def _land(self) -> None:
+        """Nothing is on its way any more."""
+        if self._flight is not None:
+            flight, self._flight = self._flight, None
+            self._take(flight.sequences, flight.call.result())
 
     def _take(self, sequences: list[Sequence], out: Decoded[np.ndarray]) -> None:
         """What the runner decoded becomes part of its sequences."""
         tokens, logp, nucleus_logp = out.tokens.tolist(), out.logp.tolist(), out.nucleus_logp.tolist()
         written = zip(sequences, out.counts.tolist(), out.reasons.tolist(), out.certain.tolist())
         for i, (sequence, count, reason, certain) in enumerate(written):
+            if sequence not in self._home:  # it ended while this was on its way
+                continue
             finish = REASONS[reason]
             if out.routes is not None:
                 sequence.routes.append(out.routes[i, :count])
@@ -279,6 +314,15 @@ class Engine:
         del live[sequence.sample]
         if not live:
             del self._live[sequence.ticket]
+
+
+class _Flight(NamedTuple):
+    """A decode call on its way."""
+
+    sequences: list[Sequence]
+    steps: int
+    """that it has at most"""
+    call: Call
 
 
 def _top(asked: int, out: Decoded[np.ndarray], row: int, count: int) -> tuple[tuple[tuple[int, float], ...], ...]:

@@ -46,6 +46,9 @@ class Rows(NamedTuple, Generic[A]):
     """float32"""
     certain: A
     """float32"""
+    follows: A
+    """the row in the call before that this one goes on from, whose result the host has not seen: tokens, lengths,
+    numbers and run are as before that call, allowances of both together; -1: none"""
     keys: A
     """[rows, words] uint32"""
     end_ids: A
@@ -56,9 +59,9 @@ class Rows(NamedTuple, Generic[A]):
     @classmethod
     def of(cls, packed: A) -> Rows[A]:
         """The columns of an int32 array [rows, width]."""
-        tokens, lengths, allowances, numbers, samples, slots, patience, run = (packed[:, i] for i in range(8))
-        temperature, top_p, certain = (packed[:, i].view(np.float32) for i in range(8, 11))
-        first, second, third = np.cumsum([11, _key_words(), END_IDS])
+        tokens, lengths, allowances, numbers, samples, slots, patience, run, follows = (packed[:, i] for i in range(9))
+        temperature, top_p, certain = (packed[:, i].view(np.float32) for i in range(9, SCALARS))
+        first, second, third = np.cumsum([SCALARS, _key_words(), END_IDS])
         return Rows(
             tokens=tokens,
             lengths=lengths,
@@ -71,6 +74,7 @@ class Rows(NamedTuple, Generic[A]):
             temperature=temperature,
             top_p=top_p,
             certain=certain,
+            follows=follows,
             keys=packed[:, first:second].view(np.uint32),
             end_ids=packed[:, second:third],
             pages=packed[:, third:],
@@ -80,11 +84,48 @@ class Rows(NamedTuple, Generic[A]):
     def at_rest(cls, rows: int, capacity: Capacity) -> Int32[np.ndarray, "rows width"]:
         """Rows that have nothing to write."""
         pages = capacity.pages_for(capacity.max_length)
-        packed = np.zeros((rows, 11 + _key_words() + END_IDS + pages), np.int32)
+        packed = np.zeros((rows, SCALARS + _key_words() + END_IDS + pages), np.int32)
         view = Rows.of(packed)
         view.temperature[:] = view.top_p[:] = view.certain[:] = 1.0
-        view.slots[:] = view.end_ids[:] = view.pages[:] = -1
+        view.slots[:] = view.follows[:] = view.end_ids[:] = view.pages[:] = -1
         return packed
+
+    def going_on(self: Rows[jax.Array], before: Last[jax.Array], steps: int) -> Rows[jax.Array]:
+        """With what the call before has written, in a program."""
+        follows = self.follows >= 0
+        token, count, reason, certain = (jnp.where(follows, x[self.follows], 0) for x in before)
+        left = jnp.where(reason == 0, self.allowances - count, 0)
+        return self._replace(
+            tokens=jnp.where(count > 0, token, self.tokens),
+            lengths=self.lengths + count,
+            numbers=self.numbers + count,
+            run=jnp.where(follows, certain, self.run),
+            allowances=jnp.minimum(left, steps),
+        )
+
+
+SCALARS = 12
+"""Columns that hold one number."""
+
+
+class Last(NamedTuple, Generic[A]):
+    """What the call after must know of a decode call, each int32 [rows of the largest program]."""
+
+    tokens: A
+    """the last that was written, if any was"""
+    counts: A
+    reasons: A
+    certain: A
+
+    @classmethod
+    def nothing(cls, rows: int) -> Last[jax.Array]:
+        return Last(*jnp.zeros((4, rows), jnp.int32))
+
+    @classmethod
+    def of(cls, out: Decoded[jax.Array], rows: int) -> Last[jax.Array]:
+        last = jnp.take_along_axis(out.tokens, jnp.maximum(out.counts - 1, 0)[:, None], axis=1)[:, 0]
+        fields = (last, out.counts, out.reasons, out.certain)
+        return Last(*(jnp.pad(x, (0, rows - len(x))) for x in fields))
 
 
 def _key_words() -> int:

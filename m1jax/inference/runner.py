@@ -13,7 +13,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+from collections.abc import Callable
 from collections.abc import Sequence as Several
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -28,9 +30,9 @@ from m1jax import parameters
 from m1jax.compiling import jit
 from m1jax.config import ModelConfig
 from m1jax.inference.capacity import Capacity
-from m1jax.inference.device import Decoded
+from m1jax.inference.device import Call, Decoded
 from m1jax.inference.guides import Guides
-from m1jax.inference.rows import Prompts, Rows, advance, pack_decoded, settle, unpack_decoded
+from m1jax.inference.rows import Last, Prompts, Rows, advance, pack_decoded, settle, unpack_decoded
 from m1jax.inference.sampling import sample
 from m1jax.inference.scheduler import Chunk, Copy
 from m1jax.inference.sequence import Sequence
@@ -39,8 +41,9 @@ from m1jax.model import Cache, MiniMaxM1, head
 from m1jax.sharding import ROWS, ambient_mesh, parameter_shardings
 from pallas_kernels import target_platform
 
-COPIES = 16
-"""Copies that one call carries out."""
+COPIES = (1, 16)
+"""Copies that one call carries out, as many as there are or the next number of these; nobody waits for a loop that is
+counted beforehand."""
 
 
 class ModelRunner:
@@ -77,6 +80,9 @@ class ModelRunner:
         self._settled: list[tuple[list[int], int] | None] = [None] * len(self._packed)
         self._decode_rows = capacity.decode if capacity.parts == 1 else (len(self._packed),)
         self._at_rest = {rows: Rows.at_rest(rows, capacity) for rows in self._decode_rows}
+        # XLA on a GPU holds who starts a loop up until it has ended.
+        self._starter = ThreadPoolExecutor(1, "decode") if capacity.ahead else None
+        self._last = Last.nothing(capacity.rows) if capacity.ahead else None
         self.load(params)
         self._compile()
 
@@ -89,7 +95,8 @@ class ModelRunner:
                 received, model = received_bytes(model, placed), placed
             self._model = model
             if self._cache is None:
-                self._cache = _empty(model.config, self.capacity, model.dtype)
+                with self._beside(model):
+                    self._cache = _empty(model.config, self.capacity, model.dtype)
         jax.block_until_ready(self._model)
         return received
 
@@ -99,10 +106,16 @@ class ModelRunner:
     def _on_mesh(self) -> contextlib.AbstractContextManager[object]:
         return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
 
+    def _beside(self, model: MiniMaxM1) -> contextlib.AbstractContextManager[object]:
+        """Where arrays are made on the device that a model lies on."""
+        if self._mesh is not None:
+            return contextlib.nullcontext()
+        return jax.default_device(next(iter(model.lm_head[...].devices())))
+
     def copy(self, copies: Several[Copy]) -> None:
-        for start in range(0, len(copies), COPIES):
-            some = copies[start : start + COPIES]
-            numbers = np.full((COPIES, 4), -1, np.int32)
+        for start in range(0, len(copies), COPIES[-1]):
+            some = copies[start : start + COPIES[-1]]
+            numbers = np.full((next(n for n in COPIES if n >= len(some)), 4), -1, np.int32)
             numbers[: len(some)] = [(c.slot_from, c.slot_to, c.page_from, c.page_to) for c in some]
             with self._on_mesh():
                 self._cache = _copy(self._cache, numbers)
@@ -121,7 +134,9 @@ class ModelRunner:
         routes = jax.device_get(routes)
         return [routes[i, : chunk.count] for i, chunk in zip(places, chunks)]
 
-    def decode(self, sequences: Several[Sequence], allowances: Several[int], patience: int) -> Decoded[np.ndarray]:
+    def decode(
+        self, sequences: Several[Sequence], allowances: Several[int], patience: int, after: Call | None = None
+    ) -> Call:
         for sequence in sequences:
             row = sequence.row
             settled = self._settled[row]
@@ -135,23 +150,31 @@ class ModelRunner:
         size = self.program_rows(len(rows))
         packed = self._at_rest[size].copy()
         packed[places] = self._packed[rows]
+        if isinstance(after, _Started):
+            Rows.of(packed).follows[places] = [after.places[sequence] for sequence in sequences]
         wants_top = any(sequence.request.top for sequence in sequences)
         if any(sequence.matcher is not None for sequence in sequences):
             guides = Guides(sequences, places, size, self.vocab_size)
-            out = self._decode_guided(packed, patience, wants_top, guides, max(allowances))
+            out = self._start(self._decode_guided, packed, patience, wants_top, guides, max(allowances))
         else:
-            out = self._decode(packed, patience, wants_top)
-        if not wants_top:
-            out = out._replace(top_tokens=None, top_logp=None)
-        out = jax.tree.map(lambda x: x[places], jax.device_get(out))
-        return unpack_decoded(out.all)._replace(routes=out.routes, top_tokens=out.top_tokens, top_logp=out.top_logp)
+            out = self._start(self._decode, packed, patience, wants_top)
+        return _Started(dict(zip(sequences, places.tolist())), out, wants_top)
+
+    def _start(self, decode: Callable[..., Out], *work: Any) -> Future[Out]:
+        """A call on its way."""
+        if self._starter is not None:
+            return self._starter.submit(decode, *work)
+        out: Future[Out] = Future()
+        out.set_result(decode(*work))
+        return out
 
     def _decode(self, packed: Int32[np.ndarray, "rows width"], patience: int, wants_top: bool) -> Out:
         with self._on_mesh():
-            self._cache, out = _decode(
+            self._cache, self._last, out = _decode(
                 self._model,
                 self._cache,
                 packed,
+                self._last,
                 np.int32(patience),
                 np.bool_(wants_top),
                 self.capacity,
@@ -186,18 +209,37 @@ class ModelRunner:
 
     def idle(self, rows: int) -> None:
         """A call of the decode program of so many rows, with nothing to write."""
-        jax.device_get(self._decode(self._at_rest[rows], 1, False).all)
+        jax.device_get(self._start(self._decode, self._at_rest[rows], 1, False).result().all)
 
     def _compile(self) -> None:
-        """Run every program once, with no work to do."""
-        self.copy([Copy(-1, -1)])
+        """Run every program once, with no work to do, and what makes a request's key."""
+        jax.random.key_data(jax.random.key(0))
+        for number in COPIES:
+            self.copy([Copy(-1, -1)] * number)
         for shape in self.capacity.prefill:
             self.prefill(shape, [])
         for rows in self._decode_rows:
             self.idle(rows)
             if self.constrains:
                 nobody = Guides([], np.arange(0), rows, self.vocab_size)
-                jax.device_get(self._decode_guided(self._at_rest[rows], 1, False, nobody, 2).all)
+                jax.device_get(self._start(self._decode_guided, self._at_rest[rows], 1, False, nobody, 2).result().all)
+
+
+class _Started(NamedTuple):
+    """A decode call of a `ModelRunner`."""
+
+    places: dict[Sequence, int]
+    """rows of its program"""
+    out: Future[Out]
+    wants_top: bool
+
+    def result(self) -> Decoded[np.ndarray]:
+        out = self.out.result()
+        if not self.wants_top:
+            out = out._replace(top_tokens=None, top_logp=None)
+        places = list(self.places.values())
+        out = jax.tree.map(lambda x: x[places], jax.device_get(out))
+        return unpack_decoded(out.all)._replace(routes=out.routes, top_tokens=out.top_tokens, top_logp=out.top_logp)
 
 
 def parts() -> int:
@@ -280,14 +322,14 @@ def _everywhere(out: T) -> T:
 
 
 @functools.partial(jax.jit, donate_argnames="cache")
-def _copy(cache: Cache, copies: Int[Array, "COPIES 4"]) -> Cache:
+def _copy(cache: Cache, copies: Int[Array, "copies 4"]) -> Cache:
     def one(i: jax.Array, cache: Cache) -> Cache:
         slot_from, slot_to, page_from, page_to = copies[i][:, None]
         cache = cache.copy_state(slot_from, jnp.where(slot_from < 0, -1, slot_to))
         cache = cache.clear_state(jnp.where(slot_from < 0, slot_to, -1))
         return _pool(cache.copy_pages(page_from, page_to))
 
-    return jax.lax.fori_loop(0, jnp.sum(jnp.any(copies >= 0, axis=1)), one, cache)
+    return jax.lax.fori_loop(0, len(copies), one, cache)
 
 
 @functools.partial(jit, static_argnames=("time", "record_routes"), donate_argnames="cache")
@@ -424,14 +466,18 @@ def _decode(
     model: MiniMaxM1,
     cache: Cache,
     packed: Int[Array, "rows width"],
+    last: Last[jax.Array] | None,
     patience: Int[Array, ""],
     wants_top: Bool[Array, ""],
     capacity: Capacity,
     record_routes: bool,
     top: int,
-) -> tuple[Cache, Out]:
-    """Up to `steps` tokens for each row, until nobody may write any more, or `patience` rows may not."""
+) -> tuple[Cache, Last[jax.Array] | None, Out]:
+    """Up to `steps` tokens for each row, until nobody may write any more, or `patience` rows may not. `last`: what the
+    call before left for rows that go on from there."""
     rows = Rows.of(packed)
+    if last is not None:
+        rows = rows.going_on(last, capacity.steps)
 
     def advance(carry: tuple[Cache, Written]) -> tuple[Cache, Written]:
         cache, written = carry
@@ -444,7 +490,8 @@ def _decode(
 
     nothing = Written.nothing(rows, model.config, capacity.steps, record_routes, top)
     cache, written = jax.lax.while_loop(unfinished, advance, (cache, nothing))
-    return cache, written.told
+    after = None if last is None else Last.of(written.out, len(last.tokens))
+    return cache, after, written.told
 
 
 @functools.partial(jax.jit, static_argnames=("config", "steps", "record_routes", "top"))

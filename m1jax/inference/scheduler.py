@@ -99,6 +99,11 @@ class Scheduler:
         self._grow()
         self._admit()
 
+    def go_on(self, steps: int) -> bool:
+        """Whether those who run can write for so many decode steps more, with nothing to be read before and nobody
+        sent away; room for that is made."""
+        return not any(s.pending for s in self.running) and all(self._extend(s, steps) for s in self.running)
+
     def chunks(self, shape: tuple[int, int]) -> list[Chunk]:
         """What a prefill program would have to do."""
         rows, most = shape
@@ -143,22 +148,23 @@ class Scheduler:
     def _grow(self) -> None:
         """Pages for what the running will write; where there are none, the youngest must go."""
         for sequence in self.running.copy():
-            if sequence.row < 0:  # preempted a moment ago
-                continue
-            # Most have enough, whatever they are allowed.
-            if len(sequence.tokens) - 1 + self.capacity.steps <= len(sequence.pages) * self.capacity.page_size:
-                continue
-            need = max(0, self._pages_ahead(sequence) - len(sequence.pages))
-            while not self._make_room(need):
+            while sequence.row >= 0 and not self._extend(sequence, self.capacity.steps):  # it may have been preempted
                 self._preempt(self.running[-1])
-                if sequence.row < 0:
-                    break
-            else:
-                sequence.pages += self.pages.take(need)
 
-    def _pages_ahead(self, sequence: Sequence) -> int:
-        """Pages for its tokens and those that the next decode steps may write."""
-        return self.capacity.pages_for(len(sequence.tokens) - 1 + sequence.allowance(self.capacity.steps))
+    def _extend(self, sequence: Sequence, steps: int) -> bool:
+        """Pages for what a running sequence may write in so many decode steps; False: there are none."""
+        # Most have enough, whatever they are allowed.
+        if len(sequence.tokens) - 1 + steps <= len(sequence.pages) * self.capacity.page_size:
+            return True
+        need = max(0, self._pages_ahead(sequence, steps) - len(sequence.pages))
+        if not self._make_room(need):
+            return False
+        sequence.pages += self.pages.take(need)
+        return True
+
+    def _pages_ahead(self, sequence: Sequence, steps: int) -> int:
+        """Pages for its tokens and those that so many decode steps may write."""
+        return self.capacity.pages_for(len(sequence.tokens) - 1 + sequence.allowance(steps))
 
     def _make_room(self, need: int, spare: int = 0) -> bool:
         """Whether so many pages are free, or could be made so by forgetting prefixes, which is then done."""
@@ -198,7 +204,7 @@ class Scheduler:
         whole, part = divmod(hit.depth, self.capacity.page_size)
         shared = () if snapshot is None else snapshot.pages[:whole]
         self.pages.share(shared)
-        need = self._pages_ahead(sequence) - whole
+        need = self._pages_ahead(sequence, self.capacity.steps) - whole
         if not self._make_room(need, spare=len(self.running)):
             self.pages.release(shared)
             return False

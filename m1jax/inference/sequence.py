@@ -37,7 +37,7 @@ class Sequence:
         self.order, self.ticket, self.sample, self.request = order, ticket, sample, request
         self.key, self.further = key, further
         self.prompt = len(request.tokens)
-        self.tokens: list[int] = [int(token) for token in request.tokens]
+        self.tokens: list[int] = np.asarray(request.tokens).tolist()
         self.logp: list[float] = []
         self.nucleus_logp: list[float] = []
         self.written: list[bool] = []

@@ -49,10 +49,13 @@ class FakeRunner:
             mix(99, slot) for slot in range(capacity.parts * capacity.slots)
         ]  # never zero: zeros must be asked for
         self.pages = np.full((capacity.parts * capacity.pages, capacity.page_size), -1)
+        self.unseen: list[FakeCall] = []
+        """whose results nobody has asked for"""
         self.faulty: set[int] = set()
         """tokens after which the logits are no numbers"""
 
     def load(self, params):
+        assert not self.unseen
         self.weights = params
         return 0
 
@@ -61,6 +64,7 @@ class FakeRunner:
         self.states = [mix(98, slot) for slot in range(len(self.states))]
 
     def copy(self, copies):
+        assert not self.unseen
         for copy in copies:
             self.states[copy.slot_to] = 0 if copy.slot_from < 0 else self.states[copy.slot_from]
             if copy.page_from >= 0:
@@ -75,6 +79,7 @@ class FakeRunner:
         return route(token, at)
 
     def prefill(self, shape, chunks):
+        assert not self.unseen
         assert shape in self.capacity.prefill
         parts = collections.Counter(chunk.sequence.row // self.capacity.rows for chunk in chunks)
         assert 0 < max(parts.values()) <= shape[0]
@@ -87,7 +92,9 @@ class FakeRunner:
             routes.append(np.stack([self.read(s, t) for t in s.tokens[s.computed : s.computed + chunk.count]]))
         return routes
 
-    def decode(self, sequences, allowances, patience):
+    def decode(self, sequences, allowances, patience, after=None):
+        assert after is None or self.capacity.ahead
+        assert self.unseen == ([] if after is None else [after])
         assert 0 < patience <= len(sequences)
         rows, steps = len(sequences), self.capacity.steps
         assert len({s.row for s in sequences}) == rows
@@ -104,21 +111,29 @@ class FakeRunner:
             part = s.row // self.capacity.rows
             assert s.slot == s.row + part * self.capacity.snapshots
             assert all(page // self.capacity.pages == part for page in s.pages)
-            assert 0 < allowance <= steps
             assert s.computed == len(s.tokens) - 1
-            self.ahead, token = 0, s.tokens[-1]
+            assert 0 < allowance <= steps * (1 if after is None else 2)
+            token, before = s.tokens[-1], 0
+            if after is not None:  # where the call before left it
+                at = after.sequences.index(s)
+                before, out.certain[i] = after.out.counts[at], after.out.certain[at]
+                token = after.out.tokens[at, before - 1] if before else token
+                allowance = 0 if after.out.reasons[at] else min(steps, allowance - before)
+            self.ahead = before
             for step in range(allowance):
                 out.routes[i, step] = self.read(s, token)
                 memory = self.pages[s.pages].reshape(-1)[: s.computed + self.ahead]
                 fault = token in self.faulty
-                token, logp = draw(self.states[s.slot], memory, self.weights, s.key, s.sample, s.new + step)
+                token, logp = draw(self.states[s.slot], memory, self.weights, s.key, s.sample, s.new + before + step)
                 logp = np.nan if fault else logp
                 out.tokens[i, step], out.logp[i, step], out.nucleus_logp[i, step] = token, logp, logp / 2
                 out.counts[i] += 1
                 out.reasons[i] = self.reason(s, token, logp, out.certain, i)
                 if out.reasons[i]:
                     break
-        return out
+        call = FakeCall(self, list(sequences), out)
+        self.unseen.append(call)
+        return call
 
     @staticmethod
     def reason(s, token, logp, certain, i):
@@ -129,6 +144,17 @@ class FakeRunner:
         if token in s.request.sampling.end_ids:
             return 1
         return 2 if certain[i] >= (NEVER if stop is None else stop.tokens) else 0
+
+
+@dataclasses.dataclass
+class FakeCall:
+    runner: FakeRunner
+    sequences: list
+    out: Decoded
+
+    def result(self):
+        assert self.runner.unseen.pop(0) is self
+        return self.out
 
 
 @dataclasses.dataclass

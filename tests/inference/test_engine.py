@@ -1,6 +1,7 @@
 """The engine without a model: whatever happens around a request, its completion is what the definition says."""
 
 import collections
+import contextlib
 import dataclasses
 import functools
 
@@ -160,6 +161,26 @@ def test_a_first_token_is_told_at_once():
     engine.submit(request([1, 2]))
     assert [len(event.tokens) for event in engine.step()] == [1]
     assert [len(event.tokens) for event in engine.step()] == [ROOMY.steps]
+
+
+def test_the_next_call_is_on_its_way_before_the_last_ones_tokens_are_told():
+    """... as long as nobody comes: who has ended writes no more, and who comes is let in after what is on its way."""
+    engine = Engine(FakeRunner(dataclasses.replace(ROOMY, ahead=True)))
+    requests = [request([n, n + 1], seed=n, max_new_tokens=5 + 6 * n) for n in range(4)]
+    tickets = [engine.submit(r) for r in requests]
+    done, on_the_way = {}, []
+    while engine.busy:
+        audit(engine)
+        done |= {e.ticket: e.completion for e in engine.step() if isinstance(e, Finished)}
+        on_the_way.append(len(engine._runner.unseen))
+        if len(on_the_way) == 3:
+            requests.append(request([7, 8, 9], max_new_tokens=4))
+            tickets.append(engine.submit(requests[-1]))
+    for r, ticket in zip(requests, tickets):
+        check(r, done[ticket])
+    assert on_the_way[2:4] == [1, 0]
+    assert sum(on_the_way) >= 3
+    assert on_the_way[-1] == 0
 
 
 def test_a_group_prefills_its_prompt_once():
@@ -396,7 +417,7 @@ actions = st.one_of(
     st.tuples(st.just("load"), st.integers(0, 30)),
 )
 capacities = st.builds(
-    lambda rows, pages, snapshots, page_size, steps, parts: Capacity(
+    lambda rows, pages, snapshots, page_size, steps, parts, ahead: Capacity(
         rows=rows,
         max_length=40,
         page_size=page_size,
@@ -407,6 +428,7 @@ capacities = st.builds(
         prefill=((1, 3), (2, 8)),
         stall=3,
         parts=parts,
+        ahead=ahead,
     ),
     st.integers(1, 5),
     st.integers(0, 12),
@@ -414,6 +436,7 @@ capacities = st.builds(
     st.integers(1, 5),
     st.integers(1, 4),
     st.sampled_from([1, 1, 2]),
+    st.booleans(),
 )
 
 
@@ -445,7 +468,8 @@ def test_random_schedules(capacity, actions):
             if kind == "cancel":
                 engine.cancel(ticket)
                 cancelled.add(ticket)
-            else:
+                continue
+            with contextlib.suppress(UserError):  # what was on its way has ended it
                 for fork in engine.fork(ticket, 2, sample):
                     asked[fork], inherited[fork] = asked[ticket], engine._live[ticket][sample].new
                     of_version[fork] = of_version[ticket]
@@ -507,22 +531,23 @@ class Seen(list):
         self.extend(tokens)
 
 
-@pytest.mark.parametrize("capacity", [CAPACITY, ROOMY])
+@pytest.mark.parametrize("capacity", [CAPACITY, ROOMY, dataclasses.replace(ROOMY, ahead=True)])
 def test_a_matcher_is_told_every_token_once(capacity):
     """Also where the runner has shown it some of them while it wrote."""
 
     class Asking(FakeRunner):
         constrains = True
 
-        def decode(self, sequences, allowances, patience):
-            out = super().decode(sequences, allowances, patience)
+        def decode(self, sequences, allowances, patience, after=None):
+            assert after is None or all(sequence.matcher is None for sequence in sequences)
+            call = super().decode(sequences, allowances, patience, after)
             for i, sequence in enumerate(sequences):
                 if sequence.matcher is not None:
                     assert sequence.matcher == sequence.tokens[sequence.prompt :]
-                    for token in out.tokens[i, : out.counts[i] - 1].tolist():
+                    for token in call.out.tokens[i, : call.out.counts[i] - 1].tolist():
                         sequence.matcher.take([token])
                         sequence.ahead += 1
-            return out
+            return call
 
     def run(*constraints):
         engine = Engine(Asking(capacity))
