@@ -85,15 +85,8 @@ def main(config: Config) -> None:
     model = MiniMaxM1(model_config, rngs=nnx.Rngs(config.seed))
     console.print(f"{PRESET} trains on {TASK}; everything goes to {run.directory}/")
 
-    def pair(number: int) -> Pair:
-        # Index apart from the RL problems' by the seed; held-out problems are apart by construction (rl/tasks/base.py).
-        problem = task.problem("train", config.seed + 1_000_000, number)
-        rng = np.random.default_rng([config.seed, number])
-        think = rng.random() < np.interp(number, (0, SFT.steps * SFT.batch), THINKING_SHARES)
-        return tokenizer.encode(problem.prompt), [*tokenizer.encode(problem.demonstration(think)), tokenizer.eos_id]
-
     start = time.monotonic()
-    model = sft(run, model, pair, SFT)
+    model = warm_start(run, model, config.seed)
     model = Trainer(run, model, task, tokenizer, RL, config.seed).train()
     here = time.monotonic() - start
     finish(run, model, tokenizer)
@@ -108,3 +101,17 @@ def main(config: Config) -> None:
     console.print(f"training took {trained / 60:.1f} minutes ({here / 60:.1f} of them now)")
     console.print(f"see {run.directory}/curves.png, samples_before.md and samples_after.md, and let the model answer:")
     console.print(f'  m1jax generate {run.directory}/export --prompt "+3815962470=" --temperature 0')
+
+
+def warm_start(run: Run, model: MiniMaxM1, seed: int) -> MiniMaxM1:
+    """Trains the model on demonstrations; interrupted, it goes on from the run's checkpoint."""
+    tokenizer, task = Tokenizer.tiny(), get_task(TASK)
+
+    def pair(number: int) -> Pair:
+        # Index apart from the RL problems' by the seed; held-out problems are apart by construction (rl/tasks/base.py).
+        problem = task.problem("train", seed + 1_000_000, number)
+        rng = np.random.default_rng([seed, number])
+        think = rng.random() < np.interp(number, (0, SFT.steps * SFT.batch), THINKING_SHARES)
+        return tokenizer.encode(problem.prompt), [*tokenizer.encode(problem.demonstration(think)), tokenizer.eos_id]
+
+    return sft(run, model, pair, SFT)

@@ -1,6 +1,6 @@
 """The primary comparison with some 36 M parameters on one GPU. See README.md beside this file.
 
-python -m experiments.cispo_vs_rivals.large [--minutes N] [--out FOLDER] [--starts FOLDER] [--smoke]
+python -m experiments.cispo_vs_rivals.large [--minutes N] [--seeds N ...] [--out FOLDER] [--starts FOLDER] [--smoke]
 """
 
 import dataclasses
@@ -68,6 +68,8 @@ class Config:
     """no block of runs is begun after so many"""
     width: int = 8
     """runs of a block"""
+    seeds: tuple[int, ...] = ()
+    """whose starts are made, as one group; without them all"""
     out: Path = run.HERE / "results-large"
     starts: Path = run.HERE / "results-large"
     """folder of the starts: 140 MB each"""
@@ -88,7 +90,9 @@ def main(config: Config) -> None:
     tuning, runs = Results(config.out, "tuning"), Results(config.out, "runs")
     with policy.of(size.model), policy.portable():
         how = run.Config(width=config.width, out=config.out, minutes=config.minutes)
-        for group in size.groups:
+        for group in (config.seeds,) if config.seeds else size.groups:
+            if not in_time():
+                break
             starts, told = starts_of(group, size, config.starts)
             write_atomically(config.out / f"starts-{group[0]}.json", json.dumps(told) + "\n")
             print(f"starts of {group}: {time.monotonic() - begun:.0f} s", flush=True)
@@ -97,10 +101,15 @@ def main(config: Config) -> None:
             seeds = [seed for seed in group if seed < size.loop.primary_seeds]
             run.execute(main_jobs(seeds, tuning), runs, starts, size.loop, how, in_time)
             print(f"runs of {group}: {time.monotonic() - begun:.0f} s", flush=True)
+            write_report(runs, tuning, size, config.out)
+    write_report(runs, tuning, size, config.out)
+
+
+def write_report(runs: Results, tuning: Results, size: Size, out: Path) -> None:
     text = report.table(runs, tuning, size.loop.rates)
-    (config.out / "table.md").write_text(text)
-    report.picture(runs, config.out)
-    print(text)
+    (out / "table.md").write_text(text)
+    report.picture(runs, out)
+    print(text, flush=True)
 
 
 def tuning_jobs(size: run.Size) -> list[Job]:
@@ -165,9 +174,8 @@ def fresh(seeds: jax.Array) -> Any:
 def _piece(state: Any, first: jax.Array, last: jax.Array, *, steps: int) -> Any:
     def one(state: Any, first: jax.Array, last: jax.Array) -> Any:
         def loss(params: Params, key: jax.Array) -> jax.Array:
-            key_task, key_each = jax.random.split(key)
-            task = jax.random.randint(key_task, (START_BATCH,), 0, len(tasks.TASKS))
-            tokens, weight = jax.vmap(tasks.demonstration)(jax.random.split(key_each, START_BATCH), task)
+            keys = jax.random.split(key, START_BATCH)
+            tokens, weight = jax.vmap(tasks.demonstration, (0, None))(keys, jnp.array(tasks.RECHECKS))
             return -jnp.sum(weight * policy.log_probs(params, tokens)[0]) / jnp.sum(weight)
 
         def step(state: Any, share: jax.Array) -> Any:

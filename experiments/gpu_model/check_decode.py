@@ -1,6 +1,6 @@
 """The kernels for decoding on a Hopper GPU: right on fresh random inputs, and how near they come to the copy rate.
 
-    python experiments/gpu_model/check_decode.py [--seconds 90] [--only experts,attention,states,ring]
+    python experiments/gpu_model/check_decode.py [--seconds 90] [--only experts,routes,normed,project,...]
 
 Prints a line per case, then one line of JSON. Times are wall clock per call inside one compiled loop.
 """
@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import pallas_kernels
+from m1jax.compiling import compiler_options
+from pallas_kernels import Norm, Projection
 from pallas_kernels.experts import hopper_few
 
 BEGUN = time.perf_counter()
@@ -37,7 +39,7 @@ def random(seed, shape, scale=1.0, dtype="bfloat16"):
 def seconds(step, x, *rest):
     """Per call of x -> step(x, *rest), which has x's shape: the best of a few runs of one compiled loop."""
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=compiler_options())
     def loop(x, *rest):
         return jax.lax.fori_loop(0, REPEATS, lambda _, x: (x + 1e-3 * step(x, *rest)).astype(x.dtype), x)
 
@@ -70,6 +72,87 @@ def error(result, truth):
     """Relative root mean square."""
     result, truth = (np.asarray(x, np.float64) for x in (result, truth))
     return float(np.sqrt(np.square(result - truth).mean() / np.square(truth).mean()))
+
+
+def routes_right(tokens, experts=16, hidden=1024, k=2):
+    x, out, gates = random(0, (tokens, hidden)), random(2, (tokens, hidden)), gates_of(2, experts, hidden)
+
+    def op(x, out, gates, name):
+        norm = Norm(jnp.ones((2, hidden), x.dtype), 1e-5)
+        terms = [(x, 3.5), (out, 1.25)]
+        return pallas_kernels.expert_routes(terms, norm, gates, jnp.int32(1), k=k, implementation=name)
+
+    got, want = (jax.jit(functools.partial(op, name=name))(x, out, gates) for name in ("hopper", "xla"))
+    others = int(np.sum(np.asarray(got[1]) != want[1]))
+    return {"norm": error(got[0], want[0]), "others": others, "weights": error(got[2], want[2])}
+
+
+def gates_of(layers, experts, hidden):
+    return random(1, (layers, experts, hidden), hidden**-0.5, "float32")
+
+
+def routes_time(tokens, experts=16, hidden=1024, layers=8, implementation="hopper"):
+    """With what it takes that the next norm has another sum."""
+    op = functools.partial(pallas_kernels.expert_routes, k=2, implementation=implementation)
+    norm = Norm(jnp.ones((layers, hidden), jnp.bfloat16), 1e-5)
+
+    def step(x, gates):
+        for layer in range(layers):
+            y, routes, weights = op([(x, 1.0), (x, 2.0)], norm, gates, jnp.int32(layer))
+            x = (y + (routes * weights).sum(1, keepdims=True)).astype(x.dtype)
+        return x
+
+    return {"us": seconds(step, random(0, (tokens, hidden)), gates_of(layers, experts, hidden)) / layers * 1e6}
+
+
+def normed_right(tokens, hidden=1024):
+    x, gate, weights = (random(i, (n, hidden)) for i, n in enumerate((tokens, tokens, 2)))
+
+    def op(x, gate, weights, name):
+        norm = Norm(weights, 1e-6)
+        return pallas_kernels.normed([(x, 1.0)], norm, jnp.int32(1), gate=gate, implementation=name)
+
+    got, want = (jax.jit(functools.partial(op, name=name))(x, gate, weights) for name in ("hopper", "xla"))
+    return {"error": error(got, want)}
+
+
+def projections(tokens, layers, heads, size, hidden):
+    """x, and what a lightning layer makes of it: queries, keys, values and gate."""
+    weights = (random(i, (layers, n * heads * size, hidden), hidden**-0.5) for i, n in ((1, 3), (2, 1)))
+    return random(0, (tokens, hidden)), *weights
+
+
+def project_step(size, implementation):
+    def step(x, qkv, gate, layer):
+        several = [Projection(qkv, "silu", 3, size), Projection(gate, "sigmoid")]
+        return pallas_kernels.project(x, several, layer, implementation=implementation)
+
+    return step
+
+
+def project_right(tokens, heads=16, size=64, hidden=1024):
+    arrays = projections(tokens, 2, heads, size, hidden)
+    got, want = (jax.jit(project_step(size, name))(*arrays, jnp.int32(1)) for name in ("hopper", "xla"))
+    return {"errors": [error(a, b) for a, b in zip(got, want, strict=True)]}
+
+
+def project_time(rate, tokens, heads=16, size=64, hidden=1024, layers=8, implementation="hopper", output=False):
+    """The four of a lightning layer, or the one behind attention."""
+    x, qkv, gate = projections(tokens, layers, heads, size, hidden)
+
+    def step(x, qkv, gate):
+        for layer in range(layers):
+            if output:
+                (out,) = pallas_kernels.project(x, [Projection(gate)], jnp.int32(layer), implementation=implementation)
+                x = x + out
+            else:
+                q, k, v, g = project_step(size, implementation)(x, qkv, gate, jnp.int32(layer))
+                x = x + q * k + v * g
+        return x
+
+    took = seconds(step, x, qkv, gate) / layers
+    moved = (1 if output else 4) * heads * size * hidden * 2
+    return {"us": took * 1e6, "of_copy": moved / took / rate}
 
 
 def expert_arrays(tokens, layers, experts, hidden, inner, k=2):
@@ -255,7 +338,7 @@ def ring_time(rate, sequences, heads, size=128, room=32, ring=True, together=Fal
 def main():
     arguments = argparse.ArgumentParser()
     arguments.add_argument("--seconds", type=float, default=90)
-    arguments.add_argument("--only", default="experts,attention,states,ring")
+    arguments.add_argument("--only", default="experts,routes,normed,project,attention,states,ring")
     given = arguments.parse_args()
     device = jax.devices()[0]
     rate = copy_rate()
@@ -265,7 +348,25 @@ def main():
     small = functools.partial(experts_time, rate, experts=16, hidden=1024, inner=1024, layers=8)
     m1 = functools.partial(experts_time, rate, experts=16, hidden=6144, inner=9216)
     attention = functools.partial(attention_time, rate, heads=64, kv_heads=8)
+    wide_shape = {"size": 128, "hidden": 2048}
     cases = {
+        "routes right, 5 tokens": lambda: routes_right(5),
+        "routes right, 256 tokens of 2048": lambda: routes_right(256, hidden=2048),
+        "normed right, 64 tokens": lambda: normed_right(64),
+        "normed right, 1 token of 2048": lambda: normed_right(1, 2048),
+        **{f"project right, {n} tokens": functools.partial(project_right, n) for n in (1, 64, 70, 256)},
+        "project right, 64 tokens of 2048": lambda: project_right(64, size=128, hidden=2048),
+        **{
+            f"{op} {name}, {n} tokens, {how}": functools.partial(function, n, implementation=how, **shape)
+            for n in (64, 256, 1)
+            for name, shape in (("m1-1b", {}), ("wide", wide_shape))
+            for op, function in (
+                ("routes", lambda n, size=64, **options: routes_time(n, **options)),
+                ("project", functools.partial(project_time, rate)),
+                ("project out", functools.partial(project_time, rate, output=True)),
+            )
+            for how in ("hopper", "xla")
+        },
         "experts wide, 64 tokens": lambda: wide(64),
         "experts m1-1b, 64 tokens": lambda: small(64),
         "attention 1 x 1M": lambda: attention(1, 1 << 20, page_size=1 << 20),

@@ -1,8 +1,6 @@
-"""Figure 3 and short RL runs, each under every head, state and router replay; what is done is kept, line by line."""
+"""Figure 3 under every head, state and router replay; what is done is kept, line by line."""
 
-import dataclasses
 import itertools
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,42 +14,19 @@ from experiments.precision_mismatch import figure3
 from experiments.precision_mismatch.figure3 import ARMS, Arm, Scale, Text
 from experiments.precision_mismatch.lines import Lines, Record
 from experiments.precision_mismatch.switches import Bits, precision
-from m1jax.chat import Tokenizer
-from m1jax.rl.recipe import EvaluationRecipe, GenerationRecipe, RLRecipe, UpdateRecipe
-from m1jax.rl.tasks import get_task
-from m1jax.rl.trainer import PHASE, Trainer
-from m1jax.train.optimizer import OptimizerConfig
-from m1jax.train.run import Run
 
 SEEDS = (0, 1, 2)
 SHOWN = 3000
 """pairs of an arm in the scatter"""
-RL_SEED, RL_START_STEPS = 0, 500
-RL_ARMS = (
-    Arm("float32", "float32", False),
-    Arm("bfloat16", "float32", False),
-    Arm("bfloat16", "bfloat16", False),
-    Arm("float32", "float32", True),
-    Arm("bfloat16", "bfloat16", True),
-)
-RL = RLRecipe(
-    optimizer=OptimizerConfig(learning_rate=4e-5, warmup_steps=16),
-    generation=GenerationRecipe(prompts=32, samples=8, rounds=1, max_prompt_tokens=14, max_new_tokens=40, chat=False),
-    update=UpdateRecipe(updates=16, row_length=512, rows=4),
-    evaluation=EvaluationRecipe(evaluate_every=20, evaluate_rounds=1),
-    iterations=20,
-    checkpoint_every=100_000,
-)
-SMALL_RL = dataclasses.replace(RL, iterations=2, evaluation=EvaluationRecipe(evaluate_every=2, evaluate_rounds=1))
 
 
-def parameters(size: Scale, file: Path, seed: int, demonstrations: float) -> tuple[nnx.State, float]:
+def parameters(size: Scale, file: Path, seed: int) -> tuple[nnx.State, float]:
     """Trained ones, from the file where it is there already."""
     abstract = nnx.state(nnx.eval_shape(lambda: figure3.MiniMaxM1(size.config, rngs=nnx.Rngs(0))))
     structure = jax.tree.structure(abstract)
     if not file.exists():
         begun = time.monotonic()
-        params, loss = figure3.trained(size, Text(size, seed, demonstrations), seed)
+        params, loss = figure3.trained(size, Text(size, seed), seed)
         leaves = jax.tree.leaves(jax.device_get(params))
         made = file.with_suffix(".part.npz")
         np.savez(made, *leaves, loss=loss)
@@ -70,7 +45,7 @@ def scatter(out: Path, work: Path, seeds: Sequence[int]) -> list[Record]:
     pairs_file = out / "scatter.npz"
     pairs = dict(np.load(pairs_file)) if pairs_file.exists() else {}
     for seed in seeds:
-        params, loss = parameters(size, work / f"trained-{seed}.npz", seed, figure3.DEMONSTRATIONS)
+        params, loss = parameters(size, work / f"trained-{seed}.npz", seed)
         prompts = Text(size, 500 + seed).code(size.samples, figure3.PROMPT)
         # The head first: it is what the report's claim is about.
         for state, head in itertools.product(get_args(Bits), get_args(Bits)):
@@ -93,38 +68,6 @@ def scatter(out: Path, work: Path, seeds: Sequence[int]) -> list[Record]:
                         pairs[str(arm)] = taken.astype(np.float32)
                         np.savez(pairs_file, **pairs)
                     print(f"seed {seed}, {arm}: {gap}, {time.monotonic() - begun:.0f} s", flush=True)
-    return lines.records
-
-
-def rl_runs(out: Path, work: Path, arms: Sequence[Arm]) -> list[Record]:
-    """What each arm does to a short RL run with the product's own trainer: `rl.jsonl`, a line per generation batch."""
-    size, lines = figure3.scale(), Lines(out / "rl.jsonl")
-    recipe = SMALL_RL if jax.default_backend() == "cpu" else RL
-    start = dataclasses.replace(size, steps=min(size.steps, RL_START_STEPS))
-    params, _ = parameters(start, work / "rl-start.npz", RL_SEED, 1.0)
-    task, words = get_task(figure3.TASK), Tokenizer.tiny()
-    for arm in arms:
-        there = [r for r in lines.records if Arm(r["head"], r["state"], r["replay"]) == arm]
-        if any(r["step"] == recipe.iterations for r in there):
-            continue
-        begun = time.monotonic()
-        update = dataclasses.replace(recipe.update, replay_routes=arm.replay)
-        here = dataclasses.replace(recipe, update=update)
-        with tempfile.TemporaryDirectory() as directory, precision(arm.head, arm.state):
-            run = Run(directory, {"recipe": here})
-            append = run.log.append
-
-            def noted(phase: str, step: int, values: dict[str, float], arm=arm, append=append, begun=begun) -> None:
-                append(phase, step, values)
-                if phase == PHASE:
-                    kept = {name: float(x) for name, x in values.items() if isinstance(x, int | float | np.number)}
-                    lines.add(arm._asdict() | {"step": step} | kept | {"since": time.monotonic() - begun})
-                    print(f"{arm}: {step}, accuracy {kept.get('accuracy')}", flush=True)
-
-            run.log.append = noted  # pyright: ignore[reportAttributeAccessIssue]
-            model = nnx.merge(figure3.graph_of(size), jax.tree.map(jax.numpy.copy, params))
-            Trainer(run, model, task, words, here, RL_SEED).train()
-            run.close()
     return lines.records
 
 
@@ -188,53 +131,6 @@ def picture(pairs: dict[str, np.ndarray], file: Path) -> None:
         axis.set_title(f"head {arm.head}, states {arm.state},\nroutes {routes}", fontsize=8)
     figure.supxlabel("probability in the sampler")
     figure.supylabel("probability in the trainer")
-    figure.tight_layout()
-    figure.savefig(file, dpi=100)
-    plt.close(figure)
-
-
-def rl_table(records: Sequence[Record]) -> str:
-    """Markdown: what became of each run."""
-    lines = [
-        "| head | lightning states | routes | batches | accuracy, first five | last five | held out, at the end "
-        "| Pearson, median (least) | largest gap, median (most) | entropy at the end |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for arm in RL_ARMS:
-        found = [r for r in of_arm(records, arm) if r["step"] > 0]
-        if not found:
-            continue
-        series = {name: [r[name] for r in found] for name in ("accuracy", "pearson", "sampler_gap", "entropy")}
-        heldout = [r["heldout_accuracy"] for r in found if "heldout_accuracy" in r]
-        lines.append(
-            f"| {arm.head} | {arm.state} | {'replayed' if arm.replay else 'free'} | {len(found)} "
-            f"| {np.mean(series['accuracy'][:5]):.3f} | {np.mean(series['accuracy'][-5:]):.3f} "
-            f"| {heldout[-1] if heldout else float('nan'):.3f} "
-            f"| {np.median(series['pearson']):.5f} ({min(series['pearson']):.5f}) "
-            f"| {np.median(series['sampler_gap']):.2f} ({max(series['sampler_gap']):.2f}) "
-            f"| {series['entropy'][-1]:.3f} |"
-        )
-    return "\n".join(lines) + "\n"
-
-
-def rl_picture(records: Sequence[Record], file: Path) -> None:
-    """Accuracy, correlation and largest gap against batches."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    shown = {"accuracy": "accuracy", "pearson": "Pearson correlation", "sampler_gap": "largest gap, nats"}
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.6))
-    for arm in RL_ARMS:
-        found = [r for r in of_arm(records, arm) if r["step"] > 0]
-        for axis, name in zip(axes, shown):
-            axis.plot([r["step"] for r in found], [r[name] for r in found], label=str(arm), linewidth=1.2)
-    for axis, label in zip(axes, shown.values()):
-        axis.set_xlabel("generation batches of 16 updates")
-        axis.set_ylabel(label)
-    axes[2].set_yscale("log")
-    axes[0].legend(fontsize=6)
     figure.tight_layout()
     figure.savefig(file, dpi=100)
     plt.close(figure)

@@ -1,19 +1,19 @@
 """The engine's probabilities of what it wrote against the trainer's, everything in bfloat16 but what an arm says."""
 
 import dataclasses
-import functools
 import itertools
 import sysconfig
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int, Integer
 
+from experiments.precision_mismatch import language
+from experiments.precision_mismatch.language import Schedule
 from experiments.precision_mismatch.switches import Bits
 from m1jax.chat import Tokenizer
 from m1jax.config import ModelConfig
@@ -73,9 +73,9 @@ def corpus() -> Int[np.ndarray, " bytes"]:
 class Text:
     """Rows of training: source code, and demonstrations of the task that reinforcement learning is given."""
 
-    def __init__(self, size: Scale, seed: int, demonstrations: float = DEMONSTRATIONS) -> None:
+    def __init__(self, size: Scale, seed: int) -> None:
         self._size, self._seed, self._rng = size, seed, np.random.default_rng(seed)
-        self._demonstrations = round(demonstrations * size.rows)
+        self._demonstrations = round(DEMONSTRATIONS * size.rows)
         self._code, self._task, self._words = corpus(), get_task(TASK), Tokenizer.tiny()
         self._number = 0
 
@@ -99,27 +99,9 @@ class Text:
 
 def trained(size: Scale, text: Text, seed: int) -> tuple[nnx.State, float]:
     """Float32 parameters after language modelling in bfloat16 (CPU: float32), and the last losses, nats a byte."""
-    graph, params = nnx.split(MiniMaxM1(size.config, rngs=nnx.Rngs(seed)))
-    rate = optax.schedules.warmup_cosine_decay_schedule(0.0, RATE, min(WARM, size.steps // 4), size.steps, RATE / 10)
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, b1=0.9, b2=0.95, eps=1e-15))
-
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(params: nnx.State, state: Any, tokens: Array) -> Any:
-        def loss(params: nnx.State) -> Array:
-            model = nnx.merge(graph, params)
-            return -jnp.mean(model.log_probs(model.forward(tokens[:, :-1]).hidden, tokens[:, 1:])[0])
-
-        value, grads = jax.value_and_grad(loss)(params)
-        updates, state = optimizer.update(grads, state, params)
-        return optax.apply_updates(params, updates), state, value
-
-    state, values = optimizer.init(params), []
-    for number in range(size.steps):
-        params, state, value = step(params, state, text.batch())
-        values = [*values[-19:], value]
-        if number % 200 == 199:
-            print(f"step {number + 1}: {float(value):.3f} nats a byte", flush=True)
-    return params, float(np.mean([float(v) for v in values]))
+    model = MiniMaxM1(size.config, rngs=nnx.Rngs(seed))
+    schedule = Schedule(RATE, min(WARM, size.steps // 4), size.steps)
+    return language.train(model, schedule, (text.batch() for _ in range(size.steps)))
 
 
 class Written(NamedTuple):

@@ -13,7 +13,7 @@ import numpy as np
 import tyro
 
 from experiments.cispo_vs_rivals.policy import portable
-from experiments.precision_mismatch import amplification, at_size, trained
+from experiments.precision_mismatch import amplification, at_size, rl, trained
 from m1jax.disk import write_atomically
 
 HERE = Path(__file__).parent
@@ -28,8 +28,9 @@ class Config:
     part: tuple[Part, ...] = ("figure3", "rl", "amplification", "trained")
     seeds: tuple[int, ...] = at_size.SEEDS
     """of figure 3"""
-    rl_arms: tuple[int, ...] = tuple(range(len(at_size.RL_ARMS)))
-    """numbers in `at_size.RL_ARMS`"""
+    rl_arms: tuple[int, ...] = tuple(range(len(rl.ARMS)))
+    """numbers in `rl.ARMS`"""
+    rl_seeds: tuple[int, ...] = rl.SEEDS
     trained: tuple[str, ...] = tuple(trained.settings())
     """settings of the amplification with trained weights"""
     demo: Path = Path("runs/demo/export")
@@ -46,9 +47,9 @@ def main(config: Config) -> None:
     if "figure3" in config.part:
         texts.append(of_figure3(config.out, config.work, config.seeds))
     if "rl" in config.part:
-        records = at_size.rl_runs(config.out, config.work, [at_size.RL_ARMS[n] for n in config.rl_arms])
-        at_size.rl_picture(records, config.out / "rl.png")
-        texts.append(at_size.rl_table(records))
+        records = rl.measure(config.out, config.work, [rl.ARMS[n] for n in config.rl_arms], config.rl_seeds)
+        rl.picture(records, config.out / "rl.png")
+        texts.append(rl.table(records))
     if "amplification" in config.part:
         texts.append(of_amplification(config.out))
     if "trained" in config.part:

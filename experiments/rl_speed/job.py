@@ -48,6 +48,7 @@ class Job:
     mesh: str = ""
     generator_mesh: str = ""
     staleness: int = 0
+    share_prompts: bool = False
     keep_memory: bool = True
     """see `m1jax.train.allocator`"""
 

@@ -62,7 +62,9 @@ def recipe_of(job: Job) -> RLRecipe:
             max_new_tokens=sizes.new_tokens,
             chat=False,
         ),
-        update=UpdateRecipe(updates=sizes.updates, row_length=sizes.row_length, rows=sizes.rows),
+        update=UpdateRecipe(
+            updates=sizes.updates, row_length=sizes.row_length, rows=sizes.rows, share_prompts=job.share_prompts
+        ),
         evaluation=EvaluationRecipe(evaluate_every=further, evaluate_rounds=1),
         iterations=further,
         checkpoint_every=further * sizes.updates,

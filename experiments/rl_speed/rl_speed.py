@@ -11,6 +11,7 @@ where that interpreter has TRL; without it, only ours is timed. Both train in tu
 
 import dataclasses
 import json
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -57,6 +58,10 @@ class Config:
     """Runs of each, in turn."""
     rows: int | None = None
     """Of our micro-batches; None: what is best there."""
+    share_prompts: bool = False
+    """Ours computes the prompt of a group once in training."""
+    devices: int = 1
+    """As which a CPU is seen by ours: each of two cores does half of the rows."""
     keep_memory: bool = True
     """Ours keeps the memory that it frees."""
     threads: int = 2
@@ -82,10 +87,15 @@ def main(config: Config) -> None:
                     run=str(run),
                     steps=config.steps,
                     sizes=sizes,
+                    mesh=f"data={config.devices}" if config.devices > 1 else "",
+                    share_prompts=config.share_prompts,
                     keep_memory=config.keep_memory,
                 ).to_json()
                 around = {}
                 if side == "ours":
+                    if config.devices > 1:
+                        flags = f"--xla_force_host_platform_device_count={config.devices}"
+                        around["XLA_FLAGS"] = f"{flags} {os.environ.get('XLA_FLAGS', '')}"
                     command = [sys.executable, "-m", "experiments.rl_speed.ours", job]
                 else:
                     command = [str(config.trl), str(HERE / "theirs.py"), job]

@@ -243,9 +243,8 @@ class Engine:
         capacity = self._runner.capacity
         alive = [s for s in flight.sequences if s in self._home]
         going = [s for s in alive if s.left > flight.steps]
-        if not capacity.ahead or not going or len(alive) < len(self._home):
-            return None
-        if any(s.matcher is not None for s in alive):  # it must see a token before the next
+        guided = any(s.matcher is not None for s in alive)
+        if not capacity.ahead or guided or not going or len(alive) < len(self._home):
             return None
         steps = flight.steps + capacity.steps  # of both
         if not all(part.go_on(steps) for part in self._parts):

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable
 from collections.abc import Sequence as Several
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
@@ -155,17 +154,18 @@ class ModelRunner:
         wants_top = any(sequence.request.top for sequence in sequences)
         if any(sequence.matcher is not None for sequence in sequences):
             guides = Guides(sequences, places, size, self.vocab_size)
-            out = self._start(self._decode_guided, packed, patience, wants_top, guides, max(allowances))
+            out: Future[Out] = Future()
+            out.set_result(self._decode_guided(packed, patience, wants_top, guides, max(allowances)))
         else:
-            out = self._start(self._decode, packed, patience, wants_top)
+            out = self._start(packed, patience, wants_top)
         return _Started(dict(zip(sequences, places.tolist())), out, wants_top)
 
-    def _start(self, decode: Callable[..., Out], *work: Any) -> Future[Out]:
-        """A call on its way."""
+    def _start(self, *work: Any) -> Future[Out]:
+        """`_decode` on its way."""
         if self._starter is not None:
-            return self._starter.submit(decode, *work)
+            return self._starter.submit(self._decode, *work)
         out: Future[Out] = Future()
-        out.set_result(decode(*work))
+        out.set_result(self._decode(*work))
         return out
 
     def _decode(self, packed: Int32[np.ndarray, "rows width"], patience: int, wants_top: bool) -> Out:
@@ -209,7 +209,7 @@ class ModelRunner:
 
     def idle(self, rows: int) -> None:
         """A call of the decode program of so many rows, with nothing to write."""
-        jax.device_get(self._start(self._decode, self._at_rest[rows], 1, False).result().all)
+        jax.device_get(self._start(self._at_rest[rows], 1, False).result().all)
 
     def _compile(self) -> None:
         """Run every program once, with no work to do, and what makes a request's key."""
@@ -222,7 +222,7 @@ class ModelRunner:
             self.idle(rows)
             if self.constrains:
                 nobody = Guides([], np.arange(0), rows, self.vocab_size)
-                jax.device_get(self._start(self._decode_guided, self._at_rest[rows], 1, False, nobody, 2).result().all)
+                jax.device_get(self._decode_guided(self._at_rest[rows], 1, False, nobody, 2).all)
 
 
 class _Started(NamedTuple):
@@ -490,8 +490,7 @@ def _decode(
 
     nothing = Written.nothing(rows, model.config, capacity.steps, record_routes, top)
     cache, written = jax.lax.while_loop(unfinished, advance, (cache, nothing))
-    after = None if last is None else Last.of(written.out, len(last.tokens))
-    return cache, after, written.told
+    return cache, None if last is None else Last.of(written.out, len(last.tokens)), written.told
 
 
 @functools.partial(jax.jit, static_argnames=("config", "steps", "record_routes", "top"))

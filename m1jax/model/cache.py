@@ -37,7 +37,7 @@ class LightningCache(NamedTuple):
         q: Float[Array, "batch time heads key"],
         k: Float[Array, "batch time heads key"],
         v: Float[Array, "batch time heads value"],
-        log_decay: Float[Array, " heads"],
+        log_decay: Float[Array, "*layers heads"],
         slots: Int[Array, " batch"] | None,
         segment_ids: Int[Array, "batch time"] | None,
     ) -> tuple[Float[Array, "batch time heads value"], LightningCache]:

@@ -9,15 +9,20 @@ there: together an eighth of an update of `m1-2b` on a GPU, a quarter of one of 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 from m1jax.sharding import ambient_mesh
 from pallas_kernels import target_platform
+
+WRITTEN_OUT = 4
+"""periods up to which a GPU's program has a loop for each run of each; beyond, one loop over all layers, in which the
+shorter runs' turn is a condition that the GPU waits for the host to read"""
 
 Tree = Any  # a pytree of arrays
 Layer = Callable[[int, Tree, Any, Tree, Any], tuple[tuple[Any, Tree], Tree]]
@@ -62,39 +67,35 @@ class _Loop(NamedTuple):
     def _walk(
         self, body: Body, h: Any, stacks: list[Tree], runs: Sequence[int], number: Callable[[int, Any], Any]
     ) -> tuple[Any, list[Tree]]:
-        """The i-th layer that is met of a run has ``number(run, i)``.
-
-        One loop over all layers of the longest run; the others have their turn in it, zero times or once. In loops
-        over periods and their layers a number would depend on both, and XLA:GPU has a kernel write into its place of
-        a stack only where that depends on one loop.
-        """
+        """The i-th layer that is met of a run has ``number(run, i)``."""
         longest = max(runs, key=lambda run: self.counts[run])
         length, place = self.counts[longest], runs.index(longest)
 
-        def layer(i: Any, carry: Any) -> Any:
-            h, stacks = carry
-            h, own = body(longest, number(longest, i), h, stacks[longest])
-            return h, [own if run == longest else x for run, x in enumerate(stacks)]
+        def turn(run: int, first: Any, count: Any, h: Any, stacks: list[Tree]) -> tuple[Any, list[Tree]]:
+            """``count`` layers of a run from its ``first`` on."""
 
-        def others(runs: Sequence[int], period: Any, turn: Any, carry: Any) -> Any:
-            h, stacks = carry[0], list(carry[1])
-            for run in runs:
-                count = self.counts[run]
+            def one(i: Any, carry: Any) -> Any:
+                return body(run, number(run, i), *carry)
 
-                def one(j: Any, carry: Any, run: int = run, count: int = count) -> Any:
-                    return body(run, number(run, period * count + j), *carry)
+            h, own = _repeat(first, first + count, one, (h, stacks[run]))
+            return h, [own if r == run else x for r, x in enumerate(stacks)]
 
-                h, stacks[run] = _repeat(turn * count, one, (h, stacks[run]))
+        if self.periods <= (WRITTEN_OUT if target_platform() == "gpu" else 1):
+            for period, run in itertools.product(range(self.periods), runs):
+                h, stacks = turn(run, period * self.counts[run], self.counts[run], h, stacks)
             return h, stacks
 
-        def among_others(i: Any, carry: Any) -> Any:
-            carry = others(runs[:place], i // length, length == 1 or i % length == 0, carry)
-            return others(runs[place + 1 :], i // length, length == 1 or (i + 1) % length == 0, layer(i, carry))
+        def layer(i: Any, carry: Any) -> Any:
+            # One loop over all layers of the longest run; the others have their turn in it, zero times or once. In
+            # loops over periods and their layers a number would depend on both, and XLA:GPU has a kernel write into
+            # its place of a stack only where that depends on one loop.
+            for at, run in enumerate(runs):
+                now = {-1: i % length == 0, 0: 1, 1: (i + 1) % length == 0}[(at > place) - (at < place)]
+                first = i if run == longest else i // length * self.counts[run]
+                carry = turn(run, first, now * (1 if run == longest else self.counts[run]), *carry)
+            return carry
 
-        if self.periods > 1:
-            return _repeat(self.periods * length, among_others, (h, stacks))
-        carry = _repeat(length, layer, others(runs[:place], 0, 1, (h, stacks)))
-        return others(runs[place + 1 :], 0, 1, carry)
+        return _repeat(0, self.periods * length, layer, (h, stacks))
 
     def stacks(self, shapes: Sequence[Tree]) -> list[Tree]:
         """Room for what every layer of every run writes; ``shapes`` are one layer's."""
@@ -123,8 +124,9 @@ def _forward(loop: _Loop, weights: list[Tree], h: Tree, constants: Tree) -> Any:
     pieces = [_Piece.of(loop.layer, run, w, h, constants) for run, w in enumerate(weights)]
 
     def one(run: int, number: Any, h: Any, stacks: Tree) -> Any:
-        h, seen, kept = pieces[run].forward(_at(weights[run], number), h, constants, number)
-        return h, _put(stacks, number, (seen, kept))
+        seen, kept = stacks
+        h, new, kept = pieces[run].forward(_at(weights[run], number), h, constants, number, kept)
+        return h, (_put(seen, number, new), kept)
 
     h, stacks = loop.forward(one, h, loop.stacks([(p.seen, p.kept) for p in pieces]))
     seen, kept = map(list, zip(*stacks))
@@ -151,7 +153,7 @@ _over_layers.defvjp(_forward, _backward)
 class _Piece(NamedTuple):
     """A layer's forward and backward pass, and what goes from one to the other."""
 
-    program: Callable[..., list[jax.Array]]
+    program: ClosedJaxpr
     """(weights, h, constants, number), flat -> (h, seen, leaves of the pullback), flat"""
     outputs: Any
     """tree of (h, seen)"""
@@ -163,8 +165,6 @@ class _Piece(NamedTuple):
     """how many arrays h is"""
     seen: Tree
     kept: list[jax.ShapeDtypeStruct]
-    shared: list[bool]
-    """of each that is kept: whether the forward pass reads it too"""
 
     @staticmethod
     def of(layer: Layer, run: int, weights: Tree, h: Tree, constants: Tree) -> _Piece:
@@ -187,22 +187,24 @@ class _Piece(NamedTuple):
         before = len(jax.tree.leaves(one))
         for variable in closed.jaxpr.invars[before : before + len(jax.tree.leaves(h))]:
             del places[variable]  # h is another in each layer
-        sources = [None if hasattr(v, "val") else places.get(v) for v in leaves]
+        sources = [None if _is_literal(v) else places.get(v) for v in leaves]
         own = [v for v, source in zip(leaves, sources) if source is None]
         kept = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in own]
-        read = {id(v) for equation in closed.jaxpr.eqns for v in equation.invars}
         return _Piece(
-            lambda *flat: list(jaxpr_as_fun(closed)(*flat)),
-            trees["outputs"], trees["pullback"], sources, len(jax.tree.leaves(h)), trees["seen"], kept,
-            [id(v) in read for v in own],
-        )  # fmt: skip
+            closed, trees["outputs"], trees["pullback"], sources, len(jax.tree.leaves(h)), trees["seen"], kept
+        )
 
-    def forward(self, weights: Tree, h: Tree, constants: Tree, number: Any) -> tuple[Any, Tree, list[jax.Array]]:
-        flat = self.program(*jax.tree.leaves((weights, h, constants)), jnp.asarray(number, jnp.int32))
-        outputs, leaves = _split(flat, self.outputs)
-        h, seen = jax.tree.unflatten(self.outputs, outputs)
-        kept = [x for x, source in zip(leaves, self.sources) if source is None]
-        return h, seen, [_apart(x) if shared else x for x, shared in zip(kept, self.shared)]
+    def forward(
+        self, weights: Tree, h: Tree, constants: Tree, number: Any, stacks: list[jax.Array]
+    ) -> tuple[Any, Tree, list[jax.Array]]:
+        """New h, what is seen, and the stacks with what this layer keeps."""
+        arguments = *jax.tree.leaves((weights, h, constants)), jnp.asarray(number, jnp.int32)
+        run = _in_place if target_platform() == "gpu" else _and_then
+        _, leaves = _split(self.program.jaxpr.outvars, self.outputs)
+        own = [v for v, source in zip(leaves, self.sources) if source is None]
+        outputs, stacks = run(self.program, arguments, own, stacks, number)
+        h, seen = jax.tree.unflatten(self.outputs, outputs[: self.outputs.num_leaves])
+        return h, seen, stacks
 
     def backward(self, weights: Tree, constants: Tree, number: Any, kept: list[jax.Array], given: Any) -> Any:
         h = [None] * self.streams
@@ -220,12 +222,56 @@ class _Static:
         self.value = value
 
 
+def _and_then(
+    program: ClosedJaxpr, arguments: Sequence[Any], kept: list[Any], stacks: list[jax.Array], number: Any
+) -> tuple[list[Any], list[jax.Array]]:
+    """Runs the program, puts what is kept of it (some of its outputs) into the stacks: outputs and stacks."""
+    outputs = jaxpr_as_fun(program)(*arguments)
+    values = dict(zip(map(id, program.jaxpr.outvars), outputs))
+    return outputs, _put(stacks, number, [values[id(v)] for v in kept])
+
+
+def _in_place(
+    program: ClosedJaxpr, arguments: Sequence[Any], kept: list[Any], stacks: list[jax.Array], number: Any
+) -> tuple[list[Any], list[jax.Array]]:
+    """The same, where a value goes to its place in the stack as soon as it is made, and what follows reads it there.
+
+    So that XLA:GPU has the product or kernel that makes it write there. A value that is also read elsewhere it makes
+    twice, or copies.
+    """
+    jaxpr, stacks = program.jaxpr, list(stacks)
+    values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*program.consts, *arguments]))
+
+    def read(variable: Any) -> Any:
+        return variable.val if _is_literal(variable) else values[variable]
+
+    places = {v: i for i, v in enumerate(kept) if not _is_literal(v) and v not in values}
+    for equation in jaxpr.eqns:
+        names = list(dict.fromkeys(v for v in equation.invars if not _is_literal(v)))
+        one = jaxpr.replace(constvars=[], invars=names, outvars=equation.outvars, eqns=[equation])
+        made = jaxpr_as_fun(ClosedJaxpr(one, []))(*map(read, names))
+        for variable, x in zip(equation.outvars, made, strict=True):
+            if (place := places.get(variable)) is not None:
+                stacks[place] = _put(stacks[place], number, x)
+                x = _at(jax.lax.optimization_barrier(stacks[place]), number)
+            values[variable] = x
+    for place, variable in enumerate(kept):
+        if _is_literal(variable) or places.get(variable) != place:
+            stacks[place] = _put(stacks[place], number, read(variable))
+    return list(map(read, jaxpr.outvars)), stacks
+
+
+def _is_literal(variable: Any) -> bool:
+    return hasattr(variable, "val")
+
+
 def _split(flat: Sequence[Any], outputs: Any) -> tuple[list[Any], list[Any]]:
     return list(flat[: outputs.num_leaves]), list(flat[outputs.num_leaves :])
 
 
-def _repeat(count: Any, body: Callable[[Any, Any], Any], carry: Any) -> Any:
-    return body(0, carry) if isinstance(count, int) and count == 1 else jax.lax.fori_loop(0, count, body, carry)
+def _repeat(first: Any, end: Any, body: Callable[[Any, Any], Any], carry: Any) -> Any:
+    once = isinstance(end, int) and isinstance(first, int) and end - first == 1
+    return body(first, carry) if once else jax.lax.fori_loop(first, end, body, carry)
 
 
 def _at(tree: Tree, number: Any) -> Tree:
@@ -234,12 +280,6 @@ def _at(tree: Tree, number: Any) -> Tree:
 
 def _put(stacks: Tree, number: Any, tree: Tree) -> Tree:
     return jax.tree.map(lambda stack, x: jax.lax.dynamic_update_index_in_dim(stack, x, number, 0), stacks, tree)
-
-
-def _apart(x: jax.Array) -> jax.Array:
-    """x, which on a GPU is copied into its place of a stack. Where the forward pass reads it too, XLA would have the
-    product or kernel that made it run twice, once for each place."""
-    return jax.lax.optimization_barrier(x) if target_platform() == "gpu" else x
 
 
 def _room(shape: tuple[int, ...], dtype: Any) -> jax.Array:

@@ -10,9 +10,10 @@ from jaxtyping import Array, Float
 
 from m1jax.config import ModelConfig
 from m1jax.model.cache import LightningCache
-from m1jax.model.layers import Call, Place, Weights, kept, linear, rms_norm
+from m1jax.model.layers import Call, Place, Weights, by_token, kept, linear, linear_of, norm_of
 from m1jax.model.parallel import lightning_attention
 from m1jax.sharding import constrain
+from pallas_kernels import Projection, project
 
 NORM_EPS = 1e-6  # the authors' code gives this one norm its own epsilon, whatever config.rms_norm_eps says
 
@@ -53,14 +54,26 @@ class LightningAttention(nnx.Module):
         """S_t = lambda S_{t-1} + k_t^T v_t and o_t = q_t S_t; no positions and no 1/sqrt(d)."""
         batch, time, _ = x.shape
         x = constrain(x, "batch", "time", None)
-        qkv = jax.nn.silu(linear(x, self.qkv_proj[...]))
-        q, k, v = jnp.split(qkv.reshape(batch, time, self.num_heads, -1), 3, axis=-1)
+        gate = None
+        if self.qkv_proj[...].ndim == 2:
+            qkv = jax.nn.silu(linear(x, self.qkv_proj[...]))
+            q, k, v = jnp.split(qkv.reshape(batch, time, self.num_heads, -1), 3, axis=-1)
+        else:  # those of all layers of the run
+            q, k, v, gate = self._projected(x, place)
         if memory is None:
             out, _ = lightning_attention(q, k, v, place.log_decay, segment_ids=call.segment_ids)
             out = kept(out)
         else:
             out, memory = memory.attend(place.layer, q, k, v, place.log_decay, call.slots, call.segment_ids)
-        out = rms_norm(out.reshape(batch, time, -1), self.norm[...], NORM_EPS)
-        gate = jax.nn.sigmoid(linear(x, self.output_gate[...]))
-        out = linear(out * gate, self.out_proj[...])
+        if gate is None:
+            gate = jax.nn.sigmoid(linear(x, self.output_gate[...]))
+        out = norm_of(out.reshape(batch, time, -1), self.norm[...], NORM_EPS, place.layer, gate)
+        out = linear_of(out, self.out_proj[...], place.layer)
         return constrain(out, "batch", "residual", None), memory
+
+    def _projected(self, x: Float[Array, "batch time hidden"], place: Place) -> tuple[jax.Array, ...]:
+        """Queries, keys, values and gate, from weights that lie in their stacks."""
+        stack = self.qkv_proj[...]
+        qkv = Projection(stack, "silu", 3, stack.shape[1] // (3 * self.num_heads))
+        *heads, gate = project(by_token(x), [qkv, Projection(self.output_gate[...], "sigmoid")], place.layer)
+        return *(a.reshape(*x.shape[:2], self.num_heads, -1) for a in heads), gate.reshape(*x.shape[:2], -1)

@@ -10,15 +10,19 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Integer
 
 from m1jax.config import ModelConfig
-from m1jax.model.layers import Weights, kept, linear
+from m1jax.model.layers import Weights, by_token, kept, linear
 from m1jax.model.parallel import experts, with_all_of_time
-from pallas_kernels import PADDING, target_platform
+from pallas_kernels import PADDING, Norm, expert_routes, target_platform
+
+PART = 64
+"""tokens whose numbers are added in one place before those of a whole segment are"""
 
 
 class Routing(NamedTuple):
-    """What the router decided: ``probabilities`` over all experts, and the chosen ``experts`` with their weights."""
+    """What the router decided: ``probabilities`` over all experts, which decoding does not need, and the chosen
+    ``experts`` with their weights."""
 
-    probabilities: Float[Array, "batch time experts"]
+    probabilities: Float[Array, "batch time experts"] | None
     experts: Int[Array, "batch time k"]
     weights: Float[Array, "batch time k"]
 
@@ -73,6 +77,15 @@ class MoE(nnx.Module):
             return Routing(probabilities, experts, jnp.where(total == 0, 0.0, 1.0))
         return Routing(probabilities, experts, weights / jnp.where(total == 0, 1.0, total))
 
+    def normed_and_routed(
+        self, terms: list[tuple[jax.Array, float]], norm: Norm, layer: int | Int[Array, ""]
+    ) -> tuple[Float[Array, "batch time hidden"], Routing]:
+        """The norm of a sum of few tokens, and ``route`` of it, by a router that lies among those of all layers."""
+        shape = terms[0][0].shape
+        terms = [(by_token(x), factor) for x, factor in terms]
+        y, routes, weights = expert_routes(terms, norm, self.gate[...], layer, k=self.k)
+        return y.reshape(shape), Routing(None, *(a.reshape(*shape[:2], self.k) for a in (routes, weights)))
+
     def __call__(
         self,
         x: Float[Array, "batch time hidden"],
@@ -80,6 +93,7 @@ class MoE(nnx.Module):
         replayed: Integer[Array, "batch time k"] | None = None,
         layer: int | Int[Array, ""] | None = None,
         stacks: tuple[jax.Array, ...] | None = None,
+        routing: Routing | None = None,
     ) -> tuple[Float[Array, "batch time hidden"], Routing]:
         """The experts' output and the routing, in which PADDING is assigned to an expert that does not exist.
 
@@ -89,8 +103,10 @@ class MoE(nnx.Module):
             replayed: experts chosen before, instead of the router's choice.
             layer: the number of this layer, where ``w1``, ``w3`` and ``w2`` are still those of the whole run, or
             stacks: are given beside them.
+            routing: decided before (``normed_and_routed``).
         """
-        routing = self.route(x, replayed)
+        if routing is None:
+            routing = self.route(x, replayed)
         if segment_ids is not None:
             padding = segment_ids[..., None] == PADDING
             routing = routing._replace(experts=jnp.where(padding, self.num_experts, routing.experts))
@@ -150,6 +166,7 @@ def balancing_loss(
     taken over one sequence, so that packing, micro-batching and sharding cannot change the loss; ``over="batch"``
     takes them over all tokens, as Switch does. A perfectly balanced router gives k. PADDING tokens get 0.
     """
+    assert routing.probabilities is not None
     num_experts = routing.probabilities.shape[-1]
     real = jnp.ones(routing.experts.shape[:2]) if segment_ids is None else (segment_ids != PADDING).astype(jnp.float32)
     chosen = jnp.sum(jax.nn.one_hot(routing.experts, num_experts), axis=-2)
@@ -159,20 +176,35 @@ def balancing_loss(
     elif segment_ids is None:
         sums = jnp.sum(sums, axis=1, keepdims=True)
     else:
-        sums = with_all_of_time(_over_segments, sums, segment_ids)
+        sums = kept(with_all_of_time(_over_segments, sums, segment_ids))
     assigned, probability, count = jnp.split(sums, (num_experts, 2 * num_experts), axis=-1)
     loss = num_experts * jnp.sum(assigned * probability, axis=-1) / jnp.maximum(count[..., 0], 1.0) ** 2
     return loss * real
 
 
+@jax.custom_vjp
 def _over_segments(
     values: Float[Array, "batch time channels"], segment_ids: Int[Array, "batch time"]
 ) -> Float[Array, "batch time channels"]:
-    """At each token the sum over its segment. Numbers that only go up spare a GPU most atomic additions."""
-    numbers = jnp.cumsum(jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1]) != 0, axis=1)
+    """At each token the sum over its segment, which is also this function's own gradient.
 
-    def row(values: jax.Array, numbers: jax.Array) -> jax.Array:
-        totals = jnp.zeros_like(values).at[numbers].add(values, indices_are_sorted=True)
-        return totals.at[numbers].get(indices_are_sorted=True)
+    Summed in two stages, first within parts of a segment, then over its parts: thousands of atomic additions to one
+    place are slow on a GPU.
+    """
+    time = values.shape[1]
+    segment = jnp.cumsum(jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1]) != 0, axis=1)
+    part = segment + jnp.arange(time) // PART  # one number for each segment in each PART tokens
+    parts = time + time // PART + 1
 
-    return jax.vmap(row)(values, numbers)
+    def row(values: jax.Array, segment: jax.Array, part: jax.Array) -> jax.Array:
+        sums = jnp.zeros((parts, values.shape[1]), values.dtype).at[part].add(values, indices_are_sorted=True)
+        owner = jnp.full(parts, time).at[part].set(segment, indices_are_sorted=True)
+        totals = jnp.zeros_like(values).at[owner].add(sums, mode="drop")  # parts that do not exist have no owner
+        return totals.at[segment].get(indices_are_sorted=True)
+
+    return jax.vmap(row)(values, segment, part)
+
+
+_over_segments.defvjp(
+    lambda values, ids: (_over_segments(values, ids), ids), lambda ids, d: (_over_segments(d, ids), None)
+)

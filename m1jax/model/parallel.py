@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
@@ -112,7 +113,7 @@ def lightning_attention_decode(
     q: Float[Array, "batch heads key"],
     k: Float[Array, "batch heads key"],
     v: Float[Array, "batch heads value"],
-    log_decay: Float[Array, " heads"],
+    log_decay: Float[Array, "*layers heads"],
     pool: Float[Array, "layers slots heads key value"],
     slots: Int[Array, " batch"] | None,
     layer: int | Int[Array, ""],
@@ -132,11 +133,13 @@ def lightning_attention_decode(
             out, state = pallas_kernels.lightning_attention_decode(q, k, v, log_decay, pool[layer])
             return out, pool.at[layer].set(state)
         if slots is None:
-            slots = jnp.arange(len(q), dtype=jnp.int32)
+            slots = jnp.asarray(np.arange(len(q), dtype=np.int32))  # a constant, not a program at every step
         else:
             first = (jax.lax.axis_index(rows) if rows else 0) * count
             slots = jnp.where(slots < 0, slots, slots - first)
         # All layers' states as one pool: the kernel takes the whole stack, and no layer is copied out of it.
+        if log_decay.ndim == 2:
+            return pallas_kernels.lightning_attention_decode(q, k, v, log_decay, pool, slots, layer=layer)
         slots = jnp.where(slots < 0, slots, slots + layer * count).astype(jnp.int32)
         states = pool.reshape(-1, *pool.shape[2:])
         out, states = pallas_kernels.lightning_attention_decode(q, k, v, log_decay, states, slots)

@@ -7,9 +7,10 @@ from jaxtyping import Array, Float
 
 from m1jax.config import ModelConfig
 from m1jax.model.cache import SoftmaxCache
-from m1jax.model.layers import Call, Place, Weights, linear, rotary
+from m1jax.model.layers import Call, Place, Weights, by_token, linear, linear_of, rotary
 from m1jax.model.parallel import softmax_attention
 from m1jax.sharding import constrain
+from pallas_kernels import Projection, project
 
 
 class SoftmaxAttention(nnx.Module):
@@ -29,9 +30,11 @@ class SoftmaxAttention(nnx.Module):
         batch, time, _ = x.shape
         x = constrain(x, "batch", "time", None)
         split = (batch, time, -1, self.head_dim)
-        q = linear(x, self.q_proj[...]).reshape(split)
-        k = linear(x, self.k_proj[...]).reshape(split)
-        v = linear(x, self.v_proj[...]).reshape(split)
+        weights = [self.q_proj[...], self.k_proj[...], self.v_proj[...]]
+        if weights[0].ndim == 2:
+            q, k, v = (linear(x, weight).reshape(split) for weight in weights)
+        else:  # those of all layers of the run
+            q, k, v = (a.reshape(split) for a in project(by_token(x), [Projection(w) for w in weights], place.layer))
         q = rotary(q, call.positions, rotary_dim=self.rotary_dim, theta=self.theta)
         k = rotary(k, call.positions, rotary_dim=self.rotary_dim, theta=self.theta)
         if memory is None:
@@ -39,5 +42,5 @@ class SoftmaxAttention(nnx.Module):
         else:
             memory = memory.append(place.layer, k, v, call.positions, call.pages, call.segment_ids)
             out = memory.attend(place.layer, q, call.positions, call.pages, call.segment_ids)
-        out = linear(out.reshape(batch, time, -1), self.o_proj[...])
+        out = linear_of(out.reshape(batch, time, -1), self.o_proj[...], place.layer)
         return constrain(out, "batch", "residual", None), memory

@@ -25,17 +25,24 @@ from m1jax.model import head, parallel
 from m1jax.model.cache import Cache, LightningCache, SoftmaxCache
 from m1jax.model.checks import check_forward, check_vocabulary
 from m1jax.model.depth import over_layers
-from m1jax.model.layers import Call, Place, Weights, rms_norm
+from m1jax.model.layers import Call, Place, Weights, norm_of, rms_norm
 from m1jax.model.lightning import LightningAttention, log_decays
 from m1jax.model.moe import MoE, Routing, balancing_loss
 from m1jax.model.softmax import SoftmaxAttention
 from m1jax.sharding import ambient_mesh, constrain, gather_weights
-from pallas_kernels import PADDING, target_platform
+from pallas_kernels import PADDING, Norm, target_platform
 from pallas_kernels.kept import KEPT
 
-FEW_PERIODS = 4
-"""So many are written out when a GPU decodes: XLA then reads a layer's weights where they lie, which it does only where
-their place depends on one loop."""
+FEW_LAYERS = 16
+"""So many are written out when a GPU decodes: between the turns of a loop it stands still for some microseconds, and a
+vector that a kernel takes would be cut out of its stack by a kernel of its own."""
+
+EXPERTS = ("w1", "w3", "w2")
+FOR_FEW_TOKENS = (
+    "input_layernorm", "qkv_proj", "output_gate", "norm", "out_proj", "q_proj", "k_proj", "v_proj", "o_proj",
+    "post_attention_layernorm", "gate",
+)  # fmt: skip
+"""Parameters that kernels for a decode step read in their stacks, beside the experts."""
 
 Remat = Literal["auto", "none", "cheap", "layers"]
 AuxLossOver = Literal["sequence", "batch", "nothing"]
@@ -106,7 +113,7 @@ class Block(nnx.Module):
         ``experts_of_run``: the experts' weights are those of the whole run, or those of the run beside the layer's own
         (see ``MoE.__call__``).
         """
-        x = rms_norm(h, self.input_layernorm[...], self.eps)
+        x = norm_of(h, self.input_layernorm[...], self.eps, place.layer)
         if isinstance(self.attention, LightningAttention):
             assert memory is None or isinstance(memory, LightningCache)
             out, memory = self.attention(x, call, place, memory)
@@ -114,11 +121,14 @@ class Block(nnx.Module):
             assert memory is None or isinstance(memory, SoftmaxCache)
             out, memory = self.attention(x, call, place, memory)
         alpha, beta = self.attention_scales
-        h = alpha * x + beta * out
-
-        y = rms_norm(h, self.post_attention_layernorm[...], self.eps)
+        norm, routing = self.post_attention_layernorm[...], None
+        if norm.ndim == 1:
+            y = rms_norm(alpha * x + beta * out, norm, self.eps)
+        else:  # those of all layers of the run
+            y, routing = self.moe.normed_and_routed([(x, alpha), (out, beta)], Norm(norm, self.eps), place.layer)
         stacks = experts_of_run if isinstance(experts_of_run, Experts) else None
-        out, routing = self.moe(y, call.segment_ids, replayed, place.layer if experts_of_run else None, stacks)
+        layer = place.layer if experts_of_run else None
+        out, routing = self.moe(y, call.segment_ids, replayed, layer, stacks, routing)
         alpha, beta = self.mlp_scales
         h = alpha * y + beta * out
         return constrain(h, "batch", "residual", None), memory, routing
@@ -382,23 +392,30 @@ def stack(
         return h, memories, seen
 
     # Decoding is bound by reading weights. A slice of a stack that enters a kernel would be a copy, so experts, which
-    # are most of the weights, stay whole and their kernel is told the layer; all else is cut out by number.
+    # are most of the weights, stay whole and their kernel is told the layer. So does all that kernels for few tokens
+    # take; the rest is cut out by number.
     whole_experts = model.runs[0].moe.w1.dtype == model.dtype
-    parts = [nnx.split(block, _is_expert if whole_experts else False, ...) for block in model.runs]
+    decodes = target_platform() == "gpu" and jax.tree.leaves(h)[0].shape[1] == 1
+    few = whole_experts and decodes and ambient_mesh() is None and not jax.tree.leaves(routes)
+    whole = (EXPERTS if whole_experts else ()) + (FOR_FEW_TOKENS if few else ())
+    parts = [nnx.split(block, lambda path, _: path[-1] in whole, ...) for block in model.runs]
+    repeat = _written_out if decodes and config.num_layers <= FEW_LAYERS else _repeat
 
     def layers(run: int, period: Any, carry: Any) -> Any:
         graph, experts, weights = parts[run]
         flat = weights, *jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (places[run], replayed[run]))
+        decays = places[run].log_decay.reshape(-1, config.num_heads)
         count = config.runs[run].count
 
         def one(state: Any, _: Any) -> Any:
             carry, number = state
             weights, place, chosen = jax.tree.map(lambda x: x[number], flat)
             block = nnx.merge(graph, experts, weights if model.whole else gather_weights(weights, model.dtype))
-            carry, seen = layer(block, carry, call, place._replace(layer=number), chosen, whole_experts)
+            place = Place(number, decays if few else place.log_decay)
+            carry, seen = layer(block, carry, call, place, chosen, whole_experts)
             return (carry, number + 1), seen
 
-        (carry, _), seen = _repeat(one, (carry, period * count), count)
+        (carry, _), seen = repeat(one, (carry, period * count), count)
         return carry, seen
 
     def one_period(state: Any, _: Any) -> Any:
@@ -410,15 +427,7 @@ def stack(
             seen.append(found)
         return ((h, tuple(renewed)), period + 1), jax.tree.map(lambda *x: jnp.concatenate(x), *seen)
 
-    state, found = ((h, memories), 0), []
-    if target_platform() == "gpu" and jax.tree.leaves(h)[0].shape[1] == 1 and config.num_periods <= FEW_PERIODS:
-        for _ in range(config.num_periods):
-            state, seen = one_period(state, None)
-            found.append(seen)
-        seen = jax.tree.map(lambda *x: jnp.stack(x), *found)
-    else:
-        state, seen = _repeat(one_period, state, config.num_periods)
-    (h, memories), _ = state
+    ((h, memories), _), seen = repeat(one_period, ((h, memories), 0), config.num_periods)
     return h, memories, jax.tree.map(lambda x: x.reshape(config.num_layers, *x.shape[2:]), seen)
 
 
@@ -506,9 +515,14 @@ def _repeat(body: Any, state: Any, count: int) -> Any:
     return state, jax.tree.map(lambda x: x[None], y)
 
 
+def _written_out(body: Any, state: Any, count: int) -> Any:
+    """``_repeat`` without a loop; traced and lowered once all the same."""
+    body, found = jax.jit(body), []
+    for _ in range(count):
+        state, y = body(state, None)
+        found.append(y)
+    return state, jax.tree.map(lambda *x: jnp.stack(x), *found)
+
+
 def _stacks(weights: Any) -> Experts:
     return Experts(*(weights["moe"][name].get_value() for name in Experts._fields))
-
-
-def _is_expert(path: tuple[Any, ...], _: Any) -> bool:
-    return path[-1] in ("w1", "w3", "w2")

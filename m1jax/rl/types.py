@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
 from m1jax.inference.types import Finish
-from m1jax.rl.tasks.base import Problem
+from m1jax.rl.problem import Problem
 from m1jax.train import packing
 from m1jax.train.batch import Batch, column, optional_column
 

@@ -98,6 +98,7 @@ def lightning_attention_decode(
     pool: jax.Array,
     slots: jax.Array | None = None,
     *,
+    layer: jax.Array | int | None = None,
     implementation: str = "auto",
 ) -> tuple[jax.Array, jax.Array]:
     """One token for each of N sequences whose states live in a pool, which is updated in place. Not differentiable.
@@ -106,8 +107,9 @@ def lightning_attention_decode(
       q, k: [N,H,K] float32 or bfloat16; v: [N,H,V], same dtype.
       log_decay: [H] float32, <= 0.
       pool: [P,H,K,V] float32. Donated: outside jit the array passed in is dead afterwards; inside jit, donate it there.
-        A stack of layers [L,P,H,K,V] need not be sliced: view it as [L*P,H,K,V], add layer * P to the slots and let the
-        scan over layers carry it. It stays where it is.
+        A stack of layers [L,P,H,K,V] need not be sliced: let the scan over layers carry it whole, and say
+      layer: int32 scalar, may be traced: log_decay is then [L,H], pool [L,P,H,K,V], and this layer's part of them is
+        meant. The pool stays where it is.
       slots: [N] int32, the row of the pool that holds each sequence's state: distinct; negative for an idle sequence,
         whose output is zero and for which nothing is written. None: P = N, and sequence n has row n.
       implementation: "auto" (the best that can run here), "xla", "hopper" or "tpu".
@@ -122,6 +124,8 @@ def lightning_attention_decode(
     """
     check_tokens("N,H", q, k, v)
     sequences, heads, key_size = q.shape
+    if layer is not None:
+        return _decode_of_layer(q, k, v, log_decay, pool, slots, jnp.asarray(layer, jnp.int32), implementation)
     check_log_decay(log_decay, heads)
     if slots is None:
         check_array(
@@ -139,6 +143,28 @@ def lightning_attention_decode(
     if slots is None and name != "xla":
         slots = jnp.arange(sequences, dtype=jnp.int32)
     return _decode(q, k, v, log_decay, pool, slots, name)
+
+
+def _decode_of_layer(q, k, v, log_decay, pool, slots, layer, implementation):
+    sequences, heads, key_size = q.shape
+    layers, rows = pool.shape[:2]
+    check_array("log_decay", log_decay, (layers, heads), "[L,H] (a layer is given)", "float32")
+    shape = (layers, sequences if slots is None else rows, heads, key_size, v.shape[-1])
+    check_array("pool", pool, shape, "[L,P,H,K,V] (a layer is given)", "float32")
+    slots = jnp.arange(sequences, dtype=jnp.int32) if slots is None else slots
+    check_array("slots", slots, (sequences,), "[N]", "int32")
+    return _decode_among_layers(q, k, v, log_decay, pool, slots, layer, DECODE_LADDER.choose(implementation, q, k, v))
+
+
+@functools.partial(jax.jit, static_argnames="name", donate_argnames="pool")
+def _decode_among_layers(q, k, v, log_decay, pool, slots, layer, name):
+    states, decode = pool.reshape(-1, *pool.shape[2:]), DECODE_LADDER.module(name).decode
+    if name == "hopper":  # Its kernel finds the layer by itself.
+        o, states = decode(q, k, v, log_decay, states, slots, layer)
+    else:
+        slots = jnp.where(slots < 0, slots, slots + layer * pool.shape[1])
+        o, states = decode(q, k, v, log_decay[layer], states, slots)
+    return o, states.reshape(pool.shape)
 
 
 @functools.partial(jax.jit, static_argnames="name", donate_argnames="pool")

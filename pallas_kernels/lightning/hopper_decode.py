@@ -18,17 +18,39 @@ _WIDTH = 64  # Value columns of an item.
 _ROWS = 64  # Rows of the state that are in registers at a time.
 
 
-def decode(q, k, v, log_decay, pool, slots, *, interpret=False):
-    """(o [N,H,V] in q's dtype, pool [P,H,K,V] updated in place); arguments as in `lightning_attention_decode`."""
+def decode(q, k, v, log_decay, pool, slots, layer=None, *, interpret=False):
+    """(o [N,H,V] in q's dtype, pool [P,H,K,V] updated in place); arguments as in `lightning_attention_decode`.
+
+    With a layer, log_decay is [L,H], and pool [L*P,H,K,V].
+    """
     sequences, heads, size = q.shape
+    log_decay = log_decay.reshape(-1, heads)
+    rows = len(pool) // len(log_decay)
+    layer = jnp.zeros(1, jnp.int32) if layer is None else layer.reshape(1)
     parts = size // _WIDTH
     items = sequences * heads * parts
     blocks = min(items, _hopper.MULTIPROCESSORS)
     stages = 6 if size == 128 else 12  # 192 KB.
     ops = _hopper.operations(interpret)
 
-    def body(q_ref, k_ref, v_ref, decay_ref, slots_ref, pool_ref, o_ref, states, queries, keys, values, full, empty):
+    def body(
+        q_ref,
+        k_ref,
+        v_ref,
+        decay_ref,
+        slots_ref,
+        layer_ref,
+        pool_ref,
+        o_ref,
+        states,
+        queries,
+        keys,
+        values,
+        full,
+        empty,
+    ):
         block, group = lax.axis_index("block"), lax.axis_index("group")
+        layer = layer_ref[0]
         share = lax.div(items - 1 - block, jnp.int32(blocks)) + 1
 
         def down(ref):
@@ -36,11 +58,13 @@ def decode(q, k, v, log_decay, pool, slots, *, interpret=False):
             return ops.down(ops.load(ref, rows=True).astype(jnp.float32), (_ROWS, _WIDTH))
 
         def locate(index):
-            """Sequence, head, columns and slot of this block's index-th item."""
+            """Sequence, head, columns and place in the pool of this block's index-th item."""
             item = block + index * blocks
             head = lax.rem(lax.div(item, jnp.int32(parts)), jnp.int32(heads))
             sequence = lax.div(item, jnp.int32(parts * heads))
-            return sequence, head, pl.ds(lax.rem(item, jnp.int32(parts)) * _WIDTH, _WIDTH), slots_ref[sequence]
+            slot = slots_ref[sequence]
+            place = jnp.where(slot < 0, slot, slot + layer * rows)
+            return sequence, head, pl.ds(lax.rem(item, jnp.int32(parts)) * _WIDTH, _WIDTH), place
 
         @pl.when(group == 0)
         def _():
@@ -75,7 +99,7 @@ def decode(q, k, v, log_decay, pool, slots, *, interpret=False):
             def _(index):
                 stage = lax.rem(index, jnp.int32(stages))
                 sequence, head, columns, slot = locate(index)
-                lam_minus_1 = decay_ref[head]
+                lam_minus_1 = decay_ref[layer, head]
                 plgpu.barrier_wait(full.at[stage])
 
                 @pl.when(slot >= 0)
@@ -124,5 +148,5 @@ def decode(q, k, v, log_decay, pool, slots, *, interpret=False):
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
         interpret=_compat.gpu_interpreter(interpret) or False,
         name="lightning_attention_decode",
-    )(q, k, v, jnp.expm1(log_decay), slots, pool_ref)  # lam itself, near 1, would lose digits step after step.
+    )(q, k, v, jnp.expm1(log_decay), slots, layer, pool_ref)  # lam itself, near 1, would lose digits step after step.
     return o, jax.freeze(pool_ref)

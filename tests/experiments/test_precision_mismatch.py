@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from experiments.cispo_vs_rivals.policy import portable
-from experiments.precision_mismatch import amplification, at_size, figure3, run
+from experiments.precision_mismatch import amplification, at_size, figure3, rl, run
 from experiments.precision_mismatch.switches import precision
+from m1jax import demo
 from m1jax.model import head
 from m1jax.model.cache import LightningCache
 
@@ -91,3 +92,13 @@ def test_lines_are_read_back(tmp_path):
     lines = at_size.Lines(tmp_path / "x.jsonl")
     lines.add({"seed": 2})
     assert [r["seed"] for r in at_size.Lines(tmp_path / "x.jsonl").records] == [1, 2]
+
+
+def test_only_runs_that_came_to_their_end_are_told():
+    arm, last = rl.ARMS[1], demo.RL.iterations
+    batch = {"accuracy": 0.5, "pearson": 0.99, "sampler_gap": 0.1, "entropy": 1.0, "heldout_accuracy": 0.75}
+    steps = [(0, last - 1), (0, last), (1, last - 1)]
+    records = [arm._asdict() | batch | {"seed": seed, "step": step} for seed, step in steps]
+    assert [[r["step"] for r in run] for run in rl.finished(records, arm)] == [[last - 1, last]]
+    assert "| bfloat16 | float32 | free | 1 | 0.500 (0.500 to 0.500) |" in rl.table(records)
+    assert "bfloat16" not in rl.table(records[2:])

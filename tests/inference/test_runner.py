@@ -183,6 +183,19 @@ def test_few_rows_run_in_a_small_program_wherever_they_are(alone, monkeypatch):
     assert moved == []
 
 
+def test_the_pool_lies_beside_the_weights_again_after_a_rest():
+    device = jax.devices()[1]
+    graph, params = nnx.split(model())
+    params = jax.device_put(params, device)
+    engine = Engine(ModelRunner(graph, params, ROOMY))
+    for _ in range(2):
+        list(engine.run([asked([1, 2, 3])]))
+        assert {d for leaf in jax.tree.leaves(engine._runner._cache) for d in leaf.devices()} == {device}
+        engine.rest()
+        engine.load(params, version=1)
+        assert {d for leaf in jax.tree.leaves(engine._runner._cache) for d in leaf.devices()} == {device}
+
+
 class Alternating:
     """Allows one id, and then all; every token it must be shown before it says what may follow."""
 
@@ -220,19 +233,6 @@ def test_constrained_rows_are_shown_each_token_and_free_ones_write_as_ever(alone
         else:
             assert guide.seen == completion.tokens.tolist()
             assert set(guide.seen[1::2]) == {guide.odd}
-
-
-def test_the_pool_lies_beside_the_weights_again_after_a_rest():
-    device = jax.devices()[1]
-    graph, params = nnx.split(model())
-    params = jax.device_put(params, device)
-    engine = Engine(ModelRunner(graph, params, ROOMY))
-    for _ in range(2):
-        list(engine.run([asked([1, 2, 3])]))
-        assert {d for leaf in jax.tree.leaves(engine._runner._cache) for d in leaf.devices()} == {device}
-        engine.rest()
-        engine.load(params, version=1)
-        assert {d for leaf in jax.tree.leaves(engine._runner._cache) for d in leaf.devices()} == {device}
 
 
 def on(spec):

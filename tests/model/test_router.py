@@ -65,3 +65,17 @@ def test_a_single_expert_gives_the_router_no_gradient():
     gradients = jax.jit(jax.grad(loss))(params)
     assert not np.any(gradients["runs"][0]["moe"]["gate"][...])
     assert np.any(gradients["runs"][0]["moe"]["w1"][...])
+
+
+def test_sums_over_segments_and_their_gradient():
+    """Segments shorter and longer than a part, ids that come back later in a row, padding in the middle."""
+    rng = np.random.default_rng(0)
+    lengths = [(1, 1, 3), (2, 2, 200), (3, 0, 5), (1, 1, 64), (5, 7, 28)]
+    ids = np.stack([np.concatenate([np.full(n, pair[i]) for *pair, n in lengths]) for i in range(2)])
+    runs = np.cumsum(np.diff(ids, axis=1, prepend=ids[:, :1]) != 0, axis=1)
+    ids, values = jnp.asarray(ids), jnp.asarray(rng.normal(size=(*ids.shape, 3)), jnp.float32)
+    same = (runs[:, :, None] == runs[:, None]).astype(np.float64)
+    np.testing.assert_allclose(moe._over_segments(values, ids), same @ values, rtol=1e-5, atol=1e-5)
+    given = jnp.asarray(rng.normal(size=values.shape), jnp.float32)
+    _, pullback = jax.vjp(lambda x: moe._over_segments(x, ids), values)
+    np.testing.assert_allclose(pullback(given)[0], same @ given, rtol=1e-5, atol=1e-5)

@@ -1,8 +1,20 @@
 """What is said of a training that goes wrong, and that nothing is said of one that does not."""
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from flax import nnx
 
 from m1jax.rl.alarms import ALARMS, alarms
+from m1jax.rl.conventions import CONVENTIONS
+from m1jax.rl.diagnostics import of_updates
+from m1jax.rl.evaluation import summary
+from m1jax.rl.trainer import rl_loss
+from m1jax.rl.types import RLBatch
+from m1jax.train.statistics import on_host
+from tests import tiny
+from tests.rl.episodes import episode, scored
 
 WELL = {
     "updates": 4,
@@ -46,3 +58,60 @@ def test_every_alarm_is_tested():
 
 def test_a_trend_needs_something_before_it():
     assert alarms([WELL | {"length": 3.0, "entropy": 0.001}]) == []
+
+
+def heard(*records):
+    """Names of the alarms that are said of the last."""
+    return {alarm.__name__ for alarm in ALARMS if alarm(records[-1], records[:-1])}
+
+
+def test_what_responses_set_off():
+    """Figures of real groups, not numbers made up for an alarm."""
+
+    def figures(rewards, tokens, finish="stop"):
+        return summary([scored(r, episodes=[episode(tokens=tokens, finish=finish)] * 2) for r in rewards])
+
+    well, alike = [[0, 1]] * 20, [[0, 0]] * 19 + [[0, 1]]
+    usual = figures(well, range(40)) | {"updates": 1}
+    assert heard(usual, usual) == set()
+    assert heard(usual, figures(alike, range(40)) | {"updates": 1}) == {"equal_rewards"}
+    assert heard(usual, figures(well, range(9))) == {"short_responses"}
+    assert heard(usual, figures(well, range(40), finish="length")) == {"truncated"}
+
+
+@pytest.fixture(scope="module")
+def measured():
+    """(scale of the logits, log-ratios [4, 8]) -> figures of an update, by the loss itself on a tiny model"""
+    loss = jax.jit(rl_loss(nnx.graphdef(tiny.model()), CONVENTIONS["paper"].objective))
+    rng = np.random.default_rng(0)
+    ids = jnp.asarray(rng.integers(0, 256, (4, 9)), jnp.int32)
+    advantage = np.repeat([1.0, -1.0], 2)[:, None] * np.ones((4, 8), np.float32)
+
+    def figures(scale=1.0, gap=0.0):
+        model = tiny.model()
+        model.lm_head[...] = model.lm_head[...] * scale
+        logp, _ = model.log_probs(model.forward(ids[:, :-1]).hidden, ids[:, 1:])
+        batch = RLBatch(
+            tokens=ids[:, :-1],
+            targets=ids[:, 1:],
+            segment_ids=jnp.zeros((4, 8), jnp.int32),
+            mask=jnp.ones((4, 8), bool),
+            weight=jnp.full((4, 8), 1 / 32),
+            old_logp=logp - gap,
+            advantage=jnp.asarray(advantage, jnp.float32),
+        )
+        _, stats = loss(nnx.split(model)[1], batch)
+        return of_updates([on_host(stats)])
+
+    return figures
+
+
+def test_what_updates_set_off(measured):
+    usual = measured()
+    assert heard(usual, usual) == set()
+    assert heard(usual, measured(scale=1e4)) >= {"no_entropy"}
+    noise = np.random.default_rng(1).normal(0, 0.5, (4, 8))
+    assert heard(usual, measured(gap=noise)) == {"numerics"}
+    few = np.zeros((4, 8))
+    few[0, :2] = 3.0  # two tokens of 32 at twenty times their old probability, above the cap of five
+    assert heard(usual, measured(gap=few)) == {"numerics", "few_effective", "clipped_mass"}

@@ -1,5 +1,6 @@
 """A training killed at any moment and started again ends as if nothing had happened, to the bit."""
 
+import functools
 import json
 import os
 import random
@@ -12,8 +13,8 @@ import pytest
 
 from m1jax.train.meter import MEASURED
 
-PROGRAM = Path(__file__).with_name("tiny_run.py")
-ROOT = PROGRAM.parents[2]
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -24,8 +25,8 @@ def program():
         "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1"),
     }
 
-    def start(directory, *kill):
-        command = [sys.executable, str(PROGRAM), str(directory), *map(str, kill)]
+    def start(directory, *kill, name="tiny_run"):
+        command = [sys.executable, str(HERE / f"{name}.py"), str(directory), *map(str, kill)]
         return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=900)
 
     return start
@@ -83,11 +84,37 @@ def test_the_undisturbed_run(undisturbed):
 
 
 def test_killed_in_both_phases(program, undisturbed, tmp_path):
-    # Event 3 lies in SFT, event 8 from there in RL, while a checkpoint is being written.
-    check(program, undisturbed, tmp_path / "run", [(3, 0.0), (8, 0.01)])
+    # Record 3 lies in SFT, record 8 from there in RL, while a checkpoint is being written; then in mid-buffer: a batch
+    # in flight has some of its groups.
+    check(program, undisturbed, tmp_path / "run", [("record", 3, 0.0), ("record", 8, 0.01), ("judge", 2, 0.0)])
 
 
 @pytest.mark.slow
 def test_killed_at_random_moments(program, undisturbed, tmp_path):
     rng = random.Random(0)
-    check(program, undisturbed, tmp_path / "run", [(rng.randint(1, 6), rng.random() * 0.2) for _ in range(12)])
+    kills = [("record", rng.randint(1, 6), rng.random() * 0.2) for _ in range(12)]
+    check(program, undisturbed, tmp_path / "run", kills)
+
+
+def test_killed_in_mid_window_and_in_mid_update(program, tmp_path):
+    """While a batch is written that goes on with responses of the one before, beside an update of another; then in the
+    middle of an update."""
+    queue = functools.partial(program, name="tiny_queue")
+    undisturbed = tmp_path / "undisturbed"
+    done = queue(undisturbed)
+    assert done.returncode == 0, done.stderr
+    older = [r["older_tokens"] for r in metrics(undisturbed) if r["step"]]
+    assert older[0] == 0
+    assert older[3] > 0, "nothing goes on from one batch to the next"
+    # The 16th step of the generator belongs to the last batch, the second update from there to the last but one.
+    check(queue, undisturbed, tmp_path / "run", [("write", 16, 0.0), ("update", 2, 0.0)])
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_of_a_window(program, tmp_path):
+    queue, rng = functools.partial(program, name="tiny_queue"), random.Random(0)
+    undisturbed = tmp_path / "undisturbed"
+    assert queue(undisturbed).returncode == 0
+    moments = ("record", "update", "judge", "write")
+    kills = [(moment, rng.randint(1, 6), rng.random() * 0.05) for moment in moments * 3]
+    check(queue, undisturbed, tmp_path / "run", kills)

@@ -1,6 +1,6 @@
 """A whole training in seconds, as its own program: SFT, then RL, of a model of two layers. The tests kill it.
 
-python tiny_run.py DIRECTORY [EVENT DELAY]      SIGKILL itself DELAY seconds after event number EVENT
+python tiny_run.py DIRECTORY [MOMENT NUMBER DELAY]      SIGKILL itself DELAY seconds after the NUMBERth MOMENT began
 """
 
 import os
@@ -15,6 +15,8 @@ from flax import nnx
 from m1jax import MiniMaxM1, ModelConfig, save_pretrained
 from m1jax.chat import Tokenizer
 from m1jax.checkpoint import Checkpoints
+from m1jax.rl import experience
+from m1jax.rl.generator import EngineGenerator
 from m1jax.rl.recipe import (
     EvaluationRecipe,
     GenerationRecipe,
@@ -32,6 +34,7 @@ from m1jax.rl.window import WindowRecipe
 from m1jax.train.metrics import MetricsLog
 from m1jax.train.optimizer import OptimizerConfig
 from m1jax.train.run import Run
+from m1jax.train.session import Session
 from m1jax.train.sft import SFTRecipe, sft
 
 CONFIG = ModelConfig(
@@ -104,25 +107,32 @@ def train(directory: Path) -> MiniMaxM1:
     return model
 
 
-def kill_after(event: int, delay: float) -> None:
-    """Events are the starts of checkpoints and the lines of metrics."""
+MOMENTS = {
+    "record": [(Checkpoints, "save"), (MetricsLog, "append")],
+    "update": [(Session, "update")],
+    "judge": [(experience, "score")],
+    "write": [(EngineGenerator, "step")],
+}
+"""what happens often enough to be killed in"""
+
+
+def kill_at(moment: str = "", number: str = "0", delay: str = "0") -> None:
     count = 0
 
     def counted(function):
         def wrapper(*args, **kwargs):
             nonlocal count
             count += 1
-            if count == event:
-                threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
+            if count == int(number):
+                threading.Timer(float(delay), os.kill, (os.getpid(), signal.SIGKILL)).start()
             return function(*args, **kwargs)
 
         return wrapper
 
-    Checkpoints.save = counted(Checkpoints.save)
-    MetricsLog.append = counted(MetricsLog.append)
+    for owner, name in MOMENTS.get(moment, ()):
+        setattr(owner, name, counted(getattr(owner, name)))
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 4:
-        kill_after(int(sys.argv[2]), float(sys.argv[3]))
+    kill_at(*sys.argv[2:])
     save_pretrained(train(Path(sys.argv[1])), Path(sys.argv[1]) / "export")

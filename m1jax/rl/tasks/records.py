@@ -8,7 +8,7 @@
     {"prompt": "...", "cases": [{"stdin": "3", "stdout": "6"}],
      "asserts": ["assert double(2) == 4"], "setup": "", "entry": []}       code, by what it prints and what it defines
 
-A field `verification` names the judge (`m1jax.rl.tasks.base.Verification`) where the shape does not say it: `exact` for
+A field `verification` names the judge (`m1jax.rl.problem.Verification`) where the shape does not say it: `exact` for
 answers that must agree letter by letter.
 """
 
@@ -18,9 +18,9 @@ from typing import Any, get_args
 
 from m1jax.chat.tokenizer import check_unicode
 from m1jax.errors import UserError
+from m1jax.rl.problem import Problem, Verification
 from m1jax.rl.rewards import constraints
 from m1jax.rl.rewards.code import Case, CodeTests
-from m1jax.rl.tasks.base import Problem, Verification
 from m1jax.train.data import PAIR, Source, prompt_answer
 
 EXPECTED = f"{PAIR}, or a record as GSM8K, DAPO-Math, IFEval or code problems have it"

@@ -328,6 +328,21 @@ class DecodeSuite:
         untouched = np.setdiff1d(np.arange(sequences + 2), slots)
         np.testing.assert_array_equal(np.asarray(new_pool)[untouched], pool[untouched])
 
+    def test_one_layer_of_many(self, dtype):
+        """Its decays and states among those of all layers; the others' stay as they are."""
+        layers, sequences, heads, size = 3, 2, 2, 64
+        random = np.random.default_rng(0)
+        q, k, v = (jnp.asarray(random.standard_normal((sequences, heads, size)), dtype) for _ in range(3))
+        pools = random.standard_normal((layers, sequences + 1, heads, size, size)).astype(np.float32)
+        log_decay = -random.uniform(0.01, 0.5, (layers, heads)).astype(np.float32)
+        slots = np.array([2, 0], np.int32)
+        op = functools.partial(lightning_attention_decode, implementation=self.implementation)
+        o, new = jax.jit(op, donate_argnums=4)(q, k, v, log_decay, jnp.asarray(pools), slots, layer=jnp.int32(1))
+        want_o, want = jax.jit(op, donate_argnums=4)(q, k, v, log_decay[1], jnp.asarray(pools[1]), slots)
+        np.testing.assert_array_equal(np.asarray(o, np.float32), np.asarray(want_o, np.float32))
+        np.testing.assert_array_equal(new[1], want)
+        np.testing.assert_array_equal(np.asarray(new)[[0, 2]], pools[[0, 2]])
+
     def test_decay_near_one(self):
         """As in M1's late layers: what a rounded lam loses, it loses to the same side in each of thousands of steps."""
         slopes = np.array([1e-3, 4.95e-5, 1e-5, 1e-6], np.float32)
