@@ -185,15 +185,7 @@ class TextStream:
 
     def feed(self, ids: Iterable[int]) -> str:
         """The text that these ids complete."""
-        new = [int(i) for i in ids]
-        text = self._tokenizer.decode(self._ids + new)
-        if not text.endswith("\ufffd"):  # as most do; the same as one after the other, at the cost of one
-            text, self._ids, self._given = text[self._given :], [], 0
-            return text
-        return "".join(map(self._next, new))
-
-    def _next(self, token: int) -> str:
-        self._ids.append(token)
+        self._ids += [int(i) for i in ids]
         text = self._tokenizer.decode(self._ids)
         if not text.endswith("\ufffd"):
             new, self._ids, self._given = text[self._given :], [], 0
@@ -201,11 +193,17 @@ class TextStream:
         new = text[self._given : -1]
         self._given = max(self._given, len(text) - 1)
         # A letter has four bytes at most, so a long tail is mostly rubbish, which must not be decoded again and again.
-        if len(self._ids) > 8:
-            head, tail = self._tokenizer.decode(self._ids[:-4]), self._tokenizer.decode(self._ids[-4:])
-            if head + tail == text:
-                self._ids, self._given = self._ids[-4:], self._given - len(head)
+        if len(self._ids) > 32:
+            self._forget(text)
         return new
+
+    def _forget(self, text: str) -> None:
+        """All ids but a few, from a border of letters on."""
+        for few in range(4, 8):
+            head, tail = self._tokenizer.decode(self._ids[:-few]), self._tokenizer.decode(self._ids[-few:])
+            if head + tail == text:
+                self._ids, self._given = self._ids[-few:], self._given - len(head)
+                return
 
     def close(self) -> str:
         """What is left: U+FFFD for an unfinished letter, otherwise nothing."""

@@ -531,7 +531,7 @@ class Seen(list):
         self.extend(tokens)
 
 
-@pytest.mark.parametrize("capacity", [CAPACITY, ROOMY])
+@pytest.mark.parametrize("capacity", [CAPACITY, ROOMY, dataclasses.replace(ROOMY, ahead=True)])
 def test_a_matcher_is_told_every_token_once(capacity):
     """Also where the runner has shown it some of them while it wrote."""
 
@@ -539,12 +539,12 @@ def test_a_matcher_is_told_every_token_once(capacity):
         constrains = True
 
         def decode(self, sequences, allowances, patience, after=None):
+            assert after is None or all(sequence.matcher is None for sequence in sequences)
             call = super().decode(sequences, allowances, patience, after)
-            out = call.out
             for i, sequence in enumerate(sequences):
                 if sequence.matcher is not None:
                     assert sequence.matcher == sequence.tokens[sequence.prompt :]
-                    for token in out.tokens[i, : out.counts[i] - 1].tolist():
+                    for token in call.out.tokens[i, : call.out.counts[i] - 1].tolist():
                         sequence.matcher.take([token])
                         sequence.ahead += 1
             return call

@@ -216,9 +216,8 @@ class Alternating:
 
 def test_constrained_rows_are_shown_each_token_and_free_ones_write_as_ever(alone):
     """More requests than rows, so that some begin while others are in the middle of theirs."""
-    runner = ModelRunner(
-        *nnx.split(model()), dataclasses.replace(SCARCE, pages=40, decode=(1, 3)), constrains=True, record_routes=True
-    )
+    capacity = dataclasses.replace(SCARCE, pages=40, decode=(1, 3), ahead=True)
+    runner = ModelRunner(*nnx.split(model()), capacity, constrains=True, record_routes=True)
     guides = [Alternating(7), None, Alternating(9), None, None, Alternating(11)]
     prompts = [(1, 2, 3), (4, 5), (6,), (7, 8), (9, 1), (2, 2)]
     wanted = [
