@@ -54,8 +54,6 @@ def forward(
     # Routes that lead nowhere, not shares: sums of padded arrays are one program of XLA, padded sums two.
     filled = ((0, columns - tokens), (0, 0))
     taken, share = chosen(jnp.pad(routes, filled, constant_values=-1), jnp.pad(weights, filled), experts)
-    if tokens > 8:  # The copy engine's tiles have eight rows; of fewer it fills up one.
-        x = jnp.pad(x, ((0, -tokens % 8), (0, 0)))
     layer = layer.reshape(1)
     hidden = _up(x, w1, w3, taken, layer, share, interpret=interpret)
     parts = _down(hidden, w2, taken, layer, interpret=interpret)
