@@ -10,7 +10,6 @@ from pallas_kernels.lightning import (
     lightning_attention_decode,
     lightning_attention_decode_ring,
 )
-from pallas_kernels.norms import Norm, normed
 from pallas_kernels.projections import Projection, project
 from pallas_kernels.softmax import softmax_attention, softmax_attention_decode
 from pallas_kernels.target import target_platform
@@ -18,14 +17,12 @@ from pallas_kernels.vocabulary import vocabulary_scores, vocabulary_statistics
 
 __all__ = [
     "PADDING",
-    "Norm",
     "Projection",
     "expert_mlp",
     "expert_routes",
     "lightning_attention",
     "lightning_attention_decode",
     "lightning_attention_decode_ring",
-    "normed",
     "project",
     "softmax_attention",
     "softmax_attention_decode",

@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from m1jax.sharding import ambient_mesh
-from pallas_kernels import Norm, Projection, normed, project, target_platform
+from pallas_kernels import Projection, project, target_platform
 from pallas_kernels.kept import KEPT
 
 FEW_TOKENS = 128  # from here on both orders are as fast
@@ -87,21 +87,6 @@ def rms_norm(
 ) -> Float[Array, "... channels"]:
     """RMSNorm (Zhang & Sennrich 2019) as the authors round it: float32 inside, cast back, then times the weight."""
     return cast(jax.Array, _rms_norm(x, weight, eps))
-
-
-def norm_of(
-    x: Float[Array, "... channels"],
-    weight: Float[Array, "*layers channels"],
-    eps: float,
-    layer: int | Int[Array, ""],
-    gate: Float[Array, "... channels"] | None = None,
-) -> Float[Array, "... channels"]:
-    """``rms_norm``, times a gate; a weight that is still that of all layers of a run is read where it lies."""
-    if weight.ndim == 1:
-        y = rms_norm(x, weight, eps)
-        return y if gate is None else y * gate
-    gate = None if gate is None else by_token(gate)
-    return normed([(by_token(x), 1.0)], Norm(weight, eps), layer, gate=gate).reshape(x.shape)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from m1jax.config import ModelConfig
 from m1jax.model.cache import LightningCache
-from m1jax.model.layers import Call, Place, Weights, by_token, kept, linear, linear_of, norm_of
+from m1jax.model.layers import Call, Place, Weights, by_token, kept, linear, linear_of, rms_norm
 from m1jax.model.parallel import lightning_attention
 from m1jax.sharding import constrain
 from pallas_kernels import Projection, project
@@ -65,10 +65,10 @@ class LightningAttention(nnx.Module):
             out = kept(out)
         else:
             out, memory = memory.attend(place.layer, q, k, v, place.log_decay, call.slots, call.segment_ids)
+        out = rms_norm(out.reshape(batch, time, -1), self.norm[...], NORM_EPS)
         if gate is None:
             gate = jax.nn.sigmoid(linear(x, self.output_gate[...]))
-        out = norm_of(out.reshape(batch, time, -1), self.norm[...], NORM_EPS, place.layer, gate)
-        out = linear_of(out, self.out_proj[...], place.layer)
+        out = linear_of(out * gate, self.out_proj[...], place.layer)
         return constrain(out, "batch", "residual", None), memory
 
     def _projected(self, x: Float[Array, "batch time hidden"], place: Place) -> tuple[jax.Array, ...]:

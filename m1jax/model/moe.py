@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int, Integer
 from m1jax.config import ModelConfig
 from m1jax.model.layers import Weights, by_token, kept, linear
 from m1jax.model.parallel import experts, with_all_of_time
-from pallas_kernels import PADDING, Norm, expert_routes, target_platform
+from pallas_kernels import PADDING, expert_routes, target_platform
 
 PART = 64
 """tokens whose numbers are added in one place before those of a whole segment are"""
@@ -58,13 +58,19 @@ class MoE(nnx.Module):
             self.shared_mlp = self.coefficient = None
 
     def route(
-        self, x: Float[Array, "batch time hidden"], replayed: Integer[Array, "batch time k"] | None = None
+        self,
+        x: Float[Array, "batch time hidden"],
+        replayed: Integer[Array, "batch time k"] | None = None,
+        layer: int | Int[Array, ""] = 0,
     ) -> Routing:
         """Float32 softmax over all experts, the k largest, renormalised to sum to one.
 
         Where the choice is ``replayed``, the weights are still today's probabilities of those experts, so that the
         router's gradient flows as it does for a choice of its own. An expert that does not exist has weight zero.
         """
+        if self.gate[...].ndim == 3:  # those of all layers of the run
+            routes, weights = expert_routes(by_token(x), self.gate[...], layer, k=self.k)
+            return Routing(None, *(a.reshape(*x.shape[:2], self.k) for a in (routes, weights)))
         logits = router_logits(x, self.gate[...])
         probabilities = jax.nn.softmax(kept(logits), axis=-1)
         if replayed is None:
@@ -77,15 +83,6 @@ class MoE(nnx.Module):
             return Routing(probabilities, experts, jnp.where(total == 0, 0.0, 1.0))
         return Routing(probabilities, experts, weights / jnp.where(total == 0, 1.0, total))
 
-    def normed_and_routed(
-        self, terms: list[tuple[jax.Array, float]], norm: Norm, layer: int | Int[Array, ""]
-    ) -> tuple[Float[Array, "batch time hidden"], Routing]:
-        """The norm of a sum of few tokens, and ``route`` of it, by a router that lies among those of all layers."""
-        shape = terms[0][0].shape
-        terms = [(by_token(x), factor) for x, factor in terms]
-        y, routes, weights = expert_routes(terms, norm, self.gate[...], layer, k=self.k)
-        return y.reshape(shape), Routing(None, *(a.reshape(*shape[:2], self.k) for a in (routes, weights)))
-
     def __call__(
         self,
         x: Float[Array, "batch time hidden"],
@@ -93,7 +90,6 @@ class MoE(nnx.Module):
         replayed: Integer[Array, "batch time k"] | None = None,
         layer: int | Int[Array, ""] | None = None,
         stacks: tuple[jax.Array, ...] | None = None,
-        routing: Routing | None = None,
     ) -> tuple[Float[Array, "batch time hidden"], Routing]:
         """The experts' output and the routing, in which PADDING is assigned to an expert that does not exist.
 
@@ -103,10 +99,8 @@ class MoE(nnx.Module):
             replayed: experts chosen before, instead of the router's choice.
             layer: the number of this layer, where ``w1``, ``w3`` and ``w2`` are still those of the whole run, or
             stacks: are given beside them.
-            routing: decided before (``normed_and_routed``).
         """
-        if routing is None:
-            routing = self.route(x, replayed)
+        routing = self.route(x, replayed, 0 if layer is None else layer)
         if segment_ids is not None:
             padding = segment_ids[..., None] == PADDING
             routing = routing._replace(experts=jnp.where(padding, self.num_experts, routing.experts))

@@ -25,12 +25,12 @@ from m1jax.model import head, parallel
 from m1jax.model.cache import Cache, LightningCache, SoftmaxCache
 from m1jax.model.checks import check_forward, check_vocabulary
 from m1jax.model.depth import over_layers
-from m1jax.model.layers import Call, Place, Weights, norm_of, rms_norm
+from m1jax.model.layers import Call, Place, Weights, rms_norm
 from m1jax.model.lightning import LightningAttention, log_decays
 from m1jax.model.moe import MoE, Routing, balancing_loss
 from m1jax.model.softmax import SoftmaxAttention
 from m1jax.sharding import ambient_mesh, constrain, gather_weights
-from pallas_kernels import PADDING, Norm, target_platform
+from pallas_kernels import PADDING, target_platform
 from pallas_kernels.kept import KEPT
 
 FEW_LAYERS = 16
@@ -38,10 +38,7 @@ FEW_LAYERS = 16
 vector that a kernel takes would be cut out of its stack by a kernel of its own."""
 
 EXPERTS = ("w1", "w3", "w2")
-FOR_FEW_TOKENS = (
-    "input_layernorm", "qkv_proj", "output_gate", "norm", "out_proj", "q_proj", "k_proj", "v_proj", "o_proj",
-    "post_attention_layernorm", "gate",
-)  # fmt: skip
+FOR_FEW_TOKENS = ("gate", "qkv_proj", "output_gate", "q_proj", "k_proj", "v_proj", "o_proj", "out_proj")
 """Parameters that kernels for a decode step read in their stacks, beside the experts."""
 
 Remat = Literal["auto", "none", "cheap", "layers"]
@@ -113,7 +110,7 @@ class Block(nnx.Module):
         ``experts_of_run``: the experts' weights are those of the whole run, or those of the run beside the layer's own
         (see ``MoE.__call__``).
         """
-        x = norm_of(h, self.input_layernorm[...], self.eps, place.layer)
+        x = rms_norm(h, self.input_layernorm[...], self.eps)
         if isinstance(self.attention, LightningAttention):
             assert memory is None or isinstance(memory, LightningCache)
             out, memory = self.attention(x, call, place, memory)
@@ -121,14 +118,11 @@ class Block(nnx.Module):
             assert memory is None or isinstance(memory, SoftmaxCache)
             out, memory = self.attention(x, call, place, memory)
         alpha, beta = self.attention_scales
-        norm, routing = self.post_attention_layernorm[...], None
-        if norm.ndim == 1:
-            y = rms_norm(alpha * x + beta * out, norm, self.eps)
-        else:  # those of all layers of the run
-            y, routing = self.moe.normed_and_routed([(x, alpha), (out, beta)], Norm(norm, self.eps), place.layer)
+        h = alpha * x + beta * out
+
+        y = rms_norm(h, self.post_attention_layernorm[...], self.eps)
         stacks = experts_of_run if isinstance(experts_of_run, Experts) else None
-        layer = place.layer if experts_of_run else None
-        out, routing = self.moe(y, call.segment_ids, replayed, layer, stacks, routing)
+        out, routing = self.moe(y, call.segment_ids, replayed, place.layer if experts_of_run else None, stacks)
         alpha, beta = self.mlp_scales
         h = alpha * y + beta * out
         return constrain(h, "batch", "residual", None), memory, routing

@@ -51,9 +51,9 @@ def forward(
     """
     tokens = x.shape[0]
     columns = -(-tokens // 64) * 64
-    # Routes that lead nowhere, not shares: sums of padded arrays are one program of XLA, padded sums two.
-    filled = ((0, columns - tokens), (0, 0))
-    taken, share = chosen(jnp.pad(routes, filled, constant_values=-1), jnp.pad(weights, filled), experts)
+    taken, share = chosen(routes, weights, experts)
+    x = jnp.pad(x, ((0, columns - tokens), (0, 0)))
+    share = jnp.pad(share, ((0, 0), (0, columns - tokens)))
     layer = layer.reshape(1)
     hidden = _up(x, w1, w3, taken, layer, share, interpret=interpret)
     parts = _down(hidden, w2, taken, layer, interpret=interpret)
@@ -72,9 +72,9 @@ def chosen(routes: jax.Array, weights: jax.Array, experts: int) -> tuple[jax.Arr
 
 
 def _up(x, w1, w3, taken, layer, share, *, interpret):
-    """[E,F,n] bfloat16: what goes into the second product, for the experts in use. The copy engine fills up x."""
-    (experts, columns), depth = share.shape, x.shape[1]
-    rows, steps = w1.shape[1], depth // _DEPTH
+    """[E,F,n] bfloat16: what goes into the second product, for the experts in use."""
+    columns, depth = x.shape
+    experts, rows, steps = share.shape[0], w1.shape[1], depth // _DEPTH
     ops = _hopper.operations(interpret)
 
     def walk(refs, block, blocks, visit):
@@ -99,13 +99,11 @@ def _up(x, w1, w3, taken, layer, share, *, interpret):
     def fetch(refs, place, steps, fill):
         expert, row = place
         matrix = refs[4][0] * experts + expert
-        # Beyond the last token, where a number that is known could not lie.
-        tokens = pl.ds(jnp.minimum(row, 0), columns)
 
         @pl.loop(0, steps)
         def _(step):
             inside = pl.ds(step * _DEPTH, _DEPTH)
-            fill(step, *(ref.at[matrix, pl.ds(row, 64), inside] for ref in refs[1:3]), refs[0].at[tokens, inside])
+            fill(step, *(ref.at[matrix, pl.ds(row, 64), inside] for ref in refs[1:3]), refs[0].at[:, inside])
 
     def finish(refs, place, products, buffer):
         expert, row = place

@@ -1,12 +1,10 @@
 """On a Hopper GPU (Pallas, Mosaic GPU): one small kernel, a thread block a token, in float32 on its CUDA cores.
 
-Each thread adds up the products of every 128th channel for all experts, of a norm that it has written just before; then
-the sums of all threads, the choice and the weights are scalars. A gate is some 100 KB, which all blocks but the first
-find in the L2 cache.
+Each thread adds up the products of every 128th channel for all experts; then the sums of all threads, the choice and
+the weights are scalars. A gate is some 100 KB, which all blocks but the first find in the L2 cache.
 """
 
 import math
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -15,53 +13,43 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _compat, _hopper
-from pallas_kernels.norms import hopper
-from pallas_kernels.norms.api import Norm, Term
-from pallas_kernels.norms.hopper import THREADS
 
+_THREADS = 128
 _AHEAD = 4  # Pieces of 128 channels whose loads are under way together.
 _EXPERTS = 64  # So many sums are in registers at most.
 
 
-def unsupported(terms: Sequence[Term], gates: jax.Array) -> str | None:
+def unsupported(x: jax.Array, gates: jax.Array, k: int) -> str | None:
     """Why this implementation cannot run for these arguments (those of `api.expert_routes`), or None."""
-    reason = hopper.unsupported(terms)
+    reason = _hopper.missing()
     if reason is not None:
         return reason
-    if gates.shape[2] % (THREADS * _AHEAD):
-        return f"it takes hidden sizes that are multiples of {THREADS * _AHEAD}: got {gates.shape[2]}"
+    if x.shape[1] % (_THREADS * _AHEAD):
+        return f"it takes hidden sizes that are multiples of {_THREADS * _AHEAD}: got {x.shape[1]}"
     if gates.shape[1] > _EXPERTS:
         return f"it takes up to {_EXPERTS} experts: got {gates.shape[1]}"
     return None
 
 
-def routes(
-    terms: Sequence[Term], norm: Norm, gates: jax.Array, layer: jax.Array, k: int, *, interpret=False
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+def routes(x: jax.Array, gates: jax.Array, layer: jax.Array, k: int, *, interpret=False) -> tuple[jax.Array, jax.Array]:
     """Arguments as in `api.expert_routes`."""
-    tokens, channels = terms[0][0].shape
+    tokens, channels = x.shape
     experts = gates.shape[1]
     ops = _hopper.operations(interpret)
 
-    def body(layer_ref, norm_ref, gates_ref, *refs):
-        *term_refs, y_ref, routes_ref, weights_ref = refs
+    def body(x_ref, gates_ref, layer_ref, routes_ref, weights_ref):
         token = lax.axis_index("token")
         gate_ref = gates_ref.at[layer_ref[0]]
-        rows = [(ref.at[token], factor) for ref, (_, factor) in zip(term_refs, terms, strict=True)]
-        hopper.norm_row(
-            ops, rows, norm_ref.at[layer_ref[0]], norm.eps, channels,
-            lambda at, value: ops.store(y_ref.at[token, at], value),
-        )  # fmt: skip
 
         def add(piece, sums):
             for i in range(_AHEAD):
-                at = pl.ds((piece * _AHEAD + i) * THREADS, THREADS)
-                value = ops.load(y_ref.at[token, at], threads=True).astype(jnp.float32)
+                at = pl.ds((piece * _AHEAD + i) * _THREADS, _THREADS)
+                value = ops.load(x_ref.at[token, at], threads=True).astype(jnp.float32)
                 sums = [total + value * ops.load(gate_ref.at[e, at], threads=True) for e, total in enumerate(sums)]
             return sums
 
-        start = [ops.zeros((THREADS,), threads=True)] * experts
-        sums = lax.fori_loop(0, channels // (THREADS * _AHEAD), add, start)
+        start = [ops.zeros((_THREADS,), threads=True)] * experts
+        sums = lax.fori_loop(0, channels // (_THREADS * _AHEAD), add, start)
         scores = [jnp.sum(total) for total in sums]
         chosen = []
         for _ in range(k):
@@ -77,14 +65,10 @@ def routes(
             routes_ref[token, place] = where
             weights_ref[token, place] = share / total
 
-    inputs = (layer.reshape(1), norm.weights, gates, *(a for a, _ in terms))
-    y, routes, weights = plgpu.kernel(
+    inputs = (x, gates, layer.reshape(1))
+    out = plgpu.kernel(
         body,
-        out_type=[
-            jax.ShapeDtypeStruct((tokens, channels), terms[0][0].dtype),
-            jax.ShapeDtypeStruct((tokens, k), jnp.int32),
-            jax.ShapeDtypeStruct((tokens, k), jnp.float32),
-        ],
+        out_type=[jax.ShapeDtypeStruct((tokens, k), jnp.int32), jax.ShapeDtypeStruct((tokens, k), jnp.float32)],
         grid=(tokens,),
         grid_names=("token",),
         kernel_name="expert_routes",
@@ -92,4 +76,4 @@ def routes(
         interpret=_compat.gpu_interpreter(interpret),
     )(*inputs)
     axes = _compat.varying_axes(*inputs)
-    return _compat.vary_over(y, axes), _compat.vary_over(routes, axes), _compat.vary_over(weights, axes)
+    return _compat.vary_over(out[0], axes), _compat.vary_over(out[1], axes)

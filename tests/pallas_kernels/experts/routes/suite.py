@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from pallas_kernels import Norm, expert_routes
+from pallas_kernels import expert_routes
 
 
 class Suite:
@@ -28,12 +28,7 @@ class Suite:
         monkeypatch.setattr(module, "unsupported", lambda *arguments: None)
 
     def routes(self, x, gates, layer, k):
-        """Of the norm of x, a sum."""
-
-        def op(x, gates, layer):
-            norm = Norm(jnp.ones(gates.shape[::2], x.dtype), 0.0)
-            return expert_routes([(x, 3.0), (x, -1.0)], norm, gates, layer, k=k, implementation=self.implementation)
-
+        op = functools.partial(expert_routes, k=k, implementation=self.implementation)
         return [np.asarray(a) for a in jax.jit(op)(x, gates, layer)]
 
     @pytest.mark.parametrize(("tokens", "experts", "k"), [(1, 3, 1), (3, 5, 2), (2, 4, 4)])
@@ -41,11 +36,9 @@ class Suite:
         random = np.random.default_rng(0)
         x = random.standard_normal((tokens, 1024)).astype(ml_dtypes.bfloat16)
         gates = (random.standard_normal((3, experts, 1024)) / 32).astype(np.float32)
-        y, routes, weights = self.routes(x, gates, jnp.int32(2), k)
-        assert (y.dtype, routes.dtype, weights.dtype) == (x.dtype, np.int32, np.float32)
-        true = x.astype(np.float64) / np.sqrt(np.mean(x.astype(np.float64) ** 2, axis=1, keepdims=True))
-        np.testing.assert_allclose(y.astype(np.float64), true, rtol=8e-3)
-        scores = y.astype(np.float64) @ gates[2].astype(np.float64).T
+        routes, weights = self.routes(x, gates, jnp.int32(2), k)
+        assert (routes.dtype, weights.dtype) == (np.int32, np.float32)
+        scores = x.astype(np.float64) @ gates[2].astype(np.float64).T
         truth = np.argsort(-scores, axis=1)[:, :k]
         np.testing.assert_array_equal(routes, truth)
         shares = np.exp(np.take_along_axis(scores, truth, 1))
@@ -54,8 +47,9 @@ class Suite:
     def test_equals_and_extremes(self):
         """Of equal scores the first; scores too far apart for float32's exponentials."""
         x = np.ones((2, 512), ml_dtypes.bfloat16)
+        x[1] = 100
         gates = np.zeros((1, 4, 512), np.float32)
         gates[0, 2:] = 1
-        _, routes, weights = self.routes(x, gates, jnp.int32(0), 3)
+        routes, weights = self.routes(x, gates, jnp.int32(0), 3)
         assert routes.tolist() == [[2, 3, 0]] * 2
         np.testing.assert_allclose(weights, [[0.5, 0.5, 0]] * 2, atol=1e-6)
