@@ -121,7 +121,7 @@ class MeasuredRunner(ModelRunner):
                 view.allowances[:] = steps
                 begin = time.perf_counter()
                 allowed = self._allowed([], np.arange(0), rows)
-                jax.device_get(self._start(self._decode, packed, steps, rows, allowed, False).result().all)
+                self._start(self._decode, packed, steps, rows, allowed, False).result()
                 times.append(time.perf_counter() - begin)
             return min(times)
 

@@ -169,7 +169,7 @@ class ModelRunner:
             Rows.of(packed).follows[places] = [after.places.get(sequence, -1) for sequence in sequences]
         wants_top = any(sequence.request.top for sequence in sequences)
         out = self._start(self._decode, packed, steps, patience, self._allowed(sequences, places, size), wants_top)
-        return _Started(dict(zip(sequences, places.tolist())), out, wants_top)
+        return _Started(dict(zip(sequences, places.tolist())), out)
 
     def _start(self, work: Callable[..., T], *arguments: Any) -> Future[T]:
         """Work for the device, on its way behind what was started before."""
@@ -212,6 +212,7 @@ class ModelRunner:
         wants_top: bool,
     ) -> Out:
         with self._on_mesh():
+            # Results come home before the next call begins, behind which they would have to wait.
             self._cache, self._last, out = _decode(
                 self._model,
                 self._cache,
@@ -225,7 +226,9 @@ class ModelRunner:
                 self.records_routes,
                 self.top,
             )
-        return out
+        if not wants_top:
+            out = out._replace(top_tokens=None, top_logp=None)
+        return jax.device_get(out)
 
     def program_rows(self, decoding: int) -> int:
         """Rows of the program that serves so many."""
@@ -234,7 +237,7 @@ class ModelRunner:
     def idle(self, rows: int) -> None:
         """A call of the decode program of so many rows, with nothing to write."""
         allowed = self._allowed([], np.arange(0), rows)
-        jax.device_get(self._start(self._decode, self._at_rest[rows], 1, 1, allowed, False).result().all)
+        self._start(self._decode, self._at_rest[rows], 1, 1, allowed, False).result()
 
     def _compile(self) -> None:
         """Run every program once, with no work to do, and what makes a request's key."""
@@ -253,14 +256,10 @@ class _Started(NamedTuple):
     places: dict[Sequence, int]
     """rows of its program"""
     out: Future[Out]
-    wants_top: bool
 
     def result(self) -> Decoded[np.ndarray]:
-        out = self.out.result()
-        if not self.wants_top:
-            out = out._replace(top_tokens=None, top_logp=None)
         places = list(self.places.values())
-        out = jax.tree.map(lambda x: x[places], jax.device_get(out))
+        out = jax.tree.map(lambda x: x[places], self.out.result())
         return unpack_decoded(out.all)._replace(routes=out.routes, top_tokens=out.top_tokens, top_logp=out.top_logp)
 
 
