@@ -210,7 +210,8 @@ def long_tail(
     # What decoding takes beyond the device's own time for as many steps is the engine's: scheduling, starting calls,
     # bringing results home, steps in which the device waits.
     step_s = {rows: runner.step_s(rows) for rows in {*record.programs, runner.capacity.decode[0]}}
-    overhead = seconds - record.prefill_s - record.copy_s
+    waited = 0.0 if runner.capacity.ahead else record.prefill_s + record.copy_s
+    overhead = seconds - waited - runner.started_s(record)
     overhead -= sum(steps * step_s[rows] for rows, (steps, _) in record.programs.items())
     return {
         "tokens": int(lengths.sum()),

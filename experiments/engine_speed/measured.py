@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Several
 from typing import NamedTuple
 
@@ -31,8 +33,12 @@ class Record:
     decode_s: float = 0.0
     """that decode calls were the oldest on their way, until their results were on the host"""
     prefill_s: float = 0.0
-    """in `prefill`, until the device has done it"""
+    """in `prefill`, until the device has done it, or it is on its way"""
     copy_s: float = 0.0
+    copies: int = 0
+    """calls of `copy` that nobody waited for"""
+    prefills: Counter[tuple[int, int]] = dataclasses.field(default_factory=Counter)
+    """of `prefill`, likewise, by their shapes"""
     calls: int = 0
     """of `decode`"""
     alive: list[tuple[int, float]] = dataclasses.field(default_factory=list)
@@ -46,7 +52,8 @@ class Record:
 
 
 class MeasuredRunner(ModelRunner):
-    """Waits for the device after every call, unless told not to, so that each second has its place."""
+    """Waits for the device after every call where the engine would, so that each second has its place; what the engine
+    starts and does not wait for is counted, and timed alone (`started_s`)."""
 
     record = Record()
     waits = True
@@ -56,24 +63,46 @@ class MeasuredRunner(ModelRunner):
     def copy(self, copies: Several[Copy]) -> None:
         begin = time.perf_counter()
         super().copy(copies)
-        if self.waits:
+        if self.capacity.ahead:
+            self.record.copies += 1
+        elif self.waits:
             jax.block_until_ready(self._cache)
         self.record.copy_s += time.perf_counter() - begin
 
     def prefill(self, shape: tuple[int, int], chunks: Several[Chunk]) -> list[UInt8[np.ndarray, "n layers k"]]:
         begin = time.perf_counter()
         routes = super().prefill(shape, chunks)
-        if self.waits:
+        if self.capacity.ahead:
+            self.record.prefills[shape] += 1
+        elif self.waits:
             jax.block_until_ready(self._cache)
         self.record.prefill_s += time.perf_counter() - begin
         return routes
 
+    def started_s(self, record: Record) -> float:
+        """Seconds of the device for what was started and not waited for: as many calls with nothing to do, whose work
+        is the same, one after the other."""
+
+        def call(work: Callable[[], object]) -> float:
+            times = []
+            for _ in range(5):
+                begin = time.perf_counter()
+                for _ in range(4):
+                    work()
+                self._wait()
+                times.append((time.perf_counter() - begin) / 4)
+            return min(times)
+
+        copies = record.copies * call(lambda: super(MeasuredRunner, self).copy([Copy(-1, -1)]))
+        prefills = {shape: call(functools.partial(super().prefill, shape, [])) for shape in record.prefills}
+        return copies + sum(count * prefills[shape] for shape, count in record.prefills.items())
+
     def decode(
-        self, sequences: Several[Sequence], allowances: Several[int], patience: int, after: Call | None = None
+        self, sequences: Several[Sequence], allowances: Several[int], steps: int, patience: int, after: Call | None
     ) -> Call:
         begin = time.perf_counter()
         inner = after.call if isinstance(after, MeasuredCall) else after
-        return MeasuredCall(self, super().decode(sequences, allowances, patience, inner), sequences, begin)
+        return MeasuredCall(self, super().decode(sequences, allowances, steps, patience, inner), sequences, begin)
 
     def step_s(self, rows: int, length: int = 256) -> float:
         """Seconds of a decode step of the program of so many rows, all of which write after so many tokens: what a call
@@ -91,7 +120,7 @@ class MeasuredRunner(ModelRunner):
             for _ in range(10):
                 view.allowances[:] = steps
                 begin = time.perf_counter()
-                jax.device_get(self._start(packed, rows, False).result().all)
+                self._start(self._decode, packed, steps, rows, False).result()
                 times.append(time.perf_counter() - begin)
             return min(times)
 

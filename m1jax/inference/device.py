@@ -68,14 +68,13 @@ class Runner(Protocol):
         ...
 
     def decode(
-        self, sequences: Several[Sequence], allowances: Several[int], patience: int, after: Call | None = None
+        self, sequences: Several[Sequence], allowances: Several[int], steps: int, patience: int, after: Call | None
     ) -> Call:
-        """Feed each sequence its last token and draw the next, up to so many times; and no further once `patience` of
-        them have ended or written what they may.
+        """Feed each sequence its last token and draw the next, up to so many times, at most `steps`; and no further
+        once `patience` of them have ended or written what they may.
 
-        after: the call before, whose result nobody has seen: its sequences go on from where it left them, those that
-            ended in it write nothing, and the allowances are of both calls together. Until its result is asked for,
-            nothing else may be but another decode call after this one.
+        after: a call whose result nobody has seen: sequences that it has too go on from where it leaves them, those
+            that end in it write nothing, and their allowances are of both calls together.
         """
         ...
 

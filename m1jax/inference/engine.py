@@ -151,15 +151,16 @@ class Engine:
 
     def step(self) -> list[Event]:
         """Run what is to be run next (a piece of prefill, some decode steps) and tell what came of it."""
-        if self._flight is None:
-            for part in self._parts:
-                part.admit()
-            self._prefill()
-            self._decode([sequence for part in self._parts for sequence in part.decoding()])
-        if self._flight is not None:
-            flight, self._flight = self._flight, self._follow(self._flight)
+        if self._flight is not None and not self._may_follow(self._flight):
+            self._land()
+        flight = self._flight
+        for part in self._parts:
+            part.admit(sends_away=flight is None)
+        self._prefill()
+        self._flight = self._decode([s for part in self._parts for s in part.decoding()], flight)
+        if flight is not None:
             self._take(flight.sequences, flight.call.result())
-        if self._flight is not None and not any(s in self._home for s in self._flight.sequences):
+        if not (self._runner.capacity.ahead and self._live):
             self._land()
         events, self._events = self._events, []
         return events
@@ -226,32 +227,27 @@ class Engine:
         best = max(shapes, key=rate, default=None)
         return best if best is not None and rate(best) else None
 
-    def _decode(self, sequences: list[Sequence]) -> None:
+    def _may_follow(self, flight: _Flight) -> bool:
+        """Whether a call may be started after one whose result nobody has seen."""
+        if any(s.matcher is not None for s in self._home):
+            return False
+        return all(part.go_on(flight.steps + self._runner.capacity.steps) for part in self._parts)
+
+    def _decode(self, sequences: list[Sequence], flight: _Flight | None) -> _Flight | None:
+        """Start the next decode steps, `flight` being on its way."""
+        before = dict.fromkeys(flight.sequences, flight.steps) if flight is not None else {}
+        sequences = [s for s in sequences if s.left > before.get(s, 0)]
         if not sequences:
-            return
+            return None
         self._copy()
         # A first token is told at once.
-        steps = self._runner.capacity.steps if all(s.new for s in sequences) else 1
-        allowances = [s.allowance(steps) for s in sequences]
+        steps = self._runner.capacity.steps if all(s.new or s in before for s in sequences) else 1
+        allowances = [s.allowance(before.get(s, 0) + steps) for s in sequences]
         # Rows that fall idle are worth a look only where somebody waits for them.
         waiting = any(part.waiting for part in self._parts)
         patience = max(1, len(allowances) // 8) if waiting else len(allowances)
-        self._flight = _Flight(sequences, steps, self._runner.decode(sequences, allowances, patience))
-
-    def _follow(self, flight: _Flight) -> _Flight | None:
-        """The call after one whose result nobody has seen, where all is as it was but for those who end."""
-        capacity = self._runner.capacity
-        alive = [s for s in flight.sequences if s in self._home]
-        going = [s for s in alive if s.left > flight.steps]
-        guided = any(s.matcher is not None for s in alive)
-        if not capacity.ahead or guided or not going or len(alive) < len(self._home):
-            return None
-        steps = flight.steps + capacity.steps  # of both
-        if not all(part.go_on(steps) for part in self._parts):
-            return None
-        allowances = [s.allowance(steps) for s in going]
-        call = self._runner.decode(going, allowances, len(going), after=flight.call)
-        return _Flight(going, capacity.steps, call)
+        after = None if flight is None else flight.call
+        return _Flight(sequences, steps, self._runner.decode(sequences, allowances, steps, patience, after))
 
     def _land(self) -> None:
         """Nothing is on its way any more."""

@@ -12,7 +12,7 @@ from typing import Generic, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int32
+from jaxtyping import Array, Int, Int32
 
 from m1jax.inference.capacity import Capacity
 from m1jax.inference.device import Decoded
@@ -90,7 +90,7 @@ class Rows(NamedTuple, Generic[A]):
         view.slots[:] = view.follows[:] = view.end_ids[:] = view.pages[:] = -1
         return packed
 
-    def going_on(self: Rows[jax.Array], before: Last[jax.Array], steps: int) -> Rows[jax.Array]:
+    def going_on(self: Rows[jax.Array], before: Last[jax.Array], steps: Int[Array, ""]) -> Rows[jax.Array]:
         """With what the call before has written, in a program."""
         follows = self.follows >= 0
         token, count, reason, certain = (jnp.where(follows, x[self.follows], 0) for x in before)

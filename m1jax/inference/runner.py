@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+from collections.abc import Callable
 from collections.abc import Sequence as Several
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
@@ -40,6 +41,7 @@ from m1jax.model import Cache, MiniMaxM1, head
 from m1jax.sharding import ROWS, ambient_mesh, parameter_shardings
 from pallas_kernels import target_platform
 
+T = TypeVar("T")
 COPIES = (1, 16)
 """Copies that one call carries out, as many as there are or the next number of these; nobody waits for a loop that is
 counted beforehand."""
@@ -80,12 +82,14 @@ class ModelRunner:
         self._decode_rows = capacity.decode if capacity.parts == 1 else (len(self._packed),)
         self._at_rest = {rows: Rows.at_rest(rows, capacity) for rows in self._decode_rows}
         # XLA on a GPU holds who starts a loop up until it has ended.
-        self._starter = ThreadPoolExecutor(1, "decode") if capacity.ahead else None
+        self._starter = ThreadPoolExecutor(1, "device") if capacity.ahead else None
+        self._fault: Exception | None = None
         self._last = Last.nothing(capacity.rows) if capacity.ahead else None
         self.load(params)
         self._compile()
 
     def load(self, params: nnx.State) -> int:
+        self._wait()
         received = 0
         with self._on_mesh():
             model = prepared(nnx.merge(self._graph, params))
@@ -100,7 +104,12 @@ class ModelRunner:
         return received
 
     def rest(self) -> None:
+        self._wait()
         self._model = self._cache = None
+
+    def _wait(self) -> None:
+        """Until the device has done what was started."""
+        self._start(lambda: jax.block_until_ready(self._cache)).result()
 
     def _on_mesh(self) -> contextlib.AbstractContextManager[object]:
         return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
@@ -116,8 +125,11 @@ class ModelRunner:
             some = copies[start : start + COPIES[-1]]
             numbers = np.full((next(n for n in COPIES if n >= len(some)), 4), -1, np.int32)
             numbers[: len(some)] = [(c.slot_from, c.slot_to, c.page_from, c.page_to) for c in some]
-            with self._on_mesh():
-                self._cache = _copy(self._cache, numbers)
+            self._start(self._copy, numbers)
+
+    def _copy(self, numbers: Int32[np.ndarray, "copies 4"]) -> None:
+        with self._on_mesh():
+            self._cache = _copy(self._cache, numbers)
 
     def prefill(self, shape: tuple[int, int], chunks: Several[Chunk]) -> list[UInt8[np.ndarray, "n layers k"]]:
         each, time = shape
@@ -126,15 +138,19 @@ class ModelRunner:
             part = chunk.sequence.row // self.capacity.rows
             places.append(part * each + sum(place // each == part for place in places))
         work = Prompts.packed((each * self.capacity.parts, time), chunks, places, self.capacity)
-        with self._on_mesh():
-            self._cache, routes = _prefill(self._model, self._cache, work, time, self.records_routes)
-        if routes is None:
+        started = self._start(self._prefill, work, time)
+        if not self.records_routes:
             return []
-        routes = jax.device_get(routes)
+        routes = jax.device_get(started.result())
         return [routes[i, : chunk.count] for i, chunk in zip(places, chunks)]
 
+    def _prefill(self, work: Int32[np.ndarray, "rows width"], time: int) -> UInt8[Array, "rows time layers k"] | None:
+        with self._on_mesh():
+            self._cache, routes = _prefill(self._model, self._cache, work, time, self.records_routes)
+        return routes
+
     def decode(
-        self, sequences: Several[Sequence], allowances: Several[int], patience: int, after: Call | None = None
+        self, sequences: Several[Sequence], allowances: Several[int], steps: int, patience: int, after: Call | None
     ) -> Call:
         for sequence in sequences:
             row = sequence.row
@@ -150,41 +166,52 @@ class ModelRunner:
         packed = self._at_rest[size].copy()
         packed[places] = self._packed[rows]
         if isinstance(after, _Started):
-            Rows.of(packed).follows[places] = [after.places[sequence] for sequence in sequences]
+            Rows.of(packed).follows[places] = [after.places.get(sequence, -1) for sequence in sequences]
         wants_top = any(sequence.request.top for sequence in sequences)
         if any(sequence.matcher is not None for sequence in sequences):
             guides = Guides(sequences, places, size, self.vocab_size)
-            out: Future[Out] = Future()
-            out.set_result(self._decode_guided(packed, patience, wants_top, guides, max(allowances)))
+            out = self._start(self._decode_guided, packed, max(allowances), patience, wants_top, guides)
         else:
-            out = self._start(packed, patience, wants_top)
-        return _Started(dict(zip(sequences, places.tolist())), out, wants_top)
+            out = self._start(self._decode, packed, steps, patience, wants_top)
+        return _Started(dict(zip(sequences, places.tolist())), out)
 
-    def _start(self, *work: Any) -> Future[Out]:
-        """`_decode` on its way."""
-        if self._starter is not None:
-            return self._starter.submit(self._decode, *work)
-        out: Future[Out] = Future()
-        out.set_result(self._decode(*work))
-        return out
+    def _start(self, work: Callable[..., T], *arguments: Any) -> Future[T]:
+        """Work for the device, on its way behind what was started before."""
+        if self._starter is None:
+            out: Future[T] = Future()
+            out.set_result(work(*arguments))
+            return out
 
-    def _decode(self, packed: Int32[np.ndarray, "rows width"], patience: int, wants_top: bool) -> Out:
+        def run() -> T:
+            if self._fault is not None:  # in what was started before: memory is not what this work expects
+                raise self._fault
+            try:
+                return work(*arguments)
+            except Exception as fault:
+                self._fault = fault
+                raise
+
+        return self._starter.submit(run)
+
+    def _decode(self, packed: Int32[np.ndarray, "rows width"], steps: int, patience: int, wants_top: bool) -> Out:
         with self._on_mesh():
+            # Results come home before the next call begins, behind which they would have to wait.
             self._cache, self._last, out = _decode(
                 self._model,
                 self._cache,
                 packed,
                 self._last,
+                np.int32(steps),
                 np.int32(patience),
                 np.bool_(wants_top),
                 self.capacity,
                 self.records_routes,
                 self.top,
             )
-        return out
+        return _home(out, wants_top)
 
     def _decode_guided(
-        self, packed: Int32[np.ndarray, "rows width"], patience: int, wants_top: bool, guides: Guides, steps: int
+        self, packed: Int32[np.ndarray, "rows width"], steps: int, patience: int, wants_top: bool, guides: Guides
     ) -> Out:
         """As the decode program does, a step at a time: while the device reads a token, the host looks up what may
         follow it."""
@@ -201,7 +228,7 @@ class ModelRunner:
                         break
                     guides.show(tokens)
                 written, heard = _draw(work, written, seen, guides.allowed(), self.top)
-            return _end(written)
+            return _home(_end(written), wants_top)
 
     def program_rows(self, decoding: int) -> int:
         """Rows of the program that serves so many."""
@@ -209,7 +236,7 @@ class ModelRunner:
 
     def idle(self, rows: int) -> None:
         """A call of the decode program of so many rows, with nothing to write."""
-        jax.device_get(self._start(self._at_rest[rows], 1, False).result().all)
+        self._start(self._decode, self._at_rest[rows], 1, 1, False).result()
 
     def _compile(self) -> None:
         """Run every program once, with no work to do, and what makes a request's key."""
@@ -222,7 +249,7 @@ class ModelRunner:
             self.idle(rows)
             if self.constrains:
                 nobody = Guides([], np.arange(0), rows, self.vocab_size)
-                jax.device_get(self._decode_guided(self._at_rest[rows], 1, False, nobody, 2).all)
+                self._start(self._decode_guided, self._at_rest[rows], 2, 1, False, nobody).result()
 
 
 class _Started(NamedTuple):
@@ -231,14 +258,10 @@ class _Started(NamedTuple):
     places: dict[Sequence, int]
     """rows of its program"""
     out: Future[Out]
-    wants_top: bool
 
     def result(self) -> Decoded[np.ndarray]:
-        out = self.out.result()
-        if not self.wants_top:
-            out = out._replace(top_tokens=None, top_logp=None)
         places = list(self.places.values())
-        out = jax.tree.map(lambda x: x[places], jax.device_get(out))
+        out = jax.tree.map(lambda x: x[places], self.out.result())
         return unpack_decoded(out.all)._replace(routes=out.routes, top_tokens=out.top_tokens, top_logp=out.top_logp)
 
 
@@ -313,9 +336,6 @@ def _empty(config: ModelConfig, capacity: Capacity, dtype: jnp.dtype) -> Cache:
     return _pool(Cache.pool(config, slots=slots, pages=pages, page_size=capacity.page_size, dtype=dtype))
 
 
-T = TypeVar("T")
-
-
 def _everywhere(out: T) -> T:
     """For every process to read."""
     return out if ambient_mesh() is None else jax.lax.with_sharding_constraint(out, P())
@@ -355,6 +375,11 @@ class Out(NamedTuple):
     routes: Any
     top_tokens: Any
     top_logp: Any
+
+
+def _home(out: Out, wants_top: bool) -> Out:
+    """On the host, without the likeliest tokens where nobody asked for them."""
+    return jax.device_get(out if wants_top else out._replace(top_tokens=None, top_logp=None))
 
 
 class Work(NamedTuple):
@@ -467,17 +492,18 @@ def _decode(
     cache: Cache,
     packed: Int[Array, "rows width"],
     last: Last[jax.Array] | None,
+    most: Int[Array, ""],
     patience: Int[Array, ""],
     wants_top: Bool[Array, ""],
     capacity: Capacity,
     record_routes: bool,
     top: int,
 ) -> tuple[Cache, Last[jax.Array] | None, Out]:
-    """Up to `steps` tokens for each row, until nobody may write any more, or `patience` rows may not. `last`: what the
+    """Up to `most` tokens for each row, until nobody may write any more, or `patience` rows may not. `last`: what the
     call before left for rows that go on from there."""
     rows = Rows.of(packed)
     if last is not None:
-        rows = rows.going_on(last, capacity.steps)
+        rows = rows.going_on(last, most)
 
     def advance(carry: tuple[Cache, Written]) -> tuple[Cache, Written]:
         cache, written = carry

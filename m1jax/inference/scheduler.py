@@ -94,15 +94,17 @@ class Scheduler:
         """Sequences that are here."""
         return len(self.waiting) + len(self.running)
 
-    def admit(self) -> None:
-        """Make room for what the running will write, and let those who wait in where there is room for them."""
-        self._grow()
+    def admit(self, *, sends_away: bool = True) -> None:
+        """Make room for what the running will write, whoever must go for it, and let those who wait in where there is
+        room for them."""
+        if sends_away:
+            self._grow()
         self._admit()
 
     def go_on(self, steps: int) -> bool:
-        """Whether those who run can write for so many decode steps more, with nothing to be read before and nobody
-        sent away; room for that is made."""
-        return not any(s.pending for s in self.running) and all(self._extend(s, steps) for s in self.running)
+        """Whether those who run can write for so many decode steps more with nobody sent away; room for that is
+        made."""
+        return all(self._extend(s, steps) for s in self.running)
 
     def chunks(self, shape: tuple[int, int]) -> list[Chunk]:
         """What a prefill program would have to do."""

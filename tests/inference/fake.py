@@ -64,7 +64,6 @@ class FakeRunner:
         self.states = [mix(98, slot) for slot in range(len(self.states))]
 
     def copy(self, copies):
-        assert not self.unseen
         for copy in copies:
             self.states[copy.slot_to] = 0 if copy.slot_from < 0 else self.states[copy.slot_from]
             if copy.page_from >= 0:
@@ -79,7 +78,6 @@ class FakeRunner:
         return route(token, at)
 
     def prefill(self, shape, chunks):
-        assert not self.unseen
         assert shape in self.capacity.prefill
         parts = collections.Counter(chunk.sequence.row // self.capacity.rows for chunk in chunks)
         assert 0 < max(parts.values()) <= shape[0]
@@ -92,10 +90,11 @@ class FakeRunner:
             routes.append(np.stack([self.read(s, t) for t in s.tokens[s.computed : s.computed + chunk.count]]))
         return routes
 
-    def decode(self, sequences, allowances, patience, after=None):
+    def decode(self, sequences, allowances, most, patience, after):
         assert after is None or self.capacity.ahead
         assert self.unseen == ([] if after is None else [after])
         assert 0 < patience <= len(sequences)
+        assert 0 < most <= self.capacity.steps
         rows, steps = len(sequences), self.capacity.steps
         assert len({s.row for s in sequences}) == rows
         out = Decoded(
@@ -112,13 +111,14 @@ class FakeRunner:
             assert s.slot == s.row + part * self.capacity.snapshots
             assert all(page // self.capacity.pages == part for page in s.pages)
             assert s.computed == len(s.tokens) - 1
-            assert 0 < allowance <= steps * (1 if after is None else 2)
+            follows = after is not None and s in after.sequences
+            assert 0 < allowance <= most + (steps if follows else 0)
             token, before = s.tokens[-1], 0
-            if after is not None:  # where the call before left it
+            if follows:  # from where the call before left it
                 at = after.sequences.index(s)
                 before, out.certain[i] = after.out.counts[at], after.out.certain[at]
                 token = after.out.tokens[at, before - 1] if before else token
-                allowance = 0 if after.out.reasons[at] else min(steps, allowance - before)
+                allowance = 0 if after.out.reasons[at] else min(most, allowance - before)
             self.ahead = before
             for step in range(allowance):
                 out.routes[i, step] = self.read(s, token)
