@@ -71,10 +71,6 @@ class _Chip:
 
         return cast(jax.Array, pl.run_state(multiply)(plgpu.ACC.init(value)))
 
-    def onto_each(self, function, *values):
-        """function(*accumulators), which start at the values; what they are in the end."""
-        return pl.run_state(lambda accs: function(*accs))(tuple(plgpu.ACC.init(value) for value in values))
-
     def wgmma(self, acc, a, b, transpose_a=False, transpose_b=False):
         """Starts acc += a b."""
         plgpu.wgmma(acc, _compat.transposed(a) if transpose_a else a, _compat.transposed(b) if transpose_b else b)
@@ -118,11 +114,6 @@ class _Emulated(_Chip):
         self.wgmma(acc, a, b, transpose_a=transpose_a, transpose_b=transpose_b)
         meanwhile()
         return acc.value
-
-    def onto_each(self, function, *values):
-        accs = [types.SimpleNamespace(value=value) for value in values]
-        function(*accs)
-        return tuple(acc.value for acc in accs)
 
     def wgmma(self, acc, a, b, transpose_a=False, transpose_b=False):
         a, b = (x if isinstance(x, jax.Array) else x[...] for x in (a, b))

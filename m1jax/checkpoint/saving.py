@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -119,6 +120,7 @@ class Saver:
             try:
                 if response is not None:
                     response.result()
+                self._check_place(partial)
                 self._finish(partial, manifest, host)
             except BaseException as error:
                 self._error = self._explained(error, step)
@@ -138,6 +140,18 @@ class Saver:
         if self._error is not None:
             error, self._error = self._error, None
             raise error
+
+    def _check_place(self, partial: Path) -> None:
+        """Where the directory was moved away meanwhile, Orbax made it anew: that goes again."""
+        if self._place is None:
+            return
+        try:
+            self._place.check()
+        except UserError:
+            shutil.rmtree(partial, ignore_errors=True)
+            with contextlib.suppress(OSError):  # is not there, or holds something else
+                os.removedirs(self.directory)
+            raise
 
     def _finish(self, partial: Path, manifest: dict[str, Any], host: dict[str, np.ndarray]) -> None:
         """The part in the background: checksums by all processes; manifest, rename and pruning by process 0."""

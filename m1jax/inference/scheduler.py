@@ -49,7 +49,6 @@ class Counts:
     """tokens"""
     reused: int = 0
     """tokens that a kept prefix spared"""
-    admitted: int = 0
     preempted: int = 0
 
     def __add__(self, other: Counts) -> Counts:
@@ -227,7 +226,6 @@ class Scheduler:
             self._copies.append(Copy(snapshot.slot, sequence.slot, *page))
             sequence.routes = list(snapshot.routes)
             self.prefixes.touch(hit)
-        self.counts.admitted += 1
         self.counts.reused += hit.depth
         for length in {*sequence.request.junctions, sequence.prompt - 1, parting or 0}:
             if hit.depth < length <= len(tokens) and (node := self.prefixes.promise(tokens[:length])):

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint.experimental.v1 as ocp
 import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -291,6 +292,22 @@ def test_a_directory_that_is_moved_is_not_made_anew(tmp_path):
     (tmp_path / "moved").rename(tmp_path / "run")
     checkpoints.save(2, state={"x": jnp.zeros(3)})
     assert checkpoints.steps() == [1, 2]
+
+
+def test_nor_one_that_is_moved_while_it_is_written(tmp_path, monkeypatch):
+    begin = ocp.save_checkpointables_async
+
+    def moved(*args, **kwargs):
+        (tmp_path / "run").rename(tmp_path / "moved")
+        return begin(*args, **kwargs)
+
+    checkpoints = Checkpoints(tmp_path / "run" / "sft", config=CONFIG)
+    with monkeypatch.context() as patch:
+        patch.setattr(ocp, "save_checkpointables_async", moved)
+        checkpoints.save(1, state={"x": jnp.zeros(3)})
+        with pytest.raises(UserError, match="sft was moved or removed while it was written to"):
+            checkpoints.wait()
+    assert [path.name for path in tmp_path.iterdir()] == ["moved"]
 
 
 def test_arrays_are_on_disk_before_they_are_a_checkpoint(tmp_path, monkeypatch):
