@@ -22,7 +22,7 @@ demo: $(VENV)/.installed  ## Train a small M1 with SFT and CISPO on this machine
 # The demo's model where it has been trained, else one with random weights that has the same shape.
 MODEL ?= $(if $(wildcard runs/demo/export),runs/demo,runs/serve/m1-demo)
 
-serve: $(VENV)/.installed-serve $(if $(wildcard runs/demo/export),,runs/serve/m1-demo)  ## Serve the demo's model, or one with random weights; MODEL=DIRECTORY ARGS="--port 8000"
+serve: $(VENV)/.installed-serve $(filter runs/serve/m1-demo,$(MODEL))  ## Serve the demo's model, or one with random weights; MODEL=DIRECTORY ARGS="--port 8000"
 	$(VENV)/bin/m1jax serve $(MODEL) $(ARGS)
 
 runs/serve/%: | $(VENV)/.installed

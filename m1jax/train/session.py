@@ -235,9 +235,10 @@ class Session:
                 found, said = others.restore(**target, step=step), "branches off"
             self._run.log.records = MetricsLog(source, writes=False).records
         if found is None:
+            lost = self._run.log.count(self._phase)
             self._run.log.resume(self._phase, -1)
             self._meter = Meter()
-            return ""
+            return f"begins anew: {self._run.directory} had no checkpoint of {self._phase} yet" if lost else ""
         self.state = found.state._replace(params=found.params)
         self.place = Place(found.meta["place"], found.arrays)
         self._saved, self._done, self._recorded = found.step, found.meta["done"], found.meta["recorded"]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +63,16 @@ def test_a_longer_run_goes_on(tmp_path, five, capsys):
     assert all(r == want for r, want in zip(longer[1], five[1]))
     with pytest.raises(UserError, match="has made 5 updates; a run of 4 cannot go on"):
         train(tmp_path / "run", dataclasses.replace(RECIPE, steps=4))
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew_and_says_so(tmp_path, capsys):
+    whole = train(tmp_path / "run")
+    assert "anew" not in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    again = train(tmp_path / "run")
+    assert f"begins anew: {tmp_path}/run had no checkpoint of sft yet" in capsys.readouterr().out
+    jax.tree.map(np.testing.assert_array_equal, again[0], whole[0])
+    assert again[1] == whole[1]
 
 
 def test_where_the_rate_has_fallen_only_a_branch_goes_on(tmp_path, capsys):
