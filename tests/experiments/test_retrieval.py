@@ -1,30 +1,35 @@
 import numpy as np
 
-from experiments.long_context.retrieval import FILLER, KEYS, PAIRS, VALUES, Batches, Config, sequence, table
+from experiments.long_context.retrieval import FILLER, KEYS, PAIRS, VALUES, Batches, Config, sequences, table
 
 
 def test_every_key_is_asked_for_once_and_answered_before():
-    tokens = sequence(np.random.default_rng(0), 512)
-    context, asked = tokens[: -2 * PAIRS], tokens[-2 * PAIRS :].reshape(PAIRS, 2)
-    assert set(asked[:, 0]) <= set(KEYS) and len(set(asked[:, 0])) == PAIRS
-    assert set(asked[:, 1]) <= set(VALUES)
-    for key, value in asked:
-        (place,) = np.flatnonzero(context == key)
-        assert context[place + 1] == value
-    assert np.isin(context, FILLER).sum() == len(context) - 2 * PAIRS
+    for tokens in sequences(np.random.default_rng(0), 3, 512):
+        context, asked = tokens[: -2 * PAIRS], tokens[-2 * PAIRS :].reshape(PAIRS, 2)
+        assert set(asked[:, 0]) <= set(KEYS) and len(set(asked[:, 0])) == PAIRS
+        assert set(asked[:, 1]) <= set(VALUES)
+        for key, value in asked:
+            (place,) = np.flatnonzero(context == key)
+            assert context[place + 1] == value
+        assert np.isin(context, FILLER).sum() == len(context) - 2 * PAIRS
 
 
 def test_values_at_the_end_are_trained_on_and_a_place_can_be_taken_up():
-    batches = Batches(Config(row=1024, rows=3), seed=5)
-    first, second = next(batches), next(batches)
-    for row in range(3):
-        segments = len(np.unique(first.segment_ids[0, row]))
-        assert segments in (1, 2, 4, 8, 16)
-        assert first.mask[0, row].sum() == segments * PAIRS
-        assert np.isin(np.asarray(first.targets)[0, row][np.asarray(first.mask)[0, row]], VALUES).all()
-    again = Batches(Config(row=1024, rows=3), seed=5)
-    again.set_state({"update": 1})
-    np.testing.assert_array_equal(next(again).tokens, second.tokens)
+    config = Config(row=1024, rows=3, steps=100)
+    batches = Batches(config, seed=5)
+    seen = [next(batches) for _ in range(100)]
+    segments = [[len(np.unique(batch.segment_ids[0, row])) for row in range(3)] for batch in seen]
+    assert set(np.ravel(segments[:20])) == {16}  # of 64 tokens
+    assert set(np.ravel(segments)) == {1, 2, 4, 8, 16}
+    for batch, counts in zip(seen, segments):
+        for row, count in enumerate(counts):
+            mask = np.asarray(batch.mask)[0, row]
+            assert mask.sum() == count * PAIRS
+            assert np.isin(np.asarray(batch.targets)[0, row][mask], VALUES).all()
+            np.testing.assert_allclose(np.sum(batch.weight[0, row]), 1, rtol=1e-5)
+    again = Batches(config, seed=5)
+    again.set_state({"update": 70})
+    np.testing.assert_array_equal(next(again).tokens, seen[70].tokens)
 
 
 def test_table():
