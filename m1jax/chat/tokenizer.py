@@ -193,7 +193,7 @@ class TextStream:
         new = text[self._given : -1]
         self._given = max(self._given, len(text) - 1)
         # A letter has four bytes at most, so a long tail is mostly rubbish, which must not be decoded again and again.
-        if len(self._ids) > 32:
+        if len(self._ids) > 8:
             self._forget(text)
         return new
 
