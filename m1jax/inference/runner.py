@@ -19,25 +19,21 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int, Int32, UInt8, UInt32
+from jaxtyping import Array, Int32, UInt8
 
 from m1jax import parameters
-from m1jax.compiling import jit
-from m1jax.config import ModelConfig
+from m1jax.inference import programs
 from m1jax.inference.capacity import Capacity
 from m1jax.inference.device import Call, Decoded
 from m1jax.inference.guides import Guides
-from m1jax.inference.rows import Last, Prompts, Rows, advance, pack_decoded, settle, unpack_decoded
-from m1jax.inference.sampling import sample
+from m1jax.inference.programs import Out, Work
+from m1jax.inference.rows import Last, Prompts, Rows, advance, settle, unpack_decoded
 from m1jax.inference.scheduler import Chunk, Copy
 from m1jax.inference.sequence import Sequence
-from m1jax.inference.stopping import Stops, ended
-from m1jax.model import Cache, MiniMaxM1, head
+from m1jax.model import Cache, MiniMaxM1
 from m1jax.sharding import ROWS, ambient_mesh, parameter_shardings
 from pallas_kernels import target_platform
 
@@ -99,7 +95,7 @@ class ModelRunner:
             self._model = model
             if self._cache is None:
                 with self._beside(model):
-                    self._cache = _empty(model.config, self.capacity, model.dtype)
+                    self._cache = programs.empty(model.config, self.capacity, model.dtype)
         jax.block_until_ready(self._model)
         return received
 
@@ -129,7 +125,7 @@ class ModelRunner:
 
     def _copy(self, numbers: Int32[np.ndarray, "copies 4"]) -> None:
         with self._on_mesh():
-            self._cache = _copy(self._cache, numbers)
+            self._cache = programs.copy(self._cache, numbers)
 
     def prefill(self, shape: tuple[int, int], chunks: Several[Chunk]) -> list[UInt8[np.ndarray, "n layers k"]]:
         each, time = shape
@@ -146,7 +142,7 @@ class ModelRunner:
 
     def _prefill(self, work: Int32[np.ndarray, "rows width"], time: int) -> UInt8[Array, "rows time layers k"] | None:
         with self._on_mesh():
-            self._cache, routes = _prefill(self._model, self._cache, work, time, self.records_routes)
+            self._cache, routes = programs.prefill(self._model, self._cache, work, time, self.records_routes)
         return routes
 
     def decode(
@@ -196,7 +192,7 @@ class ModelRunner:
     def _decode(self, packed: Int32[np.ndarray, "rows width"], steps: int, patience: int, wants_top: bool) -> Out:
         with self._on_mesh():
             # Results come home before the next call begins, behind which they would have to wait.
-            self._cache, self._last, out = _decode(
+            self._cache, self._last, out = programs.decode(
                 self._model,
                 self._cache,
                 packed,
@@ -208,7 +204,7 @@ class ModelRunner:
                 self.records_routes,
                 self.top,
             )
-        return _home(out, wants_top)
+        return programs.home(out, wants_top)
 
     def _decode_guided(
         self, packed: Int32[np.ndarray, "rows width"], steps: int, patience: int, wants_top: bool, guides: Guides
@@ -219,16 +215,18 @@ class ModelRunner:
         weights, tree = jax.tree.flatten(self._model)  # not again for every token: it takes longer than the call
         with self._on_mesh():
             work = Work(packed, np.int32(patience), np.bool_(wants_top))
-            work, written = _begin(work, self._config, self.capacity.steps, self.records_routes, self.top)
+            work, written = programs.guided_begin(
+                work, self._config, self.capacity.steps, self.records_routes, self.top
+            )
             for _ in range(steps):
-                self._cache, seen = _read(weights, tree, self._cache, work, written, self.records_routes)
+                self._cache, seen = programs.guided_read(weights, tree, self._cache, work, written, self.records_routes)
                 if heard is not None:
                     tokens = jax.device_get(heard)
                     if not (tokens >= 0).any():
                         break
                     guides.show(tokens)
-                written, heard = _draw(work, written, seen, guides.allowed(), self.top)
-            return _home(_end(written), wants_top)
+                written, heard = programs.guided_draw(work, written, seen, guides.allowed(), self.top)
+            return programs.home(programs.guided_end(written), wants_top)
 
     def program_rows(self, decoding: int) -> int:
         """Rows of the program that serves so many."""
@@ -320,232 +318,3 @@ def _is_cast(path: tuple[object, ...]) -> bool:
     """Whether the forward pass casts a parameter to the compute dtype, rather than computing in float32."""
     parameter, _ = parameters.find(path)
     return not parameter.router and parameter.name not in ("lm_head", "coefficient")
-
-
-def _pool(cache: Cache) -> Cache:
-    """The memory without rows: the same tree, where it was, whatever it was used for."""
-    cache = cache._replace(lengths=jnp.zeros(0, jnp.int32), slots=None, pages=None)
-    if ambient_mesh() is None:
-        return cache
-    return cache._replace(runs=jax.lax.with_sharding_constraint(cache.runs, cache.specs().runs))
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _empty(config: ModelConfig, capacity: Capacity, dtype: jnp.dtype) -> Cache:
-    slots, pages = capacity.parts * capacity.slots, capacity.parts * capacity.pages
-    return _pool(Cache.pool(config, slots=slots, pages=pages, page_size=capacity.page_size, dtype=dtype))
-
-
-def _everywhere(out: T) -> T:
-    """For every process to read."""
-    return out if ambient_mesh() is None else jax.lax.with_sharding_constraint(out, P())
-
-
-@functools.partial(jax.jit, donate_argnames="cache")
-def _copy(cache: Cache, copies: Int[Array, "copies 4"]) -> Cache:
-    def one(i: jax.Array, cache: Cache) -> Cache:
-        slot_from, slot_to, page_from, page_to = copies[i][:, None]
-        cache = cache.copy_state(slot_from, jnp.where(slot_from < 0, -1, slot_to))
-        cache = cache.clear_state(jnp.where(slot_from < 0, slot_to, -1))
-        return _pool(cache.copy_pages(page_from, page_to))
-
-    return jax.lax.fori_loop(0, len(copies), one, cache)
-
-
-@functools.partial(jit, static_argnames=("time", "record_routes"), donate_argnames="cache")
-def _prefill(
-    model: MiniMaxM1,
-    cache: Cache,
-    packed: Int[Array, "rows width"],
-    time: int,
-    record_routes: bool,
-) -> tuple[Cache, UInt8[Array, "rows time layers k"] | None]:
-    prompts = Prompts.of(packed, time)
-    view = cache.with_rows(prompts.lengths, prompts.slots, prompts.pages)
-    out = model.forward(prompts.tokens, view, lengths=prompts.counts, record_routes=record_routes)
-    assert out.cache is not None
-    return _pool(out.cache), _everywhere(out.routes)
-
-
-class Out(NamedTuple):
-    """What decode steps wrote."""
-
-    all: Any
-    """see `pack_decoded`"""
-    routes: Any
-    top_tokens: Any
-    top_logp: Any
-
-
-def _home(out: Out, wants_top: bool) -> Out:
-    """On the host, without the likeliest tokens where nobody asked for them."""
-    return jax.device_get(out if wants_top else out._replace(top_tokens=None, top_logp=None))
-
-
-class Work(NamedTuple):
-    """What stays as it is while a call decodes: the rows, packed, and the last two arguments of a call."""
-
-    packed: Any
-    patience: Any
-    wants_top: Any
-
-
-class Written(NamedTuple):
-    """Where decode steps are."""
-
-    step: Int[Array, ""]
-    tokens: Int[Array, " rows"]
-    """to be read next"""
-    going: Bool[Array, " rows"]
-    """who writes another"""
-    out: Decoded[jax.Array]
-
-    @classmethod
-    def nothing(cls, rows: Rows[jax.Array], config: ModelConfig, steps: int, record_routes: bool, top: int) -> Written:
-        shape = (len(rows.tokens), steps)
-        routes = (*shape, config.num_layers, config.experts_per_token)
-        out = Decoded(
-            counts=jnp.zeros_like(rows.run),
-            tokens=jnp.zeros(shape, jnp.int32),
-            logp=jnp.zeros(shape, jnp.float32),
-            nucleus_logp=jnp.zeros(shape, jnp.float32),
-            reasons=jnp.zeros_like(rows.run),
-            certain=rows.run,
-            routes=jnp.zeros(routes, jnp.uint8) if record_routes else None,
-            top_tokens=jnp.zeros((*shape, top), jnp.int32) if top else None,
-            top_logp=jnp.zeros((*shape, top), jnp.float32) if top else None,
-        )
-        return cls(jnp.int32(0), rows.tokens, rows.allowances > 0, out)
-
-    @property
-    def told(self) -> Out:
-        out = self.out
-        return _everywhere(Out(pack_decoded(out), out.routes, out.top_tokens, out.top_logp))
-
-
-class Read(NamedTuple):
-    """What the model said to the rows' last tokens."""
-
-    logits: Float[Array, "rows vocab"]
-    routes: UInt8[Array, "rows layers k"] | None
-
-
-def read(
-    model: MiniMaxM1, cache: Cache, rows: Rows[jax.Array], written: Written, record_routes: bool
-) -> tuple[Cache, Read]:
-    """One half of a decode step: the model reads the rows' last tokens."""
-    slots = jnp.where(written.going, rows.slots, -1)
-    view = cache.with_rows(rows.lengths + written.out.counts, slots, rows.pages)
-    seen = model.forward(written.tokens[:, None], view, record_routes=record_routes)
-    assert seen.cache is not None
-    logits = head.logits(seen.hidden[:, 0], model.lm_head[...])
-    return _pool(seen.cache), Read(logits, None if seen.routes is None else seen.routes[:, 0])
-
-
-def draw(
-    rows: Rows[jax.Array],
-    written: Written,
-    read: Read,
-    allowed: UInt32[Array, "rows words"] | None,
-    patience: Int[Array, ""],
-    wants_top: Bool[Array, ""],
-    top: int,
-) -> Written:
-    """The other half: the next tokens, and who goes on."""
-    fold_in = jax.vmap(jax.random.fold_in)
-    keys = fold_in(jax.random.wrap_key_data(rows.keys), rows.samples)
-    stops = Stops(rows.end_ids, rows.certain, rows.patience, rows.run)
-    step, out, going = written.step, written.out, written.going
-    drawn = sample(
-        read.logits,
-        fold_in(keys, rows.numbers + out.counts),
-        temperature=rows.temperature,
-        top_p=rows.top_p,
-        allowed=allowed,
-        top=top,
-        wants_top=wants_top,
-    )
-
-    def put(all: jax.Array | None, new: jax.Array | None) -> jax.Array | None:
-        return None if all is None or new is None else all.at[:, step].set(new)
-
-    after, reasons = ended(stops._replace(run=out.certain), drawn.tokens, drawn.logp, going)
-    out = Decoded(
-        counts=out.counts + going,
-        tokens=out.tokens.at[:, step].set(drawn.tokens),
-        logp=out.logp.at[:, step].set(drawn.logp),
-        nucleus_logp=out.nucleus_logp.at[:, step].set(drawn.nucleus_logp),
-        reasons=jnp.where(going, reasons, out.reasons),
-        certain=after.run,
-        routes=put(out.routes, read.routes),
-        top_tokens=put(out.top_tokens, drawn.top_tokens),
-        top_logp=put(out.top_logp, drawn.top_logp),
-    )
-    alive = (out.counts < rows.allowances) & (out.reasons == 0)
-    enough = jnp.sum(~alive & (rows.allowances > 0)) >= patience
-    return Written(step + 1, drawn.tokens, alive & ~enough, out)
-
-
-@functools.partial(jit, static_argnames=("capacity", "record_routes", "top"), donate_argnames="cache")
-def _decode(
-    model: MiniMaxM1,
-    cache: Cache,
-    packed: Int[Array, "rows width"],
-    last: Last[jax.Array] | None,
-    most: Int[Array, ""],
-    patience: Int[Array, ""],
-    wants_top: Bool[Array, ""],
-    capacity: Capacity,
-    record_routes: bool,
-    top: int,
-) -> tuple[Cache, Last[jax.Array] | None, Out]:
-    """Up to `most` tokens for each row, until nobody may write any more, or `patience` rows may not. `last`: what the
-    call before left for rows that go on from there."""
-    rows = Rows.of(packed)
-    if last is not None:
-        rows = rows.going_on(last, most)
-
-    def advance(carry: tuple[Cache, Written]) -> tuple[Cache, Written]:
-        cache, written = carry
-        cache, seen = read(model, cache, rows, written, record_routes)
-        return cache, draw(rows, written, seen, None, patience, wants_top, top)
-
-    def unfinished(carry: tuple[Cache, Written]) -> jax.Array:
-        _, written = carry
-        return (written.step < capacity.steps) & jnp.any(written.going)
-
-    nothing = Written.nothing(rows, model.config, capacity.steps, record_routes, top)
-    cache, written = jax.lax.while_loop(unfinished, advance, (cache, nothing))
-    return cache, None if last is None else Last.of(written.out, len(last.tokens)), written.told
-
-
-@functools.partial(jax.jit, static_argnames=("config", "steps", "record_routes", "top"))
-def _begin(work: Work, config: ModelConfig, steps: int, record_routes: bool, top: int) -> tuple[Work, Written]:
-    """What the halves of guided steps begin with."""
-    return work, Written.nothing(Rows.of(work.packed), config, steps, record_routes, top)
-
-
-@functools.partial(jit, static_argnames=("tree", "record_routes"), donate_argnames="cache")
-def _read(
-    weights: list[jax.Array],
-    tree: Any,
-    cache: Cache,
-    work: Work,
-    written: Written,
-    record_routes: bool,
-) -> tuple[Cache, Read]:
-    return read(jax.tree.unflatten(tree, weights), cache, Rows.of(work.packed), written, record_routes)
-
-
-@functools.partial(jit, static_argnames="top", donate_argnames="written")
-def _draw(
-    work: Work, written: Written, seen: Read, allowed: UInt32[Array, "rows words"], top: int
-) -> tuple[Written, Int[Array, " rows"]]:
-    """Also what the host hears of it: the tokens of the rows that go on, else -1."""
-    written = draw(Rows.of(work.packed), written, seen, allowed, work.patience, work.wants_top, top)
-    return written, _everywhere(jnp.where(written.going, written.tokens, -1))
-
-
-@jax.jit
-def _end(written: Written) -> Out:
-    return written.told

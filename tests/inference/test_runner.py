@@ -15,8 +15,7 @@ from flax import nnx
 from m1jax import MiniMaxM1, ModelConfig
 from m1jax.collectives import collectives
 from m1jax.errors import UserError
-from m1jax.inference import Engine, Finished, Request, Sampling
-from m1jax.inference import runner as runner_module
+from m1jax.inference import Engine, Finished, Request, Sampling, programs
 from m1jax.inference.capacity import Capacity
 from m1jax.inference.runner import ModelRunner, parts
 from m1jax.sharding import make_mesh, parameter_shardings
@@ -289,6 +288,6 @@ def test_no_weights_are_gathered_for_a_token(spec, monkeypatch):
     runner, params = mesh_runner(spec)
     with on(spec), runner._on_mesh():
         arrays = runner._model, runner._cache, runner._packed, None, np.int32(1), np.int32(1), np.bool_(False)
-        program = runner_module._decode.lower(*arrays, runner.capacity, False, 0).compile()
+        program = programs.decode.lower(*arrays, runner.capacity, False, 0).compile()
     moved = sum(c.bytes for c in collectives(program))  # the loop over steps counts once
     assert moved < 0.1 * sum(leaf.nbytes for leaf in jax.tree.leaves(params))  # activations; gathered weights: 0.3 up
