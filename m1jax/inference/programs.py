@@ -6,6 +6,7 @@ Each takes the pool and gives it back renewed.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple, TypeVar
 
@@ -25,6 +26,23 @@ from m1jax.model import Cache, MiniMaxM1, head
 from m1jax.sharding import ambient_mesh
 
 T = TypeVar("T")
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["leaves"], meta_fields=["tree"])
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """A model taken apart once: to do so for every call takes longer than all else that the host does for one."""
+
+    leaves: list[jax.Array]
+    tree: Any
+
+    @classmethod
+    def of(cls, model: MiniMaxM1) -> Weights:
+        return cls(*jax.tree.flatten(model))
+
+    @property
+    def model(self) -> MiniMaxM1:
+        return jax.tree.unflatten(self.tree, self.leaves)
 
 
 def _pool(cache: Cache) -> Cache:
@@ -59,7 +77,7 @@ def copy(cache: Cache, copies: Int[Array, "copies 4"]) -> Cache:
 
 @functools.partial(jit, static_argnames=("time", "record_routes"), donate_argnames="cache")
 def prefill(
-    model: MiniMaxM1,
+    weights: Weights,
     cache: Cache,
     packed: Int[Array, "rows width"],
     time: int,
@@ -67,7 +85,7 @@ def prefill(
 ) -> tuple[Cache, UInt8[Array, "rows time layers k"] | None]:
     prompts = Prompts.of(packed, time)
     view = cache.with_rows(prompts.lengths, prompts.slots, prompts.pages)
-    out = model.forward(prompts.tokens, view, lengths=prompts.counts, record_routes=record_routes)
+    out = weights.model.forward(prompts.tokens, view, lengths=prompts.counts, record_routes=record_routes)
     assert out.cache is not None
     return _pool(out.cache), _everywhere(out.routes)
 
@@ -193,7 +211,7 @@ def draw(
 
 @functools.partial(jit, static_argnames=("capacity", "record_routes", "top"), donate_argnames="cache")
 def decode(
-    model: MiniMaxM1,
+    weights: Weights,
     cache: Cache,
     packed: Int[Array, "rows width"],
     last: Last[jax.Array] | None,
@@ -206,7 +224,7 @@ def decode(
 ) -> tuple[Cache, Last[jax.Array] | None, Out]:
     """Up to `most` tokens for each row, until nobody may write any more, or `patience` rows may not. `last`: what the
     call before left for rows that go on from there."""
-    rows = Rows.of(packed)
+    model, rows = weights.model, Rows.of(packed)
     if last is not None:
         rows = rows.going_on(last, most)
 
@@ -230,16 +248,15 @@ def guided_begin(work: Work, config: ModelConfig, steps: int, record_routes: boo
     return work, Written.nothing(Rows.of(work.packed), config, steps, record_routes, top)
 
 
-@functools.partial(jit, static_argnames=("tree", "record_routes"), donate_argnames="cache")
+@functools.partial(jit, static_argnames="record_routes", donate_argnames="cache")
 def guided_read(
-    weights: list[jax.Array],
-    tree: Any,
+    weights: Weights,
     cache: Cache,
     work: Work,
     written: Written,
     record_routes: bool,
 ) -> tuple[Cache, Read]:
-    return read(jax.tree.unflatten(tree, weights), cache, Rows.of(work.packed), written, record_routes)
+    return read(weights.model, cache, Rows.of(work.packed), written, record_routes)
 
 
 @functools.partial(jit, static_argnames="top", donate_argnames="written")

@@ -6,6 +6,7 @@ keys travel as the integers that have their bits.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence as Several
 from typing import Generic, NamedTuple, TypeVar
 
@@ -130,7 +131,12 @@ class Last(NamedTuple, Generic[A]):
 
 def _key_words() -> int:
     """Words of a raw key, by JAX's configuration."""
-    return jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))).shape[-1]
+    return _words(str(jax.config.jax_default_prng_impl))
+
+
+@functools.cache  # tracing takes longer than all that a call needs besides
+def _words(implementation: str) -> int:
+    return jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0, impl=implementation))).shape[-1]
 
 
 def settle(rows: Rows[np.ndarray], sequence: Sequence) -> None:

@@ -13,7 +13,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Several
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
@@ -29,7 +30,7 @@ from m1jax.inference import programs
 from m1jax.inference.capacity import Capacity
 from m1jax.inference.device import Call, Decoded
 from m1jax.inference.guides import Guides
-from m1jax.inference.programs import Out, Work
+from m1jax.inference.programs import Out, Weights, Work
 from m1jax.inference.rows import Last, Prompts, Rows, advance, settle, unpack_decoded
 from m1jax.inference.scheduler import Chunk, Copy
 from m1jax.inference.sequence import Sequence
@@ -70,7 +71,7 @@ class ModelRunner:
         self._config = nnx.merge(graph, params).config
         self.vocab_size = self._config.vocab_size
         self.top = min(top, self.vocab_size)
-        self._model: MiniMaxM1 | None = None
+        self._weights: Weights | None = None
         self._cache: Cache | None = None
         self._packed = Rows.at_rest(capacity.parts * capacity.rows, capacity)
         self._rows = Rows.of(self._packed)
@@ -79,6 +80,9 @@ class ModelRunner:
         self._at_rest = {rows: Rows.at_rest(rows, capacity) for rows in self._decode_rows}
         # XLA on a GPU holds who starts a loop up until it has ended.
         self._starter = ThreadPoolExecutor(1, "device") if capacity.ahead else None
+        self._begun = threading.Event()
+        """of the work that was started last"""
+        self._begun.set()
         self._fault: Exception | None = None
         self._last = Last.nothing(capacity.rows) if capacity.ahead else None
         self.load(params)
@@ -92,16 +96,16 @@ class ModelRunner:
             if self._mesh is not None:
                 placed = jax.device_put(model, parameter_shardings(model, self._mesh, whole=True))
                 received, model = received_bytes(model, placed), placed
-            self._model = model
+            self._weights = Weights.of(model)
             if self._cache is None:
                 with self._beside(model):
                     self._cache = programs.empty(model.config, self.capacity, model.dtype)
-        jax.block_until_ready(self._model)
+        jax.block_until_ready(self._weights)
         return received
 
     def rest(self) -> None:
         self._wait()
-        self._model = self._cache = None
+        self._weights = self._cache = None
 
     def _wait(self) -> None:
         """Until the device has done what was started."""
@@ -142,7 +146,7 @@ class ModelRunner:
 
     def _prefill(self, work: Int32[np.ndarray, "rows width"], time: int) -> UInt8[Array, "rows time layers k"] | None:
         with self._on_mesh():
-            self._cache, routes = programs.prefill(self._model, self._cache, work, time, self.records_routes)
+            self._cache, routes = programs.prefill(self._weights, self._cache, work, time, self.records_routes)
         return routes
 
     def decode(
@@ -169,7 +173,7 @@ class ModelRunner:
             out = self._start(self._decode_guided, packed, max(allowances), patience, wants_top, guides)
         else:
             out = self._start(self._decode, packed, steps, patience, wants_top)
-        return _Started(dict(zip(sequences, places.tolist())), out)
+        return _Started(dict(zip(sequences, places.tolist())), out, self)
 
     def _start(self, work: Callable[..., T], *arguments: Any) -> Future[T]:
         """Work for the device, on its way behind what was started before."""
@@ -178,7 +182,10 @@ class ModelRunner:
             out.set_result(work(*arguments))
             return out
 
+        begun = self._begun = threading.Event()
+
         def run() -> T:
+            begun.set()
             if self._fault is not None:  # in what was started before: memory is not what this work expects
                 raise self._fault
             try:
@@ -189,22 +196,24 @@ class ModelRunner:
 
         return self._starter.submit(run)
 
+    def begun(self) -> None:
+        """Wait until all that was started is on the device or done: only then does the host's other work take no time
+        from it."""
+        self._begun.wait()
+
     def _decode(self, packed: Int32[np.ndarray, "rows width"], steps: int, patience: int, wants_top: bool) -> Out:
         with self._on_mesh():
             # Results come home before the next call begins, behind which they would have to wait.
-            self._cache, self._last, out = programs.decode(
-                self._model,
-                self._cache,
-                packed,
-                self._last,
-                np.int32(steps),
-                np.int32(patience),
-                np.bool_(wants_top),
-                self.capacity,
-                self.records_routes,
-                self.top,
-            )
+            self._cache, self._last, out = programs.decode(*self._decode_work(packed, steps, patience, wants_top))
         return programs.home(out, wants_top)
+
+    def _decode_work(
+        self, packed: Int32[np.ndarray, "rows width"], steps: int, patience: int, wants_top: bool
+    ) -> tuple[Any, ...]:
+        """Arguments of `programs.decode`."""
+        numbers = np.int32(steps), np.int32(patience), np.bool_(wants_top)
+        how = self.capacity, self.records_routes, self.top
+        return self._weights, self._cache, packed, self._last, *numbers, *how
 
     def _decode_guided(
         self, packed: Int32[np.ndarray, "rows width"], steps: int, patience: int, wants_top: bool, guides: Guides
@@ -212,14 +221,13 @@ class ModelRunner:
         """As the decode program does, a step at a time: while the device reads a token, the host looks up what may
         follow it."""
         heard = None
-        weights, tree = jax.tree.flatten(self._model)  # not again for every token: it takes longer than the call
         with self._on_mesh():
             work = Work(packed, np.int32(patience), np.bool_(wants_top))
             work, written = programs.guided_begin(
                 work, self._config, self.capacity.steps, self.records_routes, self.top
             )
             for _ in range(steps):
-                self._cache, seen = programs.guided_read(weights, tree, self._cache, work, written, self.records_routes)
+                self._cache, seen = programs.guided_read(self._weights, self._cache, work, written, self.records_routes)
                 if heard is not None:
                     tokens = jax.device_get(heard)
                     if not (tokens >= 0).any():
@@ -237,8 +245,13 @@ class ModelRunner:
         self._start(self._decode, self._at_rest[rows], 1, 1, False).result()
 
     def _compile(self) -> None:
-        """Run every program once, with no work to do, and what makes a request's key."""
+        """Run every program once, with no work to do, and what makes a request's key; the large ones are compiled side
+        by side before."""
         jax.random.key_data(jax.random.key(0))
+        with ThreadPoolExecutor(thread_name_prefix="compile") as pool, self._on_mesh():
+            compiling = [pool.submit(lowered.compile) for lowered in self._lowered()]
+        for compiled in compiling:
+            compiled.result()
         for number in COPIES:
             self.copy([Copy(-1, -1)] * number)
         for shape in self.capacity.prefill:
@@ -249,6 +262,14 @@ class ModelRunner:
                 nobody = Guides([], np.arange(0), rows, self.vocab_size)
                 self._start(self._decode_guided, self._at_rest[rows], 2, 1, False, nobody).result()
 
+    def _lowered(self) -> Iterator[Any]:
+        """The programs that read prompts and decode, ready to be compiled: the largest first."""
+        for rows in reversed(self._decode_rows):
+            yield programs.decode.lower(*self._decode_work(self._at_rest[rows], 1, 1, False))
+        for rows, time in self.capacity.prefill:
+            work = Prompts.packed((rows * self.capacity.parts, time), [], [], self.capacity)
+            yield programs.prefill.lower(self._weights, self._cache, work, time, self.records_routes)
+
 
 class _Started(NamedTuple):
     """A decode call of a `ModelRunner`."""
@@ -256,8 +277,10 @@ class _Started(NamedTuple):
     places: dict[Sequence, int]
     """rows of its program"""
     out: Future[Out]
+    runner: ModelRunner
 
     def result(self) -> Decoded[np.ndarray]:
+        self.runner.begun()
         places = list(self.places.values())
         out = jax.tree.map(lambda x: x[places], self.out.result())
         return unpack_decoded(out.all)._replace(routes=out.routes, top_tokens=out.top_tokens, top_logp=out.top_logp)

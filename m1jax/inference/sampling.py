@@ -1,6 +1,5 @@
 """One token from the logits of each row: temperature, nucleus, a key per request."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -60,14 +59,13 @@ def sample(
             jnp.any(allowed != ALL), lambda: _restricted(scaled, logits, allowed), lambda: (log_probs, logits)
         )
     probs = jnp.exp(drawn_from)
-    u = jax.vmap(jax.random.uniform)(keys)
     cut = ~greedy & (top_p < 1)
-    drawn = jnp.where(greedy, jnp.argmax(best, axis=-1), _invert(probs, u))
-    drawn, mass = jax.lax.cond(
+    nucleus = jax.lax.cond(
         jnp.any(cut),
-        lambda: _where(cut, _nucleus(probs, top_p, u), (drawn, jnp.ones_like(u))),
-        lambda: (drawn, jnp.ones_like(u)),
+        lambda: _where(cut, _nucleus(jax.lax.optimization_barrier(probs), top_p), Nucleus.everything(len(logits))),
+        lambda: Nucleus.everything(len(logits)),
     )
+    drawn = jnp.where(greedy, jnp.argmax(best, axis=-1), _invert(probs, nucleus, jax.vmap(jax.random.uniform)(keys)))
     tokens = drawn.astype(jnp.int32)
     logp, drawn_logp = (jnp.take_along_axis(x, tokens[:, None], axis=-1)[:, 0] for x in (log_probs, drawn_from))
     likeliest = (None, None)
@@ -76,7 +74,7 @@ def sample(
         likeliest = jax.lax.cond(
             wants_top, lambda: _top(log_probs, top), lambda: (jnp.zeros(shape, jnp.int32), jnp.zeros(shape))
         )
-    return Drawn(tokens, logp, drawn_logp - jnp.log(mass), *likeliest)
+    return Drawn(tokens, logp, drawn_logp - jnp.log(nucleus.mass), *likeliest)
 
 
 ALL = np.uint32(0xFFFFFFFF)
@@ -102,41 +100,79 @@ def _top(log_probs: Float[Array, "rows vocab"], top: int) -> tuple[jax.Array, ja
     return tokens.astype(jnp.int32), logp
 
 
-def _where(
-    condition: Bool[Array, "*rows"], a: tuple[jax.Array, ...], b: tuple[jax.Array, ...]
-) -> tuple[jax.Array, ...]:
-    return tuple(jnp.where(condition, x, y) for x, y in zip(a, b))
+class Nucleus(NamedTuple):
+    """The smallest set of most probable tokens that has top_p; of equally probable ones the first."""
+
+    least: Float[Array, " rows"]
+    """the probability of the least probable of them"""
+    above: Float[Array, " rows"]
+    """of those that are more probable together"""
+    ties: Float[Array, " rows"]
+    """how many have the least"""
+
+    @property
+    def mass(self) -> Float[Array, " rows"]:
+        return self.above + self.ties * self.least
+
+    @classmethod
+    def everything(cls, rows: int) -> "Nucleus":
+        """Where nothing is cut: all are more probable than nothing."""
+        return cls(jnp.full(rows, -1.0), jnp.ones(rows), jnp.zeros(rows))
 
 
-def _invert(probs: Float[Array, "rows vocab"], u: Float[Array, " rows"]) -> Int[Array, " rows"]:
-    """The first index whose cumulative probability exceeds u * total. Never one of probability zero, because u < 1."""
-    cumulative = jnp.cumsum(probs, axis=-1)
-    return jnp.argmax(cumulative > u[:, None] * cumulative[:, -1:], axis=-1)
+def _where(condition: Bool[Array, " rows"], a: Nucleus, b: Nucleus) -> Nucleus:
+    return Nucleus(*(jnp.where(condition, x, y) for x, y in zip(a, b)))
 
 
-def _nucleus(
-    probs: Float[Array, "rows vocab"], top_p: Float[Array, " rows"], u: Float[Array, " rows"]
-) -> tuple[Int[Array, " rows"], Float[Array, " rows"]]:
-    """A token of the nucleus, and the nucleus' probability: inversion in the order of falling probability."""
+def _invert(probs: Float[Array, "rows vocab"], nucleus: Nucleus, u: Float[Array, " rows"]) -> Int[Array, " rows"]:
+    """The first token at which the cumulative probability of the nucleus exceeds u times the whole: those above the
+    least by their ids, then the others by theirs. Never one of probability zero."""
+    least, above, ties = nucleus
+    point = u * nucleus.mass
+    last = point >= above  # among the least probable, which are counted instead of summed
+    floor = least[:, None]
+    weights = jnp.where(last[:, None], probs == floor, jnp.where(probs > floor, probs, 0.0))
+    cumulative = jnp.cumsum(weights, axis=-1)
+    within = jnp.minimum(point / above, ONE_LESS) * cumulative[:, -1]  # the sums round differently
+    skipped = jnp.clip(jnp.floor((point - above) / least), 0, ties - 1)
+    return jnp.argmax(cumulative > jnp.where(last, skipped, within)[:, None], axis=-1)
+
+
+ONE_LESS = 1 - 2.0**-23
+"""times a float is less than that float"""
+
+
+def _nucleus(probs: Float[Array, "rows vocab"], top_p: Float[Array, " rows"]) -> Nucleus:
     if target_platform() == "cpu" and ambient_mesh() is None:  # whose cache holds a row, but not all of them
-        return jax.lax.map(lambda row: _nucleus_of_row(*row), (probs, top_p, u))
-    return jax.vmap(_nucleus_of_row)(probs, top_p, u)
+        return jax.lax.map(lambda row: _nucleus_of_row(*row), (probs, top_p))
+    return jax.vmap(_nucleus_of_row)(probs, top_p)
 
 
-def _nucleus_of_row(
-    probs: Float[Array, " vocab"], top_p: Float[Array, ""], u: Float[Array, ""]
-) -> tuple[Int[Array, ""], Float[Array, ""]]:
-    """As if sorted (equal probabilities by index), but by bisection: sorting takes several times as long."""
-    # The nucleus ends with the first rank whose cumulative probability reaches top_p ...
-    least, above, ties = _value_where(probs, lambda cumulative: cumulative >= top_p)
-    kept = jnp.clip(jnp.ceil((top_p - above) / least), 1, ties)  # of those as probable as the last
-    mass = above + kept * least
-    # ... and what is drawn is the first rank whose cumulative probability exceeds u times that of the nucleus.
-    value, above, ties = _value_where(probs, lambda cumulative: cumulative > u * mass)
-    outside = value < least  # by a rounding of the sums
-    value, above, ties = _where(outside, (least, mass - least, kept), (value, above, ties))
-    skipped = jnp.clip(jnp.floor((u * mass - above) / value), 0, ties - 1)
-    return jnp.argmax(jnp.cumsum(probs == value) > skipped), mass
+def _nucleus_of_row(probs: Float[Array, " vocab"], top_p: Float[Array, ""]) -> Nucleus:
+    """As if sorted, but by search among the bits of the least probability: floats that are not negative are ordered as
+    their bits are, and sorting takes several times as long. A CPU takes a bit at a time, a GPU, which takes longer to
+    start a sum than to sum, several."""
+    bits, unroll = (GPU_BITS, True) if target_platform() == "gpu" else (1, False)
+    blocks = jnp.pad(probs, (0, -len(probs) % BLOCKS)).reshape(BLOCKS, -1)
+
+    def cumulative(values: list[jax.Array]) -> Float[Array, " values"]:
+        """What has at least each of these probabilities: one reading of them serves all."""
+        least = [jax.lax.bitcast_convert_type(value, jnp.float32) for value in values]
+        return jnp.sum(jnp.stack([jnp.sum(jnp.where(blocks >= x, blocks, 0.0), axis=-1) for x in least]), axis=-1)
+
+    def narrow(place: int | jax.Array, low: jax.Array) -> jax.Array:
+        """The highest of 2**bits values, from `low` on, at which there is enough."""
+        width = jnp.left_shift(1, SEARCHED - bits * (place + 1))
+        steps = [low + i * width for i in range(1, 2**bits)]
+        return low + width * jnp.sum(cumulative(steps) >= top_p)
+
+    low = jax.lax.fori_loop(0, SEARCHED // bits, narrow, jnp.int32(SMALLEST), unroll=unroll)
+    least = jax.lax.bitcast_convert_type(low, jnp.float32)
+    # Where all together are not enough, by a rounding of their sum, the least of them.
+    least = jnp.min(jnp.where(probs >= least, probs, jnp.inf))
+    above = jnp.sum(jnp.where(probs > least, probs, 0.0))
+    ties = jnp.sum(probs == least).astype(jnp.float32)
+    return Nucleus(least, above, jnp.clip(jnp.ceil((top_p - above) / least), 1, ties))
 
 
 GPU_BITS = 3
@@ -147,34 +183,3 @@ SMALLEST = 0x00800000
 """The bits of the smallest normal number."""
 SEARCHED = 30
 """Bits that are searched: those of 1 are less than 2**30 above."""
-
-
-def _value_where(
-    probs: Float[Array, " vocab"], enough: Callable[[Float[Array, " values"]], Bool[Array, " values"]]
-) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
-    """The first probability, going down, at which the cumulative one is `enough`; what lies above it; how many tokens
-    have it.
-
-    By search among its bits: floats that are not negative are ordered as their bits are. A CPU takes a bit at a time, a
-    GPU, which takes longer to start a sum than to sum, several.
-    """
-    bits, unroll = (GPU_BITS, True) if target_platform() == "gpu" else (1, False)
-    blocks = jnp.pad(probs, (0, -len(probs) % BLOCKS)).reshape(BLOCKS, -1)
-
-    def cumulative(values: list[jax.Array]) -> Float[Array, " values"]:
-        """Of each of these values: one reading of the probabilities serves them all."""
-        least = [jax.lax.bitcast_convert_type(value, jnp.float32) for value in values]
-        return jnp.sum(jnp.stack([jnp.sum(jnp.where(blocks >= x, blocks, 0.0), axis=-1) for x in least]), axis=-1)
-
-    def narrow(place: int | jax.Array, low: jax.Array) -> jax.Array:
-        """The highest of 2**bits values, from `low` on, at which there is enough."""
-        width = jnp.left_shift(1, SEARCHED - bits * (place + 1))
-        steps = [low + i * width for i in range(1, 2**bits)]
-        return low + width * jnp.sum(enough(cumulative(steps)))
-
-    low = jax.lax.fori_loop(0, SEARCHED // bits, narrow, jnp.int32(SMALLEST), unroll=unroll)
-    value = jax.lax.bitcast_convert_type(low, jnp.float32)
-    # Where all together are not enough, by a rounding of their sum, the least of them.
-    value = jnp.min(jnp.where(probs >= value, probs, jnp.inf))
-    above = jnp.sum(jnp.where(probs > value, probs, 0.0))
-    return value, above, jnp.sum(probs == value).astype(jnp.float32)

@@ -272,7 +272,7 @@ def test_on_a_mesh(alone, spec):
         loaded = engine.load(jax.tree.map(jnp.zeros_like, params), version=5)
         ((_, completion),) = engine.run([asked([1, 2, 3])])
     assert loaded.version == 5 and loaded.seconds > 0
-    assert loaded.bytes == held(runner._model) - held(params)
+    assert loaded.bytes == held(runner._weights.model) - held(params)
     np.testing.assert_allclose(completion.logp, -np.log(64), rtol=1e-6)
     assert set(completion.version) == {5}
 
@@ -287,7 +287,7 @@ def test_no_weights_are_gathered_for_a_token(spec, monkeypatch):
     monkeypatch.setattr(ModelRunner, "_compile", lambda self: None)
     runner, params = mesh_runner(spec)
     with on(spec), runner._on_mesh():
-        arrays = runner._model, runner._cache, runner._packed, None, np.int32(1), np.int32(1), np.bool_(False)
+        arrays = runner._weights.model, runner._cache, runner._packed, None, np.int32(1), np.int32(1), np.bool_(False)
         program = programs.decode.lower(*arrays, runner.capacity, False, 0).compile()
     moved = sum(c.bytes for c in collectives(program))  # the loop over steps counts once
     assert moved < 0.1 * sum(leaf.nbytes for leaf in jax.tree.leaves(params))  # activations; gathered weights: 0.3 up

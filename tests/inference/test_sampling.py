@@ -47,14 +47,19 @@ def test_nucleus(top_p, kept):
 
 
 def sorted_nucleus(logits, u, top_p):
-    """The definition: sort (equal ones by index), cut, invert; float64."""
+    """The definition: sort (equal ones by index), cut, invert in the order of ids, the least probable ones last;
+    float64."""
     probs = np.asarray(jax.nn.softmax(logits), np.float64)
     order = np.argsort(-probs, axis=-1, kind="stable")
     ranked = np.take_along_axis(probs, order, -1)
     before = np.cumsum(ranked, -1) - ranked
-    kept = np.where(before < top_p, ranked, 0)
-    rank = np.argmax(np.cumsum(kept, -1) > u[:, None] * kept.sum(-1, keepdims=True), -1)
-    return order[np.arange(len(rank)), rank], kept.sum(-1)
+    kept = np.zeros_like(probs)
+    np.put_along_axis(kept, order, np.where(before < top_p, ranked, 0), -1)
+    least = np.min(kept, -1, where=kept > 0, initial=1, keepdims=True)
+    ids = np.argsort(kept == least, axis=-1, kind="stable")
+    ranked = np.take_along_axis(kept, ids, -1)
+    rank = np.argmax(np.cumsum(ranked, -1) > u[:, None] * ranked.sum(-1, keepdims=True), -1)
+    return ids[np.arange(len(rank)), rank], kept.sum(-1)
 
 
 @hypothesis.given(
