@@ -105,26 +105,30 @@ class MeasuredRunner(ModelRunner):
         return MeasuredCall(self, super().decode(sequences, allowances, steps, patience, inner), sequences, begin)
 
     def step_s(self, rows: int, length: int = 256) -> float:
-        """Seconds of a decode step of the program of so many rows, all of which write after so many tokens: what a call
-        of all steps takes beyond one of a single step, the device's own time."""
+        """Seconds of a decode step of the program of so many rows, all of which write after so many tokens: the
+        device's own time, from calls one behind the other."""
         capacity, rng = self.capacity, np.random.default_rng(0)
         packed = self._at_rest[rows].copy()
         view, pages = Rows.of(packed), capacity.pages_for(length + capacity.steps)
         view.tokens[:], view.lengths[:] = rng.integers(0, self.vocab_size, rows), length
         view.slots[:] = np.arange(rows)
-        view.top_p[:], view.patience[:] = 0.95, NEVER
+        view.top_p[:], view.patience[:], view.allowances[:] = 0.95, NEVER, capacity.steps
         view.pages[:, :pages] = np.arange(rows * pages).reshape(rows, pages) % capacity.pages
 
-        def call(steps: int) -> float:
+        def seconds(calls: int) -> float:
             times = []
-            for _ in range(10):
-                view.allowances[:] = steps
+            for _ in range(6):
                 begin = time.perf_counter()
-                self._start(self._decode, packed, steps, rows, False).result()
+                for _ in range(calls):
+                    if capacity.ahead:
+                        self._decode_on(packed, True)
+                    else:
+                        self._decode(packed, capacity.steps, rows, False)
+                self._wait()
                 times.append(time.perf_counter() - begin)
             return min(times)
 
-        return (call(capacity.steps) - call(1)) / (capacity.steps - 1)
+        return (seconds(5) - seconds(1)) / (4 * capacity.steps)
 
     def idle_decode_s(self) -> float:
         """Seconds of a decode call of all rows in which nobody has anything to write: what one costs besides steps."""

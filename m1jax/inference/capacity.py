@@ -32,8 +32,8 @@ class Capacity:
     parts: int = 1
     """with several, the only decode program is that of all rows"""
     ahead: bool = False
-    """whether the next decode call is on its way before what the last one wrote is read, where nobody waits to be let
-    in: the host's work takes no time then, and who comes anew waits for a call more"""
+    """whether the next decode call is on its way before what the last one wrote is read: the host's work takes no time
+    then, and who comes anew waits for a call more"""
 
     @property
     def slots(self) -> int:

@@ -30,6 +30,9 @@ FIXED = 256
 PATIENCE = 4
 """Tokens that may be prefilled for each one that is decoded, which takes about as long."""
 
+FEW = 8
+"""One in so many that write may be made to wait for its first token until all have written theirs."""
+
 
 class Engine:
     """Continuous batching for a hybrid model. Not safe to be used by several threads at once.
@@ -151,8 +154,6 @@ class Engine:
 
     def step(self) -> list[Event]:
         """Run what is to be run next (a piece of prefill, some decode steps) and tell what came of it."""
-        if self._flight is not None and not self._may_follow(self._flight):
-            self._land()
         flight = self._flight
         for part in self._parts:
             part.admit(sends_away=flight is None)
@@ -160,7 +161,7 @@ class Engine:
         self._flight = self._decode([s for part in self._parts for s in part.decoding()], flight)
         if flight is not None:
             self._take(flight.sequences, flight.call.result())
-        if not (self._runner.capacity.ahead and self._live):
+        if self._flight is not None and not self._may_follow(self._flight):
             self._land()
         events, self._events = self._events, []
         return events
@@ -229,9 +230,13 @@ class Engine:
 
     def _may_follow(self, flight: _Flight) -> bool:
         """Whether a call may be started after one whose result nobody has seen."""
-        if any(s.matcher is not None for s in self._home):
+        capacity = self._runner.capacity
+        if not (capacity.ahead and self._live):
             return False
-        return all(part.go_on(flight.steps + self._runner.capacity.steps) for part in self._parts)
+        # The host is held up by a first token's call, and by those for which it looks something up, until they end.
+        if flight.steps < capacity.steps or any(s.matcher is not None or s.request.top for s in self._home):
+            return False
+        return all(part.go_on(flight.steps + capacity.steps) for part in self._parts)
 
     def _decode(self, sequences: list[Sequence], flight: _Flight | None) -> _Flight | None:
         """Start the next decode steps, `flight` being on its way."""
@@ -240,8 +245,9 @@ class Engine:
         if not sequences:
             return None
         self._copy()
-        # A first token is told at once.
-        steps = self._runner.capacity.steps if all(s.new or s in before for s in sequences) else 1
+        # First tokens are told at once, unless most have theirs and would wait for few.
+        fresh = sum(not s.new and s not in before for s in sequences)
+        steps = 1 if fresh * FEW > len(sequences) else self._runner.capacity.steps
         allowances = [s.allowance(before.get(s, 0) + steps) for s in sequences]
         # Rows that fall idle are worth a look only where somebody waits for them.
         waiting = any(part.waiting for part in self._parts)

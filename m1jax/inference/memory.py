@@ -71,7 +71,7 @@ def capacity_for(
         page_size=PAGE_SIZE,
         pages=pages,
         snapshots=snapshots,
-        steps=8 if cpu else 16,
+        steps=8,
         decode=_powers(each),
         prefill=((1, 32), (1, 256), (8, 64)) if cpu else ((1, 128), (8, 128), (1, 1024), (4, 1024)),
         stall=32 if cpu else 1024,

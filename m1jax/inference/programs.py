@@ -21,7 +21,7 @@ from m1jax.inference.capacity import Capacity
 from m1jax.inference.device import Decoded
 from m1jax.inference.rows import Last, Prompts, Rows, pack_decoded
 from m1jax.inference.sampling import sample
-from m1jax.inference.stopping import Stops, ended
+from m1jax.inference.stopping import NEVER, Stops, ended
 from m1jax.model import Cache, MiniMaxM1, head
 from m1jax.sharding import ambient_mesh
 
@@ -170,9 +170,10 @@ def draw(
     written: Written,
     read: Read,
     allowed: UInt32[Array, "rows words"] | None,
-    patience: Int[Array, ""],
-    wants_top: Bool[Array, ""],
+    patience: Int[Array, ""] | int,
+    wants_top: Bool[Array, ""] | bool,
     top: int,
+    cuts: bool | None = None,
 ) -> Written:
     """The other half: the next tokens, and who goes on."""
     fold_in = jax.vmap(jax.random.fold_in)
@@ -187,6 +188,7 @@ def draw(
         allowed=allowed,
         top=top,
         wants_top=wants_top,
+        cuts=cuts,
     )
 
     def put(all: jax.Array | None, new: jax.Array | None) -> jax.Array | None:
@@ -240,6 +242,30 @@ def decode(
     nothing = Written.nothing(rows, model.config, capacity.steps, record_routes, top)
     cache, written = jax.lax.while_loop(unfinished, advance, (cache, nothing))
     return cache, None if last is None else Last.of(written.out, len(last.tokens)), written.told
+
+
+@functools.partial(jit, static_argnames=("capacity", "record_routes", "cuts"), donate_argnames="cache")
+def decode_on(
+    weights: Weights,
+    cache: Cache,
+    packed: Int[Array, "rows width"],
+    last: Last[jax.Array],
+    capacity: Capacity,
+    record_routes: bool,
+    cuts: bool,
+) -> tuple[Cache, Last[jax.Array], Out]:
+    """`decode` with all its steps, whoever ends in them: where the host need not look whether there is another, it can
+    start what comes next meanwhile. Tells no likeliest tokens; `cuts`: see `sample`."""
+    model, rows = weights.model, Rows.of(packed).going_on(last, jnp.int32(capacity.steps))
+
+    def advance(_: jax.Array, carry: tuple[Cache, Written]) -> tuple[Cache, Written]:
+        cache, written = carry
+        cache, seen = read(model, cache, rows, written, record_routes)
+        return cache, draw(rows, written, seen, None, NEVER, False, 0, cuts)
+
+    nothing = Written.nothing(rows, model.config, capacity.steps, record_routes, 0)
+    cache, written = jax.lax.fori_loop(0, capacity.steps, advance, (cache, nothing))
+    return cache, Last.of(written.out, len(last.tokens)), written.told
 
 
 @functools.partial(jax.jit, static_argnames=("config", "steps", "record_routes", "top"))

@@ -131,7 +131,7 @@ class Last(NamedTuple, Generic[A]):
 
 def _key_words() -> int:
     """Words of a raw key, by JAX's configuration."""
-    return _words(str(jax.config.jax_default_prng_impl))
+    return _words(jax.config.values["jax_default_prng_impl"])
 
 
 @functools.cache  # tracing takes longer than all that a call needs besides

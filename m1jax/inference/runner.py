@@ -13,17 +13,16 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from collections.abc import Sequence as Several
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple, TypeVar
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Int32, UInt8
+from jaxtyping import Int32, UInt8
 
 from m1jax import parameters
 from m1jax.inference import programs
@@ -38,7 +37,6 @@ from m1jax.model import Cache, MiniMaxM1
 from m1jax.sharding import ROWS, ambient_mesh, parameter_shardings
 from pallas_kernels import target_platform
 
-T = TypeVar("T")
 COPIES = (1, 16)
 """Copies that one call carries out, as many as there are or the next number of these; nobody waits for a loop that is
 counted beforehand."""
@@ -78,12 +76,6 @@ class ModelRunner:
         self._settled: list[tuple[list[int], int] | None] = [None] * len(self._packed)
         self._decode_rows = capacity.decode if capacity.parts == 1 else (len(self._packed),)
         self._at_rest = {rows: Rows.at_rest(rows, capacity) for rows in self._decode_rows}
-        # XLA on a GPU holds who starts a loop up until it has ended.
-        self._starter = ThreadPoolExecutor(1, "device") if capacity.ahead else None
-        self._begun = threading.Event()
-        """of the work that was started last"""
-        self._begun.set()
-        self._fault: Exception | None = None
         self._last = Last.nothing(capacity.rows) if capacity.ahead else None
         self.load(params)
         self._compile()
@@ -109,7 +101,7 @@ class ModelRunner:
 
     def _wait(self) -> None:
         """Until the device has done what was started."""
-        self._start(lambda: jax.block_until_ready(self._cache)).result()
+        jax.block_until_ready(self._cache)
 
     def _on_mesh(self) -> contextlib.AbstractContextManager[object]:
         return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
@@ -125,11 +117,8 @@ class ModelRunner:
             some = copies[start : start + COPIES[-1]]
             numbers = np.full((next(n for n in COPIES if n >= len(some)), 4), -1, np.int32)
             numbers[: len(some)] = [(c.slot_from, c.slot_to, c.page_from, c.page_to) for c in some]
-            self._start(self._copy, numbers)
-
-    def _copy(self, numbers: Int32[np.ndarray, "copies 4"]) -> None:
-        with self._on_mesh():
-            self._cache = programs.copy(self._cache, numbers)
+            with self._on_mesh():
+                self._cache = programs.copy(self._cache, numbers)
 
     def prefill(self, shape: tuple[int, int], chunks: Several[Chunk]) -> list[UInt8[np.ndarray, "n layers k"]]:
         each, time = shape
@@ -138,16 +127,12 @@ class ModelRunner:
             part = chunk.sequence.row // self.capacity.rows
             places.append(part * each + sum(place // each == part for place in places))
         work = Prompts.packed((each * self.capacity.parts, time), chunks, places, self.capacity)
-        started = self._start(self._prefill, work, time)
+        with self._on_mesh():
+            self._cache, out = programs.prefill(self._weights, self._cache, work, time, self.records_routes)
         if not self.records_routes:
             return []
-        routes = jax.device_get(started.result())
+        routes = jax.device_get(out)
         return [routes[i, : chunk.count] for i, chunk in zip(places, chunks)]
-
-    def _prefill(self, work: Int32[np.ndarray, "rows width"], time: int) -> UInt8[Array, "rows time layers k"] | None:
-        with self._on_mesh():
-            self._cache, routes = programs.prefill(self._weights, self._cache, work, time, self.records_routes)
-        return routes
 
     def decode(
         self, sequences: Several[Sequence], allowances: Several[int], steps: int, patience: int, after: Call | None
@@ -170,42 +155,18 @@ class ModelRunner:
         wants_top = any(sequence.request.top for sequence in sequences)
         if any(sequence.matcher is not None for sequence in sequences):
             guides = Guides(sequences, places, size, self.vocab_size)
-            out = self._start(self._decode_guided, packed, max(allowances), patience, wants_top, guides)
+            out = self._decode_guided(packed, max(allowances), patience, wants_top, guides)
+        elif self.capacity.ahead and steps == self.capacity.steps and not wants_top:
+            out = self._decode_on(packed, any(sequence.request.sampling.top_p < 1 for sequence in sequences))
         else:
-            out = self._start(self._decode, packed, steps, patience, wants_top)
-        return _Started(dict(zip(sequences, places.tolist())), out, self)
-
-    def _start(self, work: Callable[..., T], *arguments: Any) -> Future[T]:
-        """Work for the device, on its way behind what was started before."""
-        if self._starter is None:
-            out: Future[T] = Future()
-            out.set_result(work(*arguments))
-            return out
-
-        begun = self._begun = threading.Event()
-
-        def run() -> T:
-            begun.set()
-            if self._fault is not None:  # in what was started before: memory is not what this work expects
-                raise self._fault
-            try:
-                return work(*arguments)
-            except Exception as fault:
-                self._fault = fault
-                raise
-
-        return self._starter.submit(run)
-
-    def begun(self) -> None:
-        """Wait until all that was started is on the device or done: only then does the host's other work take no time
-        from it."""
-        self._begun.wait()
+            out = self._decode(packed, steps, patience, wants_top)
+        return _Started(dict(zip(sequences, places.tolist())), out, wants_top)
 
     def _decode(self, packed: Int32[np.ndarray, "rows width"], steps: int, patience: int, wants_top: bool) -> Out:
+        """XLA on a GPU holds the host up until this has ended: it looks whether there is another step."""
         with self._on_mesh():
-            # Results come home before the next call begins, behind which they would have to wait.
             self._cache, self._last, out = programs.decode(*self._decode_work(packed, steps, patience, wants_top))
-        return programs.home(out, wants_top)
+        return out
 
     def _decode_work(
         self, packed: Int32[np.ndarray, "rows width"], steps: int, patience: int, wants_top: bool
@@ -214,6 +175,16 @@ class ModelRunner:
         numbers = np.int32(steps), np.int32(patience), np.bool_(wants_top)
         how = self.capacity, self.records_routes, self.top
         return self._weights, self._cache, packed, self._last, *numbers, *how
+
+    def _decode_on(self, packed: Int32[np.ndarray, "rows width"], cuts: bool) -> Out:
+        self._cache, self._last, out = programs.decode_on(*self._decode_on_work(packed, cuts))
+        for x in jax.tree.leaves(out):
+            x.copy_to_host_async()
+        return out
+
+    def _decode_on_work(self, packed: Int32[np.ndarray, "rows width"], cuts: bool) -> tuple[Any, ...]:
+        """Arguments of `programs.decode_on`."""
+        return self._weights, self._cache, packed, self._last, self.capacity, self.records_routes, cuts
 
     def _decode_guided(
         self, packed: Int32[np.ndarray, "rows width"], steps: int, patience: int, wants_top: bool, guides: Guides
@@ -234,7 +205,7 @@ class ModelRunner:
                         break
                     guides.show(tokens)
                 written, heard = programs.guided_draw(work, written, seen, guides.allowed(), self.top)
-            return programs.home(programs.guided_end(written), wants_top)
+            return programs.guided_end(written)
 
     def program_rows(self, decoding: int) -> int:
         """Rows of the program that serves so many."""
@@ -242,7 +213,7 @@ class ModelRunner:
 
     def idle(self, rows: int) -> None:
         """A call of the decode program of so many rows, with nothing to write."""
-        self._start(self._decode, self._at_rest[rows], 1, 1, False).result()
+        programs.home(self._decode(self._at_rest[rows], 1, 1, False), False)
 
     def _compile(self) -> None:
         """Run every program once, with no work to do, and what makes a request's key; the large ones are compiled side
@@ -258,14 +229,20 @@ class ModelRunner:
             self.prefill(shape, [])
         for rows in self._decode_rows:
             self.idle(rows)
+            if self.capacity.ahead:
+                for cuts in (False, True):
+                    self._decode_on(self._at_rest[rows], cuts)
             if self.constrains:
                 nobody = Guides([], np.arange(0), rows, self.vocab_size)
-                self._start(self._decode_guided, self._at_rest[rows], 2, 1, False, nobody).result()
+                self._decode_guided(self._at_rest[rows], 2, 1, False, nobody)
 
     def _lowered(self) -> Iterator[Any]:
         """The programs that read prompts and decode, ready to be compiled: the largest first."""
         for rows in reversed(self._decode_rows):
             yield programs.decode.lower(*self._decode_work(self._at_rest[rows], 1, 1, False))
+            if self.capacity.ahead:
+                for cuts in (False, True):
+                    yield programs.decode_on.lower(*self._decode_on_work(self._at_rest[rows], cuts))
         for rows, time in self.capacity.prefill:
             work = Prompts.packed((rows * self.capacity.parts, time), [], [], self.capacity)
             yield programs.prefill.lower(self._weights, self._cache, work, time, self.records_routes)
@@ -276,13 +253,12 @@ class _Started(NamedTuple):
 
     places: dict[Sequence, int]
     """rows of its program"""
-    out: Future[Out]
-    runner: ModelRunner
+    out: Out
+    wants_top: bool
 
     def result(self) -> Decoded[np.ndarray]:
-        self.runner.begun()
         places = list(self.places.values())
-        out = jax.tree.map(lambda x: x[places], self.out.result())
+        out = jax.tree.map(lambda x: x[places], programs.home(self.out, self.wants_top))
         return unpack_decoded(out.all)._replace(routes=out.routes, top_tokens=out.top_tokens, top_logp=out.top_logp)
 
 

@@ -35,6 +35,7 @@ def sample(
     allowed: UInt32[Array, "rows words"] | None = None,
     top: int = 0,
     wants_top: Bool[Array, ""] | bool = True,
+    cuts: bool | None = None,
 ) -> Drawn:
     """Draw one token per row.
 
@@ -49,6 +50,7 @@ def sample(
             (Holtzman et al., 2020); 1: from all. Rows that cut nothing spare the search for the set if all do.
         allowed: draw from these ids only (see `unpacked`); spared where every row allows all.
         top: how many of the likeliest tokens to return; zeros unless `wants_top`.
+        cuts: whether there is a row whose top_p is below 1; None: not known beforehand.
     """
     greedy = temperature == 0
     scaled = logits / jnp.where(greedy, 1.0, temperature)[:, None]
@@ -60,11 +62,16 @@ def sample(
         )
     probs = jnp.exp(drawn_from)
     cut = ~greedy & (top_p < 1)
-    nucleus = jax.lax.cond(
-        jnp.any(cut),
-        lambda: _where(cut, _nucleus(jax.lax.optimization_barrier(probs), top_p), Nucleus.everything(len(logits))),
-        lambda: Nucleus.everything(len(logits)),
-    )
+    everything = Nucleus.everything(len(logits))
+
+    def smaller() -> Nucleus:
+        # Behind a barrier, without which XLA searches always and chooses afterwards.
+        return _where(cut, _nucleus(jax.lax.optimization_barrier(probs), top_p), everything)
+
+    if cuts is None:
+        nucleus = jax.lax.cond(jnp.any(cut), smaller, lambda: everything)
+    else:
+        nucleus = smaller() if cuts else everything
     drawn = jnp.where(greedy, jnp.argmax(best, axis=-1), _invert(probs, nucleus, jax.vmap(jax.random.uniform)(keys)))
     tokens = drawn.astype(jnp.int32)
     logp, drawn_logp = (jnp.take_along_axis(x, tokens[:, None], axis=-1)[:, 0] for x in (log_probs, drawn_from))

@@ -164,21 +164,27 @@ def test_a_first_token_is_told_at_once():
 
 
 def test_the_next_call_is_on_its_way_before_the_last_ones_tokens_are_told():
-    """... whoever comes and goes meanwhile: who has ended writes no more, and who comes is read between two calls."""
+    """... whoever comes and goes meanwhile: who has ended writes no more, and who comes is read between two calls. Only
+    first tokens are told before anything else begins."""
     engine = Engine(FakeRunner(dataclasses.replace(ROOMY, ahead=True)))
     requests = [request([n, n + 1], seed=n, max_new_tokens=5 + 6 * n, end_ids=(7,)) for n in range(4)]
     tickets = [engine.submit(r) for r in requests]
-    done, on_the_way = {}, []
+    done, told, on_the_way, first = {}, set(), [], []
     while engine.busy:
         audit(engine)
-        done |= {e.ticket: e.completion for e in engine.step() if isinstance(e, Finished)}
+        events = engine.step()
+        done |= {e.ticket: e.completion for e in events if isinstance(e, Finished)}
         on_the_way.append(len(engine._runner.unseen))
+        writing = {e.ticket for e in events if isinstance(e, Wrote)}
+        first.append(not writing <= told)
+        told |= writing
         if len(on_the_way) == 3:
             requests.append(request([7, 8, 9], max_new_tokens=4))
             tickets.append(engine.submit(requests[-1]))
     for r, ticket in zip(requests, tickets):
         check(r, done[ticket])
-    assert on_the_way == [1] * (len(on_the_way) - 1) + [0]
+    assert on_the_way == [not one for one in first[:-1]] + [0]
+    assert 0 < sum(first) < len(first) - 4
 
 
 def test_a_group_prefills_its_prompt_once():

@@ -234,15 +234,14 @@ def test_constrained_rows_are_shown_each_token_and_free_ones_write_as_ever(alone
             assert set(guide.seen[1::2]) == {guide.odd}
 
 
-def test_what_fails_on_its_way_is_told(monkeypatch):
-    """... though nobody waits for it."""
+def test_what_fails_is_told(monkeypatch):
     monkeypatch.setattr(ModelRunner, "_compile", lambda self: None)
     runner = ModelRunner(*nnx.split(model()), dataclasses.replace(SCARCE, ahead=True))
 
-    def lost(work, time):
+    def lost(*arguments):
         raise RuntimeError("the device is lost")
 
-    monkeypatch.setattr(runner, "_prefill", lost)
+    monkeypatch.setattr(programs, "prefill", lost)
     with pytest.raises(RuntimeError, match="the device is lost"):
         list(Engine(runner).run([asked([1, 2, 3])]))
 
@@ -287,7 +286,7 @@ def test_no_weights_are_gathered_for_a_token(spec, monkeypatch):
     monkeypatch.setattr(ModelRunner, "_compile", lambda self: None)
     runner, params = mesh_runner(spec)
     with on(spec), runner._on_mesh():
-        arrays = runner._weights.model, runner._cache, runner._packed, None, np.int32(1), np.int32(1), np.bool_(False)
+        arrays = runner._weights, runner._cache, runner._packed, None, np.int32(1), np.int32(1), np.bool_(False)
         program = programs.decode.lower(*arrays, runner.capacity, False, 0).compile()
     moved = sum(c.bytes for c in collectives(program))  # the loop over steps counts once
     assert moved < 0.1 * sum(leaf.nbytes for leaf in jax.tree.leaves(params))  # activations; gathered weights: 0.3 up

@@ -1,3 +1,5 @@
+import functools
+
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -76,6 +78,14 @@ def test_nucleus_as_if_sorted(seed, top_p, spread):
     np.testing.assert_allclose(np.minimum(ours, mass)[other], top_p, rtol=1e-6)
     assert np.mean(other) <= 1 / 64
     assert np.mean(np.asarray(found.tokens) != tokens) <= 1 / 64  # u may fall on a border to within rounding
+
+
+@pytest.mark.parametrize(("top_p", "cuts"), [([0.5, 1.0, 0.9], True), ([1.0, 1.0, 1.0], False)])
+def test_what_is_known_beforehand_changes_nothing(top_p, cuts):
+    logits, keys = 3 * jax.random.normal(jax.random.key(0), (3, 300)), jax.random.split(jax.random.key(1), 3)
+    options = {"temperature": jnp.ones(3), "top_p": jnp.array(top_p)}
+    known = jax.jit(functools.partial(sample, cuts=cuts))(logits, keys, **options)
+    jax.tree.map(np.testing.assert_array_equal, known, draw(logits, keys, **options))
 
 
 def test_temperature_zero_is_greedy():
