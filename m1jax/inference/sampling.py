@@ -62,7 +62,7 @@ def sample(
     probs = jnp.exp(drawn_from)
     u = jax.vmap(jax.random.uniform)(keys)
     cut = ~greedy & (top_p < 1)
-    drawn = jnp.where(greedy, jnp.argmax(best, axis=-1), _invert(probs, u))
+    drawn = _where_any(~greedy & ~cut, lambda: _invert(probs, u), jnp.argmax(best, axis=-1))
     drawn, mass = jax.lax.cond(
         jnp.any(cut),
         lambda: _where(cut, _nucleus(probs, top_p, u), (drawn, jnp.ones_like(u))),
@@ -108,6 +108,16 @@ def _where(
     return tuple(jnp.where(condition, x, y) for x, y in zip(a, b))
 
 
+def _where_any(
+    rows: Bool[Array, " rows"], compute: Callable[[], jax.Array], otherwise: Int[Array, " rows"]
+) -> Int[Array, " rows"]:
+    """`compute()` in these rows; spared where there are none. A GPU, which would have to wait for the host to look,
+    computes it in any case."""
+    if target_platform() == "gpu":
+        return jnp.where(rows, compute(), otherwise)
+    return jax.lax.cond(jnp.any(rows), lambda: jnp.where(rows, compute(), otherwise), lambda: otherwise)
+
+
 def _invert(probs: Float[Array, "rows vocab"], u: Float[Array, " rows"]) -> Int[Array, " rows"]:
     """The first index whose cumulative probability exceeds u * total. Never one of probability zero, because u < 1."""
     cumulative = jnp.cumsum(probs, axis=-1)
@@ -136,7 +146,12 @@ def _nucleus_of_row(
     outside = value < least  # by a rounding of the sums
     value, above, ties = _where(outside, (least, mass - least, kept), (value, above, ties))
     skipped = jnp.clip(jnp.floor((u * mass - above) / value), 0, ties - 1)
-    return jnp.argmax(jnp.cumsum(probs == value) > skipped), mass
+    equal = probs == value
+    if target_platform() == "gpu":
+        return jnp.argmax(jnp.cumsum(equal) > skipped), mass
+    # A CPU counts one after the other, and mostly there is nothing to count.
+    first, later = lambda: jnp.argmax(equal), lambda: jnp.argmax(jnp.cumsum(equal) > skipped)
+    return jax.lax.cond(skipped == 0, first, later), mass
 
 
 GPU_BITS = 3
