@@ -50,6 +50,15 @@ jaxtyping.install_import_hook(CHECKED, "beartype.beartype")
 hypothesis.settings.register_profile("m1jax", deadline=None, derandomize=True, max_examples=20, database=None)
 hypothesis.settings.load_profile("m1jax")
 
+# Whole trainings in processes of their own, up to a minute each. They come first, so that no worker waits in the end
+# for another one's last test.
+LONG = ("test_resume.py", "test_commands.py", "test_wheel.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
 GOLDEN = Path(__file__).parent / "golden" / "m1-tiny"
 
 
