@@ -35,6 +35,8 @@ import hypothesis
 import jaxtyping
 import pytest
 
+from pallas_kernels.experts import grouped
+
 # Checks the shapes and dtypes in the signatures of what works on arrays while tests run. Not those of what users call:
 # that says itself what is wrong with an argument, and is tested for it.
 CHECKED = [
@@ -48,7 +50,28 @@ jaxtyping.install_import_hook(CHECKED, "beartype.beartype")
 hypothesis.settings.register_profile("m1jax", deadline=None, derandomize=True, max_examples=20, database=None)
 hypothesis.settings.load_profile("m1jax")
 
+# Whole trainings in processes of their own, up to a minute each. They come first, so that no worker waits in the end
+# for another one's last test.
+LONG = ("test_resume.py", "test_commands.py", "test_wheel.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
 GOLDEN = Path(__file__).parent / "golden" / "m1-tiny"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def blocks_of_experts() -> tuple[int, ...]:
+    """The sizes of `expert_mlp`'s blocks on a CPU, of which a program has all that its tokens can fill.
+
+    Tests compile two, a largest and a smaller one, which take every path: a sixth less in a model's gradient. All five
+    are in the tests of the kernel itself, and in the programs that tests start.
+    """
+    sizes = grouped.BLOCKS
+    grouped.BLOCKS = (8, 128)
+    return sizes
 
 
 @pytest.fixture(scope="session")

@@ -80,6 +80,8 @@ class Schedule:
         config = self.config
         warmup = config.warmup_steps
         rising = jnp.minimum(1.0, (1 + (warmup - 1) * made / warmup) / warmup) if warmup else 1.0
+        if config.final_fraction == 1:  # one program, however many updates are planned
+            return jnp.asarray(config.learning_rate * rising)
         steps = max(self.total_steps - warmup, 1)
         constant = round(config.constant_fraction * steps)
         passed = ((made if planned is None else planned) - warmup - constant) / max(steps - constant, 1)

@@ -40,20 +40,29 @@ def whole(model, prompts, answers, routes=None):
     return [hidden[i, s : s + len(answer)] for i, (s, answer) in enumerate(zip(starts, answers))]
 
 
-@pytest.mark.parametrize("remat", ["none", "layers"])
-def test_as_if_computed_whole(case, remat):
-    prompts, answers, sides = case[0], case[1], case[2:]
+@pytest.fixture(scope="module")
+def apart(case):
+    """What the hidden states are multiplied with, and the sum's value and gradients, each sequence by itself."""
+    prompts, answers = case[:2]
     graph, params = nnx.split(tiny.model())
     targets = [np.random.default_rng(i).normal(size=(len(a), 16)).astype(np.float32) for i, a in enumerate(answers)]
 
-    def shared(params):
-        hidden = continuations(nnx.merge(graph, params), *sides, remat=remat)
-        return sum(jnp.sum(hidden[i, : len(t)] * t) for i, t in enumerate(targets))
-
-    def apart(params):
+    def total(params):
         return sum(jnp.sum(h * t) for h, t in zip(whole(nnx.merge(graph, params), prompts, answers), targets))
 
-    (value, grads), (want, want_grads) = (jax.jit(jax.value_and_grad(f))(params) for f in (shared, apart))
+    return targets, jax.jit(jax.value_and_grad(total))(params)
+
+
+@pytest.mark.parametrize("remat", ["none", "layers"])
+def test_as_if_computed_whole(case, apart, remat):
+    targets, (want, want_grads) = apart
+    graph, params = nnx.split(tiny.model())
+
+    def shared(params):
+        hidden = continuations(nnx.merge(graph, params), *case[2:], remat=remat)
+        return sum(jnp.sum(hidden[i, : len(t)] * t) for i, t in enumerate(targets))
+
+    value, grads = jax.jit(jax.value_and_grad(shared))(params)
     np.testing.assert_allclose(value, want, rtol=1e-5)
     largest = max(float(jnp.abs(expected).max()) for expected in jax.tree.leaves(want_grads))
     for got, expected in zip(jax.tree.leaves(grads), jax.tree.leaves(want_grads)):

@@ -1,5 +1,6 @@
 """The model's parts against direct formulas, and its training path: head, rematerialisation, one scan over periods."""
 
+import functools
 from pathlib import Path
 
 import jax
@@ -73,20 +74,6 @@ def test_log_probs_never_hold_all_logits():
     assert compiled.memory_analysis().temp_size_in_bytes < 2e9
 
 
-def test_rematerialisation_changes_nothing(model):
-    graph, parameters = nnx.split(model)
-    tokens = random_tokens(0, 2, 16)
-
-    def loss(parameters, remat):
-        out = nnx.merge(graph, parameters).forward(tokens, remat=remat)
-        return jnp.sum(out.hidden**2) + jnp.sum(out.aux)
-
-    gradients = jax.jit(jax.value_and_grad(loss), static_argnums=1)
-    plain, *recomputed = (gradients(parameters, remat) for remat in ("none", "cheap", "layers"))
-    for other in recomputed:
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), plain, other)
-
-
 def test_the_program_does_not_grow_with_depth():
     def size(pattern: str) -> int:
         config = small_config(pattern)
@@ -132,23 +119,44 @@ def test_layers_lie_in_their_runs_in_the_order_of_the_model():
     ]  # fmt: skip
 
 
+class Packed:
+    """Two rows of packed sequences, and what is learned from them."""
+
+    def __init__(self):
+        self.model, self.tokens = small_model("LSLS"), random_tokens(0, 2, 16)
+        self.ids = jnp.array([[0] * 9 + [1] * 7, [0] * 12 + [PADDING] * 4])
+        self.recorded = self.model.forward(self.tokens, segment_ids=self.ids, record_routes=True).routes
+
+    @functools.cache  # noqa: B019
+    def gradients(self, remat, replayed=False):
+        """The loss and its gradients, by the routers' choice or with the recorded one."""
+
+        def loss(model, routes):
+            out = model.forward(self.tokens, segment_ids=self.ids, routes=routes, remat=remat)
+            return jnp.sum(jnp.where(self.ids[..., None] == PADDING, 0.0, out.hidden) ** 2) + jnp.sum(out.aux)
+
+        value, gradients = jax.jit(jax.value_and_grad(loss))(self.model, self.recorded if replayed else None)
+        return value, nnx.state(gradients)
+
+
+@pytest.fixture(scope="module")
+def packed():
+    return Packed()
+
+
+@pytest.mark.parametrize("remat", ["cheap", "layers"])
+def test_rematerialisation_changes_nothing(packed, remat):
+    plain, recomputed = packed.gradients("none"), packed.gradients(remat)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), plain, recomputed)
+
+
 @pytest.mark.parametrize("remat", ["none", "layers"])
-def test_replayed_routes_give_the_same_output_and_gradients(remat):
-    model, tokens = small_model("LSLS"), random_tokens(0, 2, 16)
-    ids = jnp.array([[0] * 9 + [1] * 7, [0] * 12 + [PADDING] * 4])
-    recorded = model.forward(tokens, segment_ids=ids, record_routes=True)
-    assert recorded.routes.dtype == jnp.uint8
-    assert recorded.routes.shape == (2, 16, 4, 2)
-    assert np.all(recorded.routes[1, 12:] == model.config.num_experts)  # padding is nobody's expert
-
-    def loss(model, routes):
-        out = model.forward(tokens, segment_ids=ids, routes=routes, remat=remat)
-        return jnp.sum(jnp.where(ids[..., None] == PADDING, 0.0, out.hidden) ** 2) + jnp.sum(out.aux)
-
-    own, replayed = (jax.jit(jax.value_and_grad(loss))(model, routes) for routes in (None, recorded.routes))
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), nnx.state(own[1]), nnx.state(replayed[1])
-    )
+def test_replayed_routes_give_the_same_output_and_gradients(packed, remat):
+    assert packed.recorded.dtype == jnp.uint8
+    assert packed.recorded.shape == (2, 16, 4, 2)
+    assert np.all(packed.recorded[1, 12:] == packed.model.config.num_experts)  # padding is nobody's expert
+    own, replayed = packed.gradients(remat), packed.gradients(remat, replayed=True)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), own[1], replayed[1])
     np.testing.assert_allclose(own[0], replayed[0], rtol=1e-6)
 
 

@@ -2,20 +2,19 @@
 
 import functools
 import json
+import multiprocessing
 import os
 import random
 import signal
-import subprocess
-import sys
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
 
 from m1jax.train.meter import MEASURED
+from tests.rl import tiny_queue, tiny_run
 
-HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
-
+ROOT = Path(__file__).parents[2]
 
 OF_UPDATES = (
     *("log_ratio_p01", "log_ratio_p50", "log_ratio_p99", "effective", "entropy", "kl_k3", "grad_norm"),
@@ -29,25 +28,38 @@ OF_BATCHES = (
 
 
 @pytest.fixture(scope="module")
-def program():
+def start():
+    """start(directory, kill=None, train=tiny_run.train): a training in a process of its own; status, and what it said.
+
+    Each is forked from one process that has imported everything and computed nothing.
+    """
     environment = {
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",  # spares the later starts all compilations
         "PYTHONPATH": str(ROOT),
         "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1"),
     }
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.rl.tiny_run", "tests.rl.tiny_queue"])
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        forkserver.ensure_running()
 
-    def start(directory, *kill, name="tiny_run"):
-        command = [sys.executable, str(HERE / f"{name}.py"), str(directory), *map(str, kill)]
-        return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=900)
+    def start(directory, kill=None, train=tiny_run.train):
+        said = directory.with_name("said.txt")
+        process = context.Process(target=tiny_run.program, args=(train, directory, said, kill))
+        process.start()
+        process.join(900)
+        return process.exitcode, said.read_text()
 
     return start
 
 
 @pytest.fixture(scope="module")
-def undisturbed(program, tmp_path_factory):
+def undisturbed(start, tmp_path_factory):
     directory = tmp_path_factory.mktemp("undisturbed") / "run"
-    done = program(directory)
-    assert done.returncode == 0, done.stderr
+    status, said = start(directory)
+    assert status == 0, said
     return directory
 
 
@@ -60,15 +72,15 @@ def metrics(directory):
     return [{k: v for k, v in r.items() if k not in MEASURED} for r in records]
 
 
-def check(program, undisturbed, directory, kills):
+def check(start, undisturbed, directory, kills):
     killed = 0
     for kill in kills:
-        done = program(directory, *kill)
-        assert done.returncode in (0, -signal.SIGKILL), done.stderr
-        killed += done.returncode != 0
+        status, said = start(directory, kill)
+        assert status in (0, -signal.SIGKILL), said
+        killed += status != 0
     assert killed
-    done = program(directory)
-    assert done.returncode == 0, done.stderr
+    status, said = start(directory)
+    assert status == 0, said
     assert weights(directory) == weights(undisturbed)
     assert weights(directory)
     assert metrics(directory) == metrics(undisturbed)
@@ -97,26 +109,26 @@ def test_the_undisturbed_run(undisturbed):
     assert list((undisturbed / "tensorboard").iterdir())
 
 
-def test_killed_in_both_phases(program, undisturbed, tmp_path):
+def test_killed_in_both_phases(start, undisturbed, tmp_path):
     # Record 3 lies in SFT, record 8 from there in RL, while a checkpoint is being written; then in mid-buffer: a batch
     # in flight has some of its groups.
-    check(program, undisturbed, tmp_path / "run", [("record", 3, 0.0), ("record", 8, 0.01), ("judge", 2, 0.0)])
+    check(start, undisturbed, tmp_path / "run", [("record", 3, 0.0), ("record", 8, 0.01), ("judge", 2, 0.0)])
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments(program, undisturbed, tmp_path):
+def test_killed_at_random_moments(start, undisturbed, tmp_path):
     rng = random.Random(0)
     kills = [("record", rng.randint(1, 6), rng.random() * 0.2) for _ in range(12)]
-    check(program, undisturbed, tmp_path / "run", kills)
+    check(start, undisturbed, tmp_path / "run", kills)
 
 
-def test_killed_in_mid_window_and_in_mid_update(program, tmp_path):
+def test_killed_in_mid_window_and_in_mid_update(start, tmp_path):
     """While a batch is written that goes on with responses of the one before, beside an update of another; then in the
     middle of an update."""
-    queue = functools.partial(program, name="tiny_queue")
+    queue = functools.partial(start, train=tiny_queue.train)
     undisturbed = tmp_path / "undisturbed"
-    done = queue(undisturbed)
-    assert done.returncode == 0, done.stderr
+    status, said = queue(undisturbed)
+    assert status == 0, said
     older = [r["older_tokens"] for r in metrics(undisturbed) if r["step"]]
     assert older[0] == 0
     assert older[3] > 0, "nothing goes on from one batch to the next"
@@ -125,10 +137,10 @@ def test_killed_in_mid_window_and_in_mid_update(program, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments_of_a_window(program, tmp_path):
-    queue, rng = functools.partial(program, name="tiny_queue"), random.Random(0)
+def test_killed_at_random_moments_of_a_window(start, tmp_path):
+    queue, rng = functools.partial(start, train=tiny_queue.train), random.Random(0)
     undisturbed = tmp_path / "undisturbed"
-    assert queue(undisturbed).returncode == 0
+    assert queue(undisturbed)[0] == 0
     moments = ("record", "update", "judge", "write")
     kills = [(moment, rng.randint(1, 6), rng.random() * 0.05) for moment in moments * 3]
     check(queue, undisturbed, tmp_path / "run", kills)

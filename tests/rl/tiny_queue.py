@@ -1,21 +1,17 @@
-"""Reinforcement learning alone, with a window of the queue and generation beside training. The tests kill it.
+"""Reinforcement learning alone, with a window of the queue and generation beside training. The tests kill it."""
 
-Call it as `tiny_run`.
-"""
-
-import sys
 from pathlib import Path
 
 from flax import nnx
 
-from m1jax import MiniMaxM1, save_pretrained
+from m1jax import MiniMaxM1
 from m1jax.chat import Tokenizer
 from m1jax.rl.recipe import EvaluationRecipe, GenerationRecipe, RLRecipe, UpdateRecipe
 from m1jax.rl.tasks import get_task
 from m1jax.rl.trainer import Trainer
 from m1jax.train.optimizer import OptimizerConfig
 from m1jax.train.run import Run
-from tests.rl.tiny_run import CONFIG, judge, kill_at
+from tests.rl.tiny_run import CONFIG, judge
 
 # A checkpoint after every update: each second one lies in the middle of a batch, with the next one in flight. The
 # repetition stop makes lengths differ, so that some responses are cut off and go on.
@@ -45,8 +41,3 @@ def train(directory: Path) -> MiniMaxM1:
     model = Trainer(run, model, get_task("sums+board"), Tokenizer.tiny(), RECIPE, seed=0, judge=judge).train()
     run.log.close()
     return model
-
-
-if __name__ == "__main__":
-    kill_at(*sys.argv[2:])
-    save_pretrained(train(Path(sys.argv[1])), Path(sys.argv[1]) / "export")

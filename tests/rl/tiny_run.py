@@ -1,12 +1,9 @@
-"""A whole training in seconds, as its own program: SFT, then RL, of a model of two layers. The tests kill it.
-
-python tiny_run.py DIRECTORY [MOMENT NUMBER DELAY]      SIGKILL itself DELAY seconds after the NUMBERth MOMENT began
-"""
+"""A whole training in seconds, in a process of its own: SFT, then RL, of a model of two layers. The tests kill it."""
 
 import os
 import signal
-import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -116,23 +113,31 @@ MOMENTS = {
 """what happens often enough to be killed in"""
 
 
-def kill_at(moment: str = "", number: str = "0", delay: str = "0") -> None:
+def kill_at(moment: str, number: int, delay: float) -> None:
+    """SIGKILL to this process, ``delay`` seconds after the ``number``th ``moment`` began."""
     count = 0
 
     def counted(function):
         def wrapper(*args, **kwargs):
             nonlocal count
             count += 1
-            if count == int(number):
-                threading.Timer(float(delay), os.kill, (os.getpid(), signal.SIGKILL)).start()
+            if count == number:
+                threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
             return function(*args, **kwargs)
 
         return wrapper
 
-    for owner, name in MOMENTS.get(moment, ()):
+    for owner, name in MOMENTS[moment]:
         setattr(owner, name, counted(getattr(owner, name)))
 
 
-if __name__ == "__main__":
-    kill_at(*sys.argv[2:])
-    save_pretrained(train(Path(sys.argv[1])), Path(sys.argv[1]) / "export")
+def program(
+    train: Callable[[Path], MiniMaxM1], directory: Path, said: Path, kill: tuple[str, int, float] | None
+) -> None:
+    """Trains, writes the model into ``directory / "export"`` and all that is printed into ``said``."""
+    output = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    if kill is not None:
+        kill_at(*kill)
+    save_pretrained(train(directory), directory / "export")

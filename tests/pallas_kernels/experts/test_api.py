@@ -88,6 +88,17 @@ def test_few_tokens_of_one_expert(tokens, hidden):
     assert_close(run(arrays, routes, "grouped"), run(arrays, routes, "reference"))
 
 
+def test_blocks_of_every_size():
+    """Of each size one expert that fills it in part, and one that fills the largest and goes on in a smaller one."""
+    assert grouped.BLOCKS == (8, 16, 32, 64, 128)  # all, in these tests
+    routes = np.repeat(np.arange(6), [5, 12, 20, 40, 100, 150])[:, None]
+    arrays, routes = problem(len(routes), 6, routes=routes)
+    got, want = run(arrays, routes, "grouped"), run(arrays, routes, "reference")
+    assert_close(got, want)
+    op = jax.jit(functools.partial(expert_mlp, implementation="grouped"))  # without a gradient it is another program
+    np.testing.assert_allclose(op(*arrays[:4], routes, arrays[4]), want[0], rtol=1e-5, atol=1e-6)
+
+
 def test_rows_past_an_expert_do_not_leak():
     # 257 rows and 3: the first expert's last block runs over all of the second's rows.
     routes = np.where(np.arange(260)[:, None] < 257, 0, 1)
