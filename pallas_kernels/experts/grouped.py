@@ -29,6 +29,7 @@ unsupported = ladder.always
 
 BLOCKS = (8, 16, 32, 64, 128)  # rows of a product; larger or finer ones bring nothing, and each has to be compiled
 TOGETHER = (4, 8)  # rows of every expert in one batched product, where most experts have some
+FEW_TOKENS = 128  # up to which all experts may read every token; beyond, operations cost more than what starts them
 LANES = 16  # floats that the chain keeps side by side
 LINKS = 64  # at most so many links in the chain: every one is an instruction that XLA has to compile
 
@@ -71,6 +72,8 @@ def forward(
 ) -> jax.Array:
     """Shapes as in `api.expert_mlp`; y [N, D] in x's dtype."""
     num_experts, assignments = w1.shape[0], routes.size
+    if 1 < len(x) <= FEW_TOKENS and num_experts <= 2 * routes.shape[1]:
+        return _by_all(x, w1, w3, w2, routes, weights)
     plan = _plan(routes, num_experts)
     chain = _chain_fits(assignments, w1, w2)
     blocks = _blocks(assignments)
@@ -144,6 +147,23 @@ def _forward(x, w1, w3, w2, routes, weights):
     up, gate = jax.lax.fori_loop(0, plan.count, inner, (up, gate))
     out = jax.lax.fori_loop(0, plan.count, outer, out)
     return _combined(out, plan, weights).astype(x.dtype), (x, w1, w3, w2, weights, plan, up, gate)
+
+
+def _by_all(
+    x: jax.Array, w1: jax.Array, w3: jax.Array, w2: jax.Array, routes: jax.Array, weights: jax.Array
+) -> jax.Array:
+    """Every expert's output for every token, times what the token takes of it."""
+    num_experts, inner, _ = w1.shape
+    up, gate = (
+        jax.lax.optimization_barrier(_dot(w.reshape(num_experts * inner, -1).astype(jnp.float32), rows, 1, 1))
+        for rows in [x.astype(jnp.float32)]
+        for w in (w1, w3)
+    )
+    chosen = routes[:, :, None] == jnp.arange(num_experts)
+    share = jnp.sum(jnp.where(chosen, weights.astype(jnp.float32)[..., None], 0.0), axis=1)
+    hidden = (jax.nn.silu(up) * gate).reshape(num_experts, inner, -1) * share.T[:, None]
+    each = jax.lax.optimization_barrier(jnp.einsum("edf,efn->edn", w2.astype(jnp.float32), hidden))
+    return jnp.sum(each, axis=0).T.astype(x.dtype)
 
 
 def _combined(out: jax.Array, plan: _Plan, weights: jax.Array) -> jax.Array:
