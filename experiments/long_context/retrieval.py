@@ -68,7 +68,7 @@ class Config:
     """Checkpoints."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of weights and data."""
-    steps: int = 5000
+    steps: int = 6000
     """Updates."""
     learning_rate: float = 5e-3
     """At its peak."""
@@ -118,7 +118,7 @@ def sequences(rng: np.random.Generator, count: int, length: int) -> Int32[np.nda
 
 class Batches:
     """Rows full of sequences of equal length; update n is always the same. A row's length is drawn from the powers of
-    two from 64 on, up to one that stays there for a fifth of the updates and grows over two more."""
+    two from 64 on, up to one that stays there for two fifths of the updates and grows over two more."""
 
     def __init__(self, config: Config, seed: int) -> None:
         self._config, self._seed, self._update = config, seed, 0
@@ -127,7 +127,7 @@ class Batches:
     def __next__(self) -> Batch:
         rng = np.random.default_rng((self._seed, 1, self._update))
         rows, time = self._config.rows, self._config.row
-        grown = max(0.0, (self._update / self._config.steps - 0.2) / 0.4)
+        grown = max(0.0, (self._update / self._config.steps - 0.4) / 0.4)
         self._update += 1
         batch = Batch.padding((1, rows, time))
         for row, length in enumerate(rng.choice(self._lengths[: 1 + int(grown * len(self._lengths))], rows)):
