@@ -35,11 +35,11 @@ from m1jax.train.optimizer import OptimizerConfig
 from m1jax.train.run import Run
 
 HERE = Path(__file__).parent
-KEYS, VALUES, FILLER = range(16), range(16, 32), range(32, 128)
+KEYS, VALUES, FILLER = range(16), range(16, 32), range(32, 48)
 PAIRS = 8
 CHUNK = 1024
 MODEL = ModelConfig(
-    vocab_size=128,
+    vocab_size=48,
     hidden_size=64,
     intermediate_size=64,
     # With three lightning layers before it, a third of the values was found, and no more in 5,000 updates.
@@ -70,7 +70,7 @@ class Config:
     """Of weights and data."""
     steps: int = 6000
     """Updates."""
-    learning_rate: float = 5e-3
+    learning_rate: float = 1e-2
     """At its peak."""
     row: int = 4096
     """Tokens of a training row, and of the longest sequence trained on."""
