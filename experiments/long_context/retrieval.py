@@ -119,9 +119,11 @@ def sequences(
 
 
 class Batches:
-    """Rows full of sequences of equal length; update n is always the same. A row's length is drawn from the powers of
-    two from 64 on, up to one that stays there for two fifths of the updates and grows over two more; it has 2, 4 or 8 pairs, as the fewer there are the sooner one learns to look for the right
-    one."""
+    """Rows full of sequences of equal length; update n is always the same.
+
+    A row's length is drawn from the powers of two from 64 on, up to one that stays there for two fifths of the updates
+    and grows over two more. Its sequences have 2, 4 or 8 pairs: the fewer there are, the more a right choice gains.
+    """
 
     def __init__(self, config: Config, seed: int) -> None:
         self._config, self._seed, self._update = config, seed, 0
