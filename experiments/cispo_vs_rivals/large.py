@@ -69,7 +69,9 @@ class Config:
     width: int = 8
     """runs of a block"""
     seeds: tuple[int, ...] = ()
-    """whose starts are made, as one group; without them all"""
+    """to run; without them all"""
+    group: int = 8
+    """of `seeds`, whose starts are made side by side"""
     out: Path = run.HERE / "results-large"
     starts: Path = run.HERE / "results-large"
     """folder of the starts: 140 MB each"""
@@ -88,9 +90,10 @@ def main(config: Config) -> None:
         return config.minutes is None or time.monotonic() - begun < 60 * config.minutes
 
     tuning, runs = Results(config.out, "tuning"), Results(config.out, "runs")
+    some = [config.seeds[n : n + config.group] for n in range(0, len(config.seeds), config.group)]
     with policy.of(size.model), policy.portable():
         how = run.Config(width=config.width, out=config.out, minutes=config.minutes)
-        for group in (config.seeds,) if config.seeds else size.groups:
+        for group in some or size.groups:
             if not in_time():
                 break
             starts, told = starts_of(group, size, config.starts)

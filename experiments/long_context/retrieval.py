@@ -35,11 +35,11 @@ from m1jax.train.optimizer import OptimizerConfig
 from m1jax.train.run import Run
 
 HERE = Path(__file__).parent
-KEYS, VALUES, FILLER = range(16), range(16, 32), range(32, 128)
-PAIRS = 8
+KEYS, VALUES, FILLER = range(16), range(16, 32), range(32, 48)
+PAIRS, TRAINED_PAIRS = 8, (2, 4, 8)
 CHUNK = 1024
 MODEL = ModelConfig(
-    vocab_size=128,
+    vocab_size=48,
     hidden_size=64,
     intermediate_size=64,
     # With three lightning layers before it, a third of the values was found, and no more in 5,000 updates.
@@ -68,9 +68,9 @@ class Config:
     """Checkpoints."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of weights and data."""
-    steps: int = 5000
+    steps: int = 6000
     """Updates."""
-    learning_rate: float = 5e-3
+    learning_rate: float = 1e-2
     """At its peak."""
     row: int = 4096
     """Tokens of a training row, and of the longest sequence trained on."""
@@ -102,23 +102,28 @@ def main(config: Config) -> None:
     print(table(found))
 
 
-def sequences(rng: np.random.Generator, count: int, length: int) -> Int32[np.ndarray, "count length"]:
-    """Filler with pairs in it, and the pairs again."""
-    context = length - 2 * PAIRS
+def sequences(
+    rng: np.random.Generator, count: int, length: int, pairs: int = PAIRS
+) -> Int32[np.ndarray, "count length"]:
+    """Filler with so many pairs in it, and the pairs again."""
+    context = length - 2 * pairs
     tokens = rng.choice(FILLER, (count, length)).astype(np.int32)
-    keys = rng.permuted(np.tile(KEYS, (count, 1)), axis=1)[:, :PAIRS]
-    pairs = np.stack([keys, rng.choice(VALUES, (count, PAIRS))], axis=-1)
-    at = 2 * np.sort(np.argsort(rng.random((count, context // 2)), axis=1)[:, :PAIRS], axis=1)
+    keys = rng.permuted(np.tile(KEYS, (count, 1)), axis=1)[:, :pairs]
+    both = np.stack([keys, rng.choice(VALUES, (count, pairs))], axis=-1)
+    at = 2 * np.sort(np.argsort(rng.random((count, context // 2)), axis=1)[:, :pairs], axis=1)
     for i in range(2):
-        np.put_along_axis(tokens, at + i, pairs[..., i], axis=1)
-    order = rng.permuted(np.tile(np.arange(PAIRS), (count, 1)), axis=1)
-    tokens[:, context:] = np.take_along_axis(pairs, order[..., None], axis=1).reshape(count, -1)
+        np.put_along_axis(tokens, at + i, both[..., i], axis=1)
+    order = rng.permuted(np.tile(np.arange(pairs), (count, 1)), axis=1)
+    tokens[:, context:] = np.take_along_axis(both, order[..., None], axis=1).reshape(count, -1)
     return tokens
 
 
 class Batches:
-    """Rows full of sequences of equal length; update n is always the same. A row's length is drawn from the powers of
-    two from 64 on, up to one that stays there for a fifth of the updates and grows over two more."""
+    """Rows full of sequences of equal length; update n is always the same.
+
+    A row's length is drawn from the powers of two from 64 on, up to one that stays there for two fifths of the updates
+    and grows over two more. Its sequences have 2, 4 or 8 pairs: the fewer there are, the more a right choice gains.
+    """
 
     def __init__(self, config: Config, seed: int) -> None:
         self._config, self._seed, self._update = config, seed, 0
@@ -127,13 +132,14 @@ class Batches:
     def __next__(self) -> Batch:
         rng = np.random.default_rng((self._seed, 1, self._update))
         rows, time = self._config.rows, self._config.row
-        grown = max(0.0, (self._update / self._config.steps - 0.2) / 0.4)
+        grown = max(0.0, (self._update / self._config.steps - 0.4) / 0.4)
         self._update += 1
         batch = Batch.padding((1, rows, time))
         for row, length in enumerate(rng.choice(self._lengths[: 1 + int(grown * len(self._lengths))], rows)):
-            tokens = sequences(rng, time // length, length).reshape(-1)
+            pairs = int(rng.choice(TRAINED_PAIRS))
+            tokens = sequences(rng, time // length, length, pairs).reshape(-1)
             place = np.arange(time) % length
-            asked = (place >= length - 2 * PAIRS) & (place % 2 == 0)  # a key at the end: its value comes next
+            asked = (place >= length - 2 * pairs) & (place % 2 == 0)  # a key at the end: its value comes next
             for name, values in (
                 ("tokens", tokens),
                 ("targets", np.roll(tokens, -1)),

@@ -38,7 +38,7 @@ def train(
     for number, tokens in enumerate(batches, 1):
         params, state, value = _step(graph, schedule, params, state, tokens)
         values = [*values[1 - LAST :], value]
-        if number % 200 == 0:
+        if number % 100 == 0:
             print(f"step {number}: {float(value):.3f} nats a token", flush=True)
     return params, float(np.mean([float(value) for value in values]))
 
