@@ -106,8 +106,6 @@ def batch_capacity(
     at_once = min(_power(-(-prompts // several)), max(1, (2048 if cpu else 8192) // chunk))
     return dataclasses.replace(
         capacity,
-        # A CPU reads whole pages.
-        page_size=min(PAGE_SIZE, length) if cpu else PAGE_SIZE,
         decode=(rows,),
         prefill=tuple(sorted({(1, chunk), (at_once, chunk)})),
         stall=at_once * chunk,

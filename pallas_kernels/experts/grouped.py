@@ -29,7 +29,6 @@ unsupported = ladder.always
 
 BLOCKS = (8, 16, 32, 64, 128)  # rows of a product; larger or finer ones bring nothing, and each has to be compiled
 TOGETHER = (4, 8)  # rows of every expert in one batched product, where most experts have some
-FEW_TOKENS = 128  # up to which all experts may read every token; beyond, operations cost more than what starts them
 LANES = 16  # floats that the chain keeps side by side
 LINKS = 64  # at most so many links in the chain: every one is an instruction that XLA has to compile
 
@@ -72,8 +71,6 @@ def forward(
 ) -> jax.Array:
     """Shapes as in `api.expert_mlp`; y [N, D] in x's dtype."""
     num_experts, assignments = w1.shape[0], routes.size
-    if 1 < len(x) <= FEW_TOKENS and num_experts <= 2 * routes.shape[1]:
-        return _by_all(x, w1, w3, w2, routes, weights)
     plan = _plan(routes, num_experts)
     chain = _chain_fits(assignments, w1, w2)
     blocks = _blocks(assignments)
@@ -149,25 +146,6 @@ def _forward(x, w1, w3, w2, routes, weights):
     return _combined(out, plan, weights).astype(x.dtype), (x, w1, w3, w2, weights, plan, up, gate)
 
 
-def _by_all(
-    x: jax.Array, w1: jax.Array, w3: jax.Array, w2: jax.Array, routes: jax.Array, weights: jax.Array
-) -> jax.Array:
-    """Every expert's output for every token, and what the token takes of it."""
-    num_experts, inner, _ = w1.shape
-    x32 = x.astype(jnp.float32)
-    up, gate = (
-        jax.lax.optimization_barrier(_dot(w.reshape(num_experts * inner, -1).astype(jnp.float32), x32, 1, 1))
-        for w in (w1, w3)
-    )
-    hidden = (jax.nn.silu(up) * gate).reshape(num_experts, inner, -1)
-    each = jax.lax.optimization_barrier(jnp.einsum("edf,efn->edn", w2.astype(jnp.float32), hidden))
-    taken = jnp.arange(num_experts)[:, None, None] == routes.T  # [E, k, N]
-    share = jnp.sum(jnp.where(taken, weights.astype(jnp.float32).T, 0.0), axis=1)
-    # What nobody takes may be no number, even times zero.
-    y = jnp.sum(jnp.where(jnp.any(taken, axis=1)[:, None], share[:, None] * each, 0.0), axis=0)
-    return y.T.astype(x.dtype)
-
-
 def _combined(out: jax.Array, plan: _Plan, weights: jax.Array) -> jax.Array:
     """[N, D]: what each token takes of its experts' rows."""
     share = jnp.where(plan.valid, weights.astype(jnp.float32), 0.0)
@@ -219,10 +197,7 @@ def _backward(saved, dy):
     shapes = ((rows.shape, jnp.float32), (index.shape, jnp.float32), *((w.shape, w.dtype) for w in (w1, w3, w2)))
     start = tuple(vary_over(jnp.zeros(shape, dtype), axes) for shape, dtype in shapes)
     dx, dshare, dw1, dw3, dw2 = jax.lax.fori_loop(0, plan.count, expert, start)
-    # Added one by one: a sum over this axis XLA:CPU's library fuses with the router's product, which then takes a tenth
-    # of an update.
-    columns = zip(plan.valid.T, plan.row.T, strict=True)
-    dx = functools.reduce(jnp.add, [jnp.where(valid[:, None], dx[row], 0.0) for valid, row in columns])
+    dx = jnp.sum(jnp.where(plan.valid[..., None], dx[plan.row], 0.0), axis=1)
     dweights = jnp.where(plan.valid, dshare[plan.row], 0.0)
     return dx.astype(x.dtype), dw1, dw3, dw2, None, dweights.astype(weights.dtype)
 
