@@ -24,6 +24,7 @@ from m1jax.inference.sampling import sample
 from m1jax.inference.stopping import NEVER, Stops, ended
 from m1jax.model import Cache, MiniMaxM1, head
 from m1jax.sharding import ambient_mesh
+from pallas_kernels import target_platform
 
 T = TypeVar("T")
 
@@ -106,11 +107,10 @@ def home(out: Out, wants_top: bool) -> Out:
 
 
 class Work(NamedTuple):
-    """What stays as it is while a call decodes: the rows, packed, and the last two arguments of a call."""
+    """What stays as it is while a call decodes: the rows, packed, and how many may end before it does."""
 
     packed: Any
     patience: Any
-    wants_top: Any
 
 
 class Written(NamedTuple):
@@ -141,6 +141,10 @@ class Written(NamedTuple):
         return cls(jnp.int32(0), rows.tokens, rows.allowances > 0, out)
 
     @property
+    def next(self) -> Next:
+        return Next(self.tokens, self.out.counts, self.going)
+
+    @property
     def told(self) -> Out:
         out = self.out
         return _everywhere(Out(pack_decoded(out), out.routes, out.top_tokens, out.top_logp))
@@ -153,13 +157,21 @@ class Read(NamedTuple):
     routes: UInt8[Array, "rows layers k"] | None
 
 
-def read(
-    model: MiniMaxM1, cache: Cache, rows: Rows[jax.Array], written: Written, record_routes: bool
-) -> tuple[Cache, Read]:
+class Next(NamedTuple):
+    """What the model reads next."""
+
+    tokens: Int[Array, " rows"]
+    written: Int[Array, " rows"]
+    """before these, in this call"""
+    going: Bool[Array, " rows"]
+    """who writes another"""
+
+
+def read(model: MiniMaxM1, cache: Cache, rows: Rows[jax.Array], next: Next, record_routes: bool) -> tuple[Cache, Read]:
     """One half of a decode step: the model reads the rows' last tokens."""
-    slots = jnp.where(written.going, rows.slots, -1)
-    view = cache.with_rows(rows.lengths + written.out.counts, slots, rows.pages)
-    seen = model.forward(written.tokens[:, None], view, record_routes=record_routes)
+    slots = jnp.where(next.going, rows.slots, -1)
+    view = cache.with_rows(rows.lengths + next.written, slots, rows.pages)
+    seen = model.forward(next.tokens[:, None], view, record_routes=record_routes)
     assert seen.cache is not None
     logits = head.logits(seen.hidden[:, 0], model.lm_head[...])
     return _pool(seen.cache), Read(logits, None if seen.routes is None else seen.routes[:, 0])
@@ -232,7 +244,7 @@ def decode(
 
     def advance(carry: tuple[Cache, Written]) -> tuple[Cache, Written]:
         cache, written = carry
-        cache, seen = read(model, cache, rows, written, record_routes)
+        cache, seen = read(model, cache, rows, written.next, record_routes)
         return cache, draw(rows, written, seen, None, patience, wants_top, top)
 
     def unfinished(carry: tuple[Cache, Written]) -> jax.Array:
@@ -260,7 +272,7 @@ def decode_on(
 
     def advance(_: jax.Array, carry: tuple[Cache, Written]) -> tuple[Cache, Written]:
         cache, written = carry
-        cache, seen = read(model, cache, rows, written, record_routes)
+        cache, seen = read(model, cache, rows, written.next, record_routes)
         return cache, draw(rows, written, seen, None, NEVER, False, 0, cuts)
 
     nothing = Written.nothing(rows, model.config, capacity.steps, record_routes, 0)
@@ -275,14 +287,8 @@ def guided_begin(work: Work, config: ModelConfig, steps: int, record_routes: boo
 
 
 @functools.partial(jit, static_argnames="record_routes", donate_argnames="cache")
-def guided_read(
-    weights: Weights,
-    cache: Cache,
-    work: Work,
-    written: Written,
-    record_routes: bool,
-) -> tuple[Cache, Read]:
-    return read(weights.model, cache, Rows.of(work.packed), written, record_routes)
+def guided_read(weights: Weights, cache: Cache, work: Work, next: Next, record_routes: bool) -> tuple[Cache, Read]:
+    return read(weights.model, cache, Rows.of(work.packed), next, record_routes)
 
 
 @functools.partial(jit, static_argnames="top", donate_argnames="written")
@@ -290,7 +296,9 @@ def guided_draw(
     work: Work, written: Written, seen: Read, allowed: UInt32[Array, "rows words"], top: int
 ) -> tuple[Written, Int[Array, " rows"]]:
     """Also what the host hears of it: the tokens of the rows that go on, else -1."""
-    written = draw(Rows.of(work.packed), written, seen, allowed, work.patience, work.wants_top, top)
+    # A GPU asks the host before each choice, and stands still meanwhile.
+    cuts = True if target_platform() == "gpu" else None
+    written = draw(Rows.of(work.packed), written, seen, allowed, work.patience, True, top, cuts)
     return written, _everywhere(jnp.where(written.going, written.tokens, -1))
 
 

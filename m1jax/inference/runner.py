@@ -191,20 +191,20 @@ class ModelRunner:
     ) -> Out:
         """As the decode program does, a step at a time: while the device reads a token, the host looks up what may
         follow it."""
-        heard = None
+        heard, top = None, self.top if wants_top else 0
         with self._on_mesh():
-            work = Work(packed, np.int32(patience), np.bool_(wants_top))
-            work, written = programs.guided_begin(
-                work, self._config, self.capacity.steps, self.records_routes, self.top
-            )
+            work = Work(packed, np.int32(patience))
+            work, written = programs.guided_begin(work, self._config, self.capacity.steps, self.records_routes, top)
             for _ in range(steps):
-                self._cache, seen = programs.guided_read(self._weights, self._cache, work, written, self.records_routes)
+                self._cache, seen = programs.guided_read(
+                    self._weights, self._cache, work, written.next, self.records_routes
+                )
                 if heard is not None:
                     tokens = jax.device_get(heard)
                     if not (tokens >= 0).any():
                         break
                     guides.show(tokens)
-                written, heard = programs.guided_draw(work, written, seen, guides.allowed(), self.top)
+                written, heard = programs.guided_draw(work, written, seen, guides.allowed(), top)
             return programs.guided_end(written)
 
     def program_rows(self, decoding: int) -> int:
@@ -234,7 +234,8 @@ class ModelRunner:
                     self._decode_on(self._at_rest[rows], cuts)
             if self.constrains:
                 nobody = Guides([], np.arange(0), rows, self.vocab_size)
-                self._decode_guided(self._at_rest[rows], 2, 1, False, nobody)
+                for wants_top in {False, self.top > 0}:
+                    self._decode_guided(self._at_rest[rows], 2, 1, wants_top, nobody)
 
     def _lowered(self) -> Iterator[Any]:
         """The programs that read prompts and decode, ready to be compiled: the largest first."""

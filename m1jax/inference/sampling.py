@@ -48,7 +48,7 @@ def sample(
         temperature: [N], divides the logits; 0 takes the most probable token.
         top_p: [N], draw from the smallest set of most probable tokens whose probabilities sum to at least top_p
             (Holtzman et al., 2020); 1: from all. Rows that cut nothing spare the search for the set if all do.
-        allowed: draw from these ids only (see `unpacked`); spared where every row allows all.
+        allowed: draw from these ids only (see `unpacked`).
         top: how many of the likeliest tokens to return; zeros unless `wants_top`.
         cuts: whether there is a row whose top_p is below 1; None: not known beforehand.
     """
@@ -57,8 +57,10 @@ def sample(
     log_probs = jax.nn.log_softmax(scaled, axis=-1)
     drawn_from, best = log_probs, logits
     if allowed is not None:
-        drawn_from, best = jax.lax.cond(
-            jnp.any(allowed != ALL), lambda: _restricted(scaled, logits, allowed), lambda: (log_probs, logits)
+        free = unpacked(allowed, logits.shape[-1])
+        drawn_from, best = (
+            jax.nn.log_softmax(jnp.where(free, scaled, -jnp.inf), axis=-1),
+            jnp.where(free, logits, -jnp.inf),
         )
     probs = jnp.exp(drawn_from)
     cut = ~greedy & (top_p < 1)
@@ -92,14 +94,6 @@ def unpacked(allowed: UInt32[Array, "rows words"], vocab: int) -> Bool[Array, "r
     """Which ids are allowed: id i is bit i % 32 of word i // 32."""
     bits = jnp.arange(vocab, dtype=jnp.uint32) % 32
     return (jnp.repeat(allowed, 32, axis=-1)[:, :vocab] >> bits) & 1 == 1
-
-
-def _restricted(
-    scaled: Float[Array, "rows vocab"], logits: Float[Array, "rows vocab"], allowed: UInt32[Array, "rows words"]
-) -> tuple[jax.Array, jax.Array]:
-    """The log-probabilities among the allowed tokens, and their logits."""
-    free = unpacked(allowed, logits.shape[-1])
-    return jax.nn.log_softmax(jnp.where(free, scaled, -jnp.inf), axis=-1), jnp.where(free, logits, -jnp.inf)
 
 
 def _top(log_probs: Float[Array, "rows vocab"], top: int) -> tuple[jax.Array, jax.Array]:

@@ -15,7 +15,7 @@ from flax import nnx
 from m1jax import MiniMaxM1, ModelConfig
 from m1jax.collectives import collectives
 from m1jax.errors import UserError
-from m1jax.inference import Engine, Finished, Request, Sampling, programs
+from m1jax.inference import Engine, Finished, Request, Sampling, Wrote, programs
 from m1jax.inference.capacity import Capacity
 from m1jax.inference.runner import ModelRunner, parts
 from m1jax.sharding import make_mesh, parameter_shardings
@@ -216,7 +216,7 @@ class Alternating:
 def test_constrained_rows_are_shown_each_token_and_free_ones_write_as_ever(alone):
     """More requests than rows, so that some begin while others are in the middle of theirs."""
     capacity = dataclasses.replace(SCARCE, pages=40, decode=(1, 3), ahead=True)
-    runner = ModelRunner(*nnx.split(model()), capacity, constrains=True, record_routes=True)
+    runner = ModelRunner(*nnx.split(model()), capacity, constrains=True, record_routes=True, top=2)
     guides = [Alternating(7), None, Alternating(9), None, None, Alternating(11)]
     prompts = [(1, 2, 3), (4, 5), (6,), (7, 8), (9, 1), (2, 2)]
     wanted = [
@@ -232,6 +232,15 @@ def test_constrained_rows_are_shown_each_token_and_free_ones_write_as_ever(alone
         else:
             assert guide.seen == completion.tokens.tolist()
             assert set(guide.seen[1::2]) == {guide.odd}
+
+    engine = Engine(runner)
+    engine.submit(dataclasses.replace(asked((1, 2, 3), 0), constraint=Alternating(7), top=2))
+    told = []
+    while engine.busy:
+        told += [x for e in engine.step() if isinstance(e, Wrote) for x in zip(e.tokens, e.logp, e.top)]
+    assert len(told) == 12
+    for token, logp, ((_, best), (_, next_best)) in told:  # of the model, whatever the constraint
+        assert max(logp, next_best) <= best and (logp <= next_best or logp == best), token
 
 
 def test_what_fails_is_told(monkeypatch):
