@@ -62,8 +62,9 @@ class Fifo:
             self._extend(self._generator.cancel(list(writing)), writing)
 
     def state(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """(what JSON can hold, arrays) from which `restore` goes on; between two batches."""
-        rest = {"next": self._next, "whole": self._whole, "taken": self._taken}
+        """(what JSON can hold, arrays) from which `restore` goes on; between two batches. It stays as it is, whatever the
+        queue does until it is written."""
+        rest = {"next": self._next, "whole": self._whole.copy(), "taken": self._taken}
         return rest, to_arrays([_unscored(group) for group in self._groups.values()])
 
     def restore(self, stored: dict[str, Any], arrays: dict[str, Any]) -> None:

@@ -121,6 +121,7 @@ def test_it_goes_on_from_its_state(after):
     for version in range(after):
         taken(queue, generator, version)
     rest, arrays = queue.state()
+    taken(queue, generator, after)  # the next batch is made while that is written
     queue = fifo(generator)
     queue.restore(rest, arrays)
     for version in range(after, 5):
