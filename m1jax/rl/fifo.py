@@ -62,8 +62,8 @@ class Fifo:
             self._extend(self._generator.cancel(list(writing)), writing)
 
     def state(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """(what JSON can hold, arrays) from which `restore` goes on; between two batches. It stays as it is, whatever the
-        queue does until it is written."""
+        """(what JSON can hold, arrays) from which `restore` goes on; between two batches. Whatever the queue does
+        until that is written, it stays as it is."""
         rest = {"next": self._next, "whole": self._whole.copy(), "taken": self._taken}
         return rest, to_arrays([_unscored(group) for group in self._groups.values()])
 
