@@ -72,6 +72,11 @@ HELP_ALL = "--help-all"
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one command; exits with status 2 and without a traceback for what the user can put right."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if arguments == ["--version"]:
+        from importlib.metadata import version
+
+        print(f"m1jax {version('m1jax')}", flush=True)
+        return
     try:
         name = find(arguments)
         if name is None:
@@ -253,7 +258,7 @@ def _overview(arguments: Sequence[str]) -> str:
     """All commands, or those of a group."""
     known = [name for name in COMMANDS if name.split()[:1] == list(arguments[:1])] or list(COMMANDS)
     width = max(map(len, COMMANDS)) + 2
-    lines = ["usage: m1jax COMMAND [--help] [OPTIONS]", ""]
+    lines = ["usage: m1jax COMMAND [--help] [OPTIONS], m1jax --version", ""]
     lines += [f"  {name:{width}}{COMMANDS[name].what}" for name in known]
     return "\n".join([*lines, "", "m1jax COMMAND --help lists a command's options and their defaults."])
 

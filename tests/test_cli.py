@@ -6,12 +6,15 @@ import logging
 import os
 import subprocess
 import sys
+import tomllib
 import types
+from pathlib import Path
 from typing import Annotated
 
 import pytest
 import tyro
 
+import m1jax
 from m1jax import cli
 from m1jax.errors import UserError
 
@@ -77,6 +80,11 @@ def test_overview(run, arguments):
     assert "does more" in out
 
 
+def test_version(run):
+    declared = tomllib.loads(Path(m1jax.__file__).parents[1].joinpath("pyproject.toml").read_text())
+    assert run("--version") == (0, f"m1jax {declared['project']['version']}\n", "")
+
+
 def test_a_reader_that_leaves_is_no_error():
     with subprocess.Popen(
         [sys.executable, "-m", "m1jax.cli", "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -119,6 +127,7 @@ def test_help_of_a_command_that_wraps(run):
 
 COMPILES = """
 import sys, types, jax
+import m1jax
 from m1jax import cli
 assert jax.config.jax_compilation_cache_dir == (sys.argv[1] or None), "the library leaves JAX alone"
 def main(config: cli.Command) -> None:

@@ -73,6 +73,9 @@ class Config:
 
 def main(config: Config) -> None:
     """Runs what an earlier run has not, prints and writes the table."""
+    odd = [n for n in config.lengths if n % config.chunk or n == config.chunk]
+    if odd:
+        raise SystemExit(f"--lengths {odd[0]}: lengths are multiples of --chunk {config.chunk}, from twice that on")
     hybrid = ModelConfig.preset(config.preset) if config.preset else SMALL
     lightning = tuple(kind for kind in hybrid.layer_types if kind == LIGHTNING)
     models = {
