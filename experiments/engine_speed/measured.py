@@ -121,7 +121,7 @@ class MeasuredRunner(ModelRunner):
                 begin = time.perf_counter()
                 for _ in range(calls):
                     if capacity.ahead:
-                        self._decode_on(packed, True)
+                        self._decode_on(packed, capacity.steps, True)
                     else:
                         self._decode(packed, capacity.steps, rows, False)
                 self._wait()

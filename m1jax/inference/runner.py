@@ -156,8 +156,9 @@ class ModelRunner:
         if any(sequence.matcher is not None for sequence in sequences):
             guides = Guides(sequences, places, size, self.vocab_size)
             out = self._decode_guided(packed, max(allowances), patience, wants_top, guides)
-        elif self.capacity.ahead and steps == self.capacity.steps and not wants_top:
-            out = self._decode_on(packed, any(sequence.request.sampling.top_p < 1 for sequence in sequences))
+        elif self.capacity.ahead and not wants_top:
+            cuts = steps == 1 or any(sequence.request.sampling.top_p < 1 for sequence in sequences)
+            out = self._decode_on(packed, steps, cuts)
         else:
             out = self._decode(packed, steps, patience, wants_top)
         return _Started(dict(zip(sequences, places.tolist())), out, wants_top)
@@ -176,15 +177,15 @@ class ModelRunner:
         how = self.capacity, self.records_routes, self.top
         return self._weights, self._cache, packed, self._last, *numbers, *how
 
-    def _decode_on(self, packed: Int32[np.ndarray, "rows width"], cuts: bool) -> Out:
-        self._cache, self._last, out = programs.decode_on(*self._decode_on_work(packed, cuts))
+    def _decode_on(self, packed: Int32[np.ndarray, "rows width"], steps: int, cuts: bool) -> Out:
+        self._cache, self._last, out = programs.decode_on(*self._decode_on_work(packed, steps, cuts))
         for x in jax.tree.leaves(out):
             x.copy_to_host_async()
         return out
 
-    def _decode_on_work(self, packed: Int32[np.ndarray, "rows width"], cuts: bool) -> tuple[Any, ...]:
+    def _decode_on_work(self, packed: Int32[np.ndarray, "rows width"], steps: int, cuts: bool) -> tuple[Any, ...]:
         """Arguments of `programs.decode_on`."""
-        return self._weights, self._cache, packed, self._last, self.capacity, self.records_routes, cuts
+        return self._weights, self._cache, packed, self._last, self.capacity, self.records_routes, steps, cuts
 
     def _decode_guided(
         self, packed: Int32[np.ndarray, "rows width"], steps: int, patience: int, wants_top: bool, guides: Guides
@@ -212,8 +213,21 @@ class ModelRunner:
         return next(rows for rows in self._decode_rows if rows >= decoding)
 
     def idle(self, rows: int) -> None:
-        """A call of the decode program of so many rows, with nothing to write."""
-        programs.home(self._decode(self._at_rest[rows], 1, 1, False), False)
+        """A call of one step of the decode program of so many rows, with nothing to write."""
+        packed = self._at_rest[rows]
+        out = self._decode_on(packed, 1, True) if self.capacity.ahead else self._decode(packed, 1, 1, False)
+        programs.home(out, False)
+
+    @property
+    def _decodes(self) -> bool:
+        """Whether `programs.decode` is used."""
+        return not self.capacity.ahead or self.top > 0
+
+    @property
+    def _decodes_on(self) -> tuple[tuple[int, bool], ...]:
+        """Steps and `cuts` of the programs that are made of `programs.decode_on`."""
+        steps = self.capacity.steps
+        return ((steps, False), (steps, True), (1, True)) if self.capacity.ahead else ()
 
     def _compile(self) -> None:
         """Run every program once, with no work to do, and what makes a request's key; the large ones are compiled side
@@ -228,10 +242,10 @@ class ModelRunner:
         for shape in self.capacity.prefill:
             self.prefill(shape, [])
         for rows in self._decode_rows:
-            self.idle(rows)
-            if self.capacity.ahead:
-                for cuts in (False, True):
-                    self._decode_on(self._at_rest[rows], cuts)
+            if self._decodes:
+                programs.home(self._decode(self._at_rest[rows], 1, 1, False), False)
+            for steps, cuts in self._decodes_on:
+                self._decode_on(self._at_rest[rows], steps, cuts)
             if self.constrains:
                 nobody = Guides([], np.arange(0), rows, self.vocab_size)
                 for wants_top in {False, self.top > 0}:
@@ -240,10 +254,10 @@ class ModelRunner:
     def _lowered(self) -> Iterator[Any]:
         """The programs that read prompts and decode, ready to be compiled: the largest first."""
         for rows in reversed(self._decode_rows):
-            yield programs.decode.lower(*self._decode_work(self._at_rest[rows], 1, 1, False))
-            if self.capacity.ahead:
-                for cuts in (False, True):
-                    yield programs.decode_on.lower(*self._decode_on_work(self._at_rest[rows], cuts))
+            if self._decodes:
+                yield programs.decode.lower(*self._decode_work(self._at_rest[rows], 1, 1, False))
+            for steps, cuts in self._decodes_on:
+                yield programs.decode_on.lower(*self._decode_on_work(self._at_rest[rows], steps, cuts))
         for rows, time in self.capacity.prefill:
             work = Prompts.packed((rows * self.capacity.parts, time), [], [], self.capacity)
             yield programs.prefill.lower(self._weights, self._cache, work, time, self.records_routes)
