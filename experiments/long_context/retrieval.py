@@ -3,10 +3,10 @@
     python -m experiments.long_context.retrieval                                      one GPU: minutes
     python -m experiments.long_context.retrieval --steps 3 --row 512 --rows 2 --lengths 256 512 --evaluated 2 --seeds 0
 
-A sequence is filler with 8 pairs of a key and a value at random places, and at its end the 8 keys in another order, each
-before its pair. A pair is one token, keys and filler are others, drawn anew for every sequence. The model
-(a lightning layer and one of softmax attention) is trained to write the pairs at the end, by the trainer of this
-package, on sequences of 64 to 4,096 tokens, and read at every length in chunks of 1,024 tokens through its cache.
+A sequence is filler with 8 pairs of a key and a value at random places, and at its end the 8 keys in another order,
+each before its pair. A pair is one token, keys and filler are others, drawn anew for every sequence. The model (a
+lightning layer and one of softmax attention) is trained to write the pairs at the end, by the trainer of this package,
+on sequences of 64 to 4,096 tokens, and read at every length in chunks of 1,024 tokens through its cache.
 
 What was trained is kept in `runs`, what was measured is written at once: started again, the program goes on from there.
 """

@@ -190,7 +190,7 @@ def test_the_next_call_is_on_its_way_before_the_last_ones_tokens_are_told():
 @pytest.mark.parametrize("ahead", [False, True])
 def test_prompts_are_read_together_where_reading_one_costs_as_much(ahead):
     """... a row that falls free waits for others while all the rest write, and nobody waits where rows are free."""
-    engine = Engine(FakeRunner(dataclasses.replace(ROOMY, ahead=ahead, prefill=((8, 8),), steps=1)))
+    engine = Engine(FakeRunner(dataclasses.replace(ROOMY, ahead=ahead, prefill=((8, 8),), stall=64, steps=1)))
     requests = [request([n, n + 1], seed=n, max_new_tokens=3 + 5 * (n % 8)) for n in range(24)]
     tickets = [engine.submit(r) for r in requests]
     read, free, done = [], [], {}
