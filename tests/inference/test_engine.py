@@ -208,7 +208,7 @@ def test_prompts_are_read_together_where_reading_one_costs_as_much(ahead):
         check(r, done[ticket])
     assert read[0] == 8
     assert sum(read) == 24
-    assert (max(read[1:]) > 1) == ahead
+    assert len(read) < 10 if ahead else len(read) > 15
 
 
 def test_who_comes_where_rows_are_free_waits_for_nobody():
