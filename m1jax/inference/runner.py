@@ -77,6 +77,7 @@ class ModelRunner:
         self._decode_rows = capacity.decode if capacity.parts == 1 else (len(self._packed),)
         self._at_rest = {rows: Rows.at_rest(rows, capacity) for rows in self._decode_rows}
         self._last = Last.nothing(capacity.rows) if capacity.ahead else None
+        self._guide = ThreadPoolExecutor(1, thread_name_prefix="guide")
         self.load(params)
         self._compile()
 
@@ -190,22 +191,20 @@ class ModelRunner:
     def _decode_guided(
         self, packed: Int32[np.ndarray, "rows width"], steps: int, patience: int, wants_top: bool, guides: Guides
     ) -> Out:
-        """As the decode program does, a step at a time: while the device reads a token, the host looks up what may
-        follow it."""
+        """As the decode program does, a step at a time: while the model's kernels are started and read a token, another
+        thread of the host looks up what may follow it."""
         heard, top = None, self.top if wants_top else 0
         with self._on_mesh():
             work = Work(packed, np.int32(patience))
             work, written = programs.guided_begin(work, self._config, self.capacity.steps, self.records_routes, top)
             for _ in range(steps):
+                looking = self._guide.submit(guides.follow, heard)
                 self._cache, seen = programs.guided_read(
                     self._weights, self._cache, work, written.next, self.records_routes
                 )
-                if heard is not None:
-                    tokens = jax.device_get(heard)
-                    if not (tokens >= 0).any():
-                        break
-                    guides.show(tokens)
-                written, heard = programs.guided_draw(work, written, seen, guides.allowed(), top)
+                if (allowed := looking.result()) is None:
+                    break
+                written, heard = programs.guided_draw(work, written, seen, allowed, top)
             return programs.guided_end(written)
 
     def program_rows(self, decoding: int) -> int:
