@@ -69,7 +69,7 @@ class Config:
     """Checkpoints."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of weights and data."""
-    steps: int = 3000
+    steps: int = 2000
     """Updates."""
     learning_rate: float = 1e-2
     """At its peak."""
