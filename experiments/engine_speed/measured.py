@@ -17,13 +17,23 @@ from jaxtyping import UInt8
 
 from m1jax.config import ModelConfig
 from m1jax.flops import parameters_per_token
+from m1jax.inference import programs
 from m1jax.inference.device import Call, Decoded
-from m1jax.inference.rows import Rows
+from m1jax.inference.rows import Prompts, Rows
 from m1jax.inference.runner import ModelRunner
 from m1jax.inference.scheduler import Chunk, Copy
 from m1jax.inference.sequence import Sequence
 from m1jax.inference.stopping import NEVER
 from m1jax.model.cache import key_value_bytes, state_bytes
+
+
+class Prefill(NamedTuple):
+    """What a prefill had to do."""
+
+    shape: tuple[int, int]
+    chunks: int
+    tokens: int
+    """of the longest of them"""
 
 
 @dataclasses.dataclass
@@ -37,8 +47,8 @@ class Record:
     copy_s: float = 0.0
     copies: int = 0
     """calls of `copy` that nobody waited for"""
-    prefills: Counter[tuple[int, int]] = dataclasses.field(default_factory=Counter)
-    """of `prefill`, likewise, by their shapes"""
+    prefills: Counter[Prefill] = dataclasses.field(default_factory=Counter)
+    """of `prefill`, likewise"""
     calls: int = 0
     """of `decode`"""
     alive: list[tuple[int, float]] = dataclasses.field(default_factory=list)
@@ -73,15 +83,14 @@ class MeasuredRunner(ModelRunner):
         begin = time.perf_counter()
         routes = super().prefill(shape, chunks)
         if self.capacity.ahead:
-            self.record.prefills[shape] += 1
+            self.record.prefills[Prefill(shape, len(chunks), max((chunk.count for chunk in chunks), default=0))] += 1
         elif self.waits:
             jax.block_until_ready(self._cache)
         self.record.prefill_s += time.perf_counter() - begin
         return routes
 
     def started_s(self, record: Record) -> float:
-        """Seconds of the device for what was started and not waited for: as many calls with nothing to do, whose work
-        is the same, one after the other."""
+        """Seconds of the device for what was started and not waited for: as many calls like it, one after the other."""
 
         def call(work: Callable[[], object]) -> float:
             times = []
@@ -94,8 +103,18 @@ class MeasuredRunner(ModelRunner):
             return min(times)
 
         copies = record.copies * call(lambda: super(MeasuredRunner, self).copy([Copy(-1, -1)]))
-        prefills = {shape: call(functools.partial(super().prefill, shape, [])) for shape in record.prefills}
-        return copies + sum(count * prefills[shape] for shape, count in record.prefills.items())
+        prefills = {prefill: call(functools.partial(self._read, prefill)) for prefill in record.prefills}
+        return copies + sum(count * prefills[prefill] for prefill, count in record.prefills.items())
+
+    def _read(self, prefill: Prefill) -> None:
+        """As many tokens as a prefill had, from where sequences begin."""
+        (rows, time), capacity = prefill.shape, self.capacity
+        packed = Prompts.packed((rows, time), [], [], capacity)
+        view, pages, chunks = Prompts.of(packed, time), capacity.pages_for(prefill.tokens), np.arange(prefill.chunks)
+        view.counts[chunks], view.slots[chunks] = prefill.tokens, chunks
+        view.tokens[:] = np.random.default_rng(0).integers(0, self.vocab_size, (rows, time))
+        view.pages[chunks, :pages] = (chunks[:, None] * pages + np.arange(pages)) % capacity.pages
+        self._cache, _ = programs.prefill(self._weights, self._cache, packed, time, self.records_routes)
 
     def decode(
         self, sequences: Several[Sequence], allowances: Several[int], steps: int, patience: int, after: Call | None
@@ -121,7 +140,7 @@ class MeasuredRunner(ModelRunner):
                 begin = time.perf_counter()
                 for _ in range(calls):
                     if capacity.ahead:
-                        self._decode_on(packed, True)
+                        self._decode_on(packed, capacity.steps, True)
                     else:
                         self._decode(packed, capacity.steps, rows, False)
                 self._wait()

@@ -99,7 +99,9 @@ class Engine:
         key = np.asarray(jax.random.key_data(request.key))
         ticket, further = self._new_ticket(), itertools.count(request.samples)
         prompt = np.asarray(request.tokens, np.int32)
-        part = min(self._parts, key=lambda part: (part.load, -part.prefixes.kept(prompt)))
+        part = self._parts[0]
+        if len(self._parts) > 1:
+            part = min(self._parts, key=lambda part: (part.load, -part.prefixes.kept(prompt)))
         for sample in range(request.samples):
             self._add(Sequence(self._arrivals, ticket, sample, request, key, further), part)
         return ticket

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Several
 
+import jax
 import numpy as np
 from jaxtyping import Int, UInt32
 
@@ -24,16 +25,18 @@ class Guides:
         self._shape = (rows, -(-vocab_size // 32))
         self._rows = [(place, s) for place, s in zip(places.tolist(), sequences) if s.matcher is not None]
 
-    def allowed(self) -> UInt32[np.ndarray, "rows words"]:
-        """What each row may draw next (`sampling.unpacked`)."""
+    def follow(self, drawn: Int[jax.Array, " rows"] | None) -> UInt32[np.ndarray, "rows words"] | None:
+        """What each row may draw next (`sampling.unpacked`), after what was drawn last, if anything was; None: no row
+        goes on, all of which have -1 there."""
+        if drawn is not None:
+            tokens = np.asarray(drawn)
+            if not (tokens >= 0).any():
+                return None
+            self._rows = [(place, sequence) for place, sequence in self._rows if tokens[place] >= 0]
+            for place, sequence in self._rows:
+                sequence.show(int(tokens[place]))
         allowed = np.full(self._shape, ALL, np.uint32)
         for place, sequence in self._rows:
             assert sequence.matcher is not None
             allowed[place] = sequence.matcher.allowed(sequence.left - sequence.ahead)
         return allowed
-
-    def show(self, tokens: Int[np.ndarray, " rows"]) -> None:
-        """Tell the matchers what their rows have drawn; -1: the row does not go on."""
-        self._rows = [(place, sequence) for place, sequence in self._rows if tokens[place] >= 0]
-        for place, sequence in self._rows:
-            sequence.show(int(tokens[place]))

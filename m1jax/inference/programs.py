@@ -256,7 +256,7 @@ def decode(
     return cache, None if last is None else Last.of(written.out, len(last.tokens)), written.told
 
 
-@functools.partial(jit, static_argnames=("capacity", "record_routes", "cuts"), donate_argnames="cache")
+@functools.partial(jit, static_argnames=("capacity", "record_routes", "steps", "cuts"), donate_argnames="cache")
 def decode_on(
     weights: Weights,
     cache: Cache,
@@ -264,11 +264,12 @@ def decode_on(
     last: Last[jax.Array],
     capacity: Capacity,
     record_routes: bool,
+    steps: int,
     cuts: bool,
 ) -> tuple[Cache, Last[jax.Array], Out]:
-    """`decode` with all its steps, whoever ends in them: where the host need not look whether there is another, it can
-    start what comes next meanwhile. Tells no likeliest tokens; `cuts`: see `sample`."""
-    model, rows = weights.model, Rows.of(packed).going_on(last, jnp.int32(capacity.steps))
+    """`decode` with just so many steps, whoever ends in them: where the host need not look whether there is another, it
+    can start what comes next meanwhile. Tells no likeliest tokens; `cuts`: see `sample`."""
+    model, rows = weights.model, Rows.of(packed).going_on(last, jnp.int32(steps))
 
     def advance(_: jax.Array, carry: tuple[Cache, Written]) -> tuple[Cache, Written]:
         cache, written = carry
@@ -276,7 +277,7 @@ def decode_on(
         return cache, draw(rows, written, seen, None, NEVER, False, 0, cuts)
 
     nothing = Written.nothing(rows, model.config, capacity.steps, record_routes, 0)
-    cache, written = jax.lax.fori_loop(0, capacity.steps, advance, (cache, nothing))
+    cache, written = jax.lax.fori_loop(0, steps, advance, (cache, nothing))
     return cache, Last.of(written.out, len(last.tokens)), written.told
 
 

@@ -37,7 +37,7 @@ from m1jax.model import Cache, MiniMaxM1
 from m1jax.sharding import ROWS, ambient_mesh, parameter_shardings
 from pallas_kernels import target_platform
 
-COPIES = (1, 16)
+COPIES = (1, 4, 16)
 """Copies that one call carries out, as many as there are or the next number of these; nobody waits for a loop that is
 counted beforehand."""
 
@@ -77,6 +77,7 @@ class ModelRunner:
         self._decode_rows = capacity.decode if capacity.parts == 1 else (len(self._packed),)
         self._at_rest = {rows: Rows.at_rest(rows, capacity) for rows in self._decode_rows}
         self._last = Last.nothing(capacity.rows) if capacity.ahead else None
+        self._guide = ThreadPoolExecutor(1, thread_name_prefix="guide")
         self.load(params)
         self._compile()
 
@@ -156,8 +157,9 @@ class ModelRunner:
         if any(sequence.matcher is not None for sequence in sequences):
             guides = Guides(sequences, places, size, self.vocab_size)
             out = self._decode_guided(packed, max(allowances), patience, wants_top, guides)
-        elif self.capacity.ahead and steps == self.capacity.steps and not wants_top:
-            out = self._decode_on(packed, any(sequence.request.sampling.top_p < 1 for sequence in sequences))
+        elif self.capacity.ahead and not wants_top:
+            cuts = steps == 1 or any(sequence.request.sampling.top_p < 1 for sequence in sequences)
+            out = self._decode_on(packed, steps, cuts)
         else:
             out = self._decode(packed, steps, patience, wants_top)
         return _Started(dict(zip(sequences, places.tolist())), out, wants_top)
@@ -176,35 +178,33 @@ class ModelRunner:
         how = self.capacity, self.records_routes, self.top
         return self._weights, self._cache, packed, self._last, *numbers, *how
 
-    def _decode_on(self, packed: Int32[np.ndarray, "rows width"], cuts: bool) -> Out:
-        self._cache, self._last, out = programs.decode_on(*self._decode_on_work(packed, cuts))
+    def _decode_on(self, packed: Int32[np.ndarray, "rows width"], steps: int, cuts: bool) -> Out:
+        self._cache, self._last, out = programs.decode_on(*self._decode_on_work(packed, steps, cuts))
         for x in jax.tree.leaves(out):
             x.copy_to_host_async()
         return out
 
-    def _decode_on_work(self, packed: Int32[np.ndarray, "rows width"], cuts: bool) -> tuple[Any, ...]:
+    def _decode_on_work(self, packed: Int32[np.ndarray, "rows width"], steps: int, cuts: bool) -> tuple[Any, ...]:
         """Arguments of `programs.decode_on`."""
-        return self._weights, self._cache, packed, self._last, self.capacity, self.records_routes, cuts
+        return self._weights, self._cache, packed, self._last, self.capacity, self.records_routes, steps, cuts
 
     def _decode_guided(
         self, packed: Int32[np.ndarray, "rows width"], steps: int, patience: int, wants_top: bool, guides: Guides
     ) -> Out:
-        """As the decode program does, a step at a time: while the device reads a token, the host looks up what may
-        follow it."""
+        """As the decode program does, a step at a time: while the model's kernels are started and read a token, another
+        thread of the host looks up what may follow it."""
         heard, top = None, self.top if wants_top else 0
         with self._on_mesh():
             work = Work(packed, np.int32(patience))
             work, written = programs.guided_begin(work, self._config, self.capacity.steps, self.records_routes, top)
             for _ in range(steps):
+                looking = self._guide.submit(guides.follow, heard)
                 self._cache, seen = programs.guided_read(
                     self._weights, self._cache, work, written.next, self.records_routes
                 )
-                if heard is not None:
-                    tokens = jax.device_get(heard)
-                    if not (tokens >= 0).any():
-                        break
-                    guides.show(tokens)
-                written, heard = programs.guided_draw(work, written, seen, guides.allowed(), top)
+                if (allowed := looking.result()) is None:
+                    break
+                written, heard = programs.guided_draw(work, written, seen, allowed, top)
             return programs.guided_end(written)
 
     def program_rows(self, decoding: int) -> int:
@@ -212,8 +212,21 @@ class ModelRunner:
         return next(rows for rows in self._decode_rows if rows >= decoding)
 
     def idle(self, rows: int) -> None:
-        """A call of the decode program of so many rows, with nothing to write."""
-        programs.home(self._decode(self._at_rest[rows], 1, 1, False), False)
+        """A call of one step of the decode program of so many rows, with nothing to write."""
+        packed = self._at_rest[rows]
+        out = self._decode_on(packed, 1, True) if self.capacity.ahead else self._decode(packed, 1, 1, False)
+        programs.home(out, False)
+
+    @property
+    def _decodes(self) -> bool:
+        """Whether `programs.decode` is used."""
+        return not self.capacity.ahead or self.top > 0
+
+    @property
+    def _decodes_on(self) -> tuple[tuple[int, bool], ...]:
+        """Steps and `cuts` of the programs that are made of `programs.decode_on`."""
+        steps = self.capacity.steps
+        return ((steps, False), (steps, True), (1, True)) if self.capacity.ahead else ()
 
     def _compile(self) -> None:
         """Run every program once, with no work to do, and what makes a request's key; the large ones are compiled side
@@ -228,10 +241,10 @@ class ModelRunner:
         for shape in self.capacity.prefill:
             self.prefill(shape, [])
         for rows in self._decode_rows:
-            self.idle(rows)
-            if self.capacity.ahead:
-                for cuts in (False, True):
-                    self._decode_on(self._at_rest[rows], cuts)
+            if self._decodes:
+                programs.home(self._decode(self._at_rest[rows], 1, 1, False), False)
+            for steps, cuts in self._decodes_on:
+                self._decode_on(self._at_rest[rows], steps, cuts)
             if self.constrains:
                 nobody = Guides([], np.arange(0), rows, self.vocab_size)
                 for wants_top in {False, self.top > 0}:
@@ -240,10 +253,10 @@ class ModelRunner:
     def _lowered(self) -> Iterator[Any]:
         """The programs that read prompts and decode, ready to be compiled: the largest first."""
         for rows in reversed(self._decode_rows):
-            yield programs.decode.lower(*self._decode_work(self._at_rest[rows], 1, 1, False))
-            if self.capacity.ahead:
-                for cuts in (False, True):
-                    yield programs.decode_on.lower(*self._decode_on_work(self._at_rest[rows], cuts))
+            if self._decodes:
+                yield programs.decode.lower(*self._decode_work(self._at_rest[rows], 1, 1, False))
+            for steps, cuts in self._decodes_on:
+                yield programs.decode_on.lower(*self._decode_on_work(self._at_rest[rows], steps, cuts))
         for rows, time in self.capacity.prefill:
             work = Prompts.packed((rows * self.capacity.parts, time), [], [], self.capacity)
             yield programs.prefill.lower(self._weights, self._cache, work, time, self.records_routes)

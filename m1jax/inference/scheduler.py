@@ -78,6 +78,8 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.counts = Counts()
         self._copies: list[Copy] = []
+        self._idle = 0
+        """rows x steps that were free while somebody waited, since somebody was let in"""
 
     def submit(self, sequence: Sequence) -> None:
         bisect.insort(self.waiting, sequence, key=lambda s: s.order)
@@ -98,7 +100,19 @@ class Scheduler:
         room for them."""
         if sends_away:
             self._grow()
+        if self._gathers():
+            return
         self._admit()
+        self._idle = 0
+
+    def _gathers(self) -> bool:
+        """Whether those who wait had better be joined by others before they are let in. On a device that starts work
+        ahead, reading a prompt costs about a decode step of everybody, and reading several hardly more: it is done
+        once as much has been lost by leaving rows free."""
+        if not (self.capacity.ahead and self.waiting and self.running):
+            return False
+        self._idle += self.rows.free * self.capacity.steps
+        return self._idle < len(self.running)
 
     def go_on(self, steps: int) -> bool:
         """Whether those who run can write for so many decode steps more with nobody sent away; room for that is

@@ -187,6 +187,38 @@ def test_the_next_call_is_on_its_way_before_the_last_ones_tokens_are_told():
     assert 0 < sum(first) < len(first) - 4
 
 
+@pytest.mark.parametrize("ahead", [False, True])
+def test_prompts_are_read_together_where_reading_one_costs_as_much(ahead):
+    """... a row that falls free waits for others while all the rest write, and nobody waits where rows are free."""
+    engine = Engine(FakeRunner(dataclasses.replace(ROOMY, ahead=ahead, prefill=((8, 8),), stall=64, steps=1)))
+    requests = [request([n, n + 1], seed=n, max_new_tokens=3 + 5 * (n % 8)) for n in range(24)]
+    tickets = [engine.submit(r) for r in requests]
+    read, free, done = [], [], {}
+    while engine.busy:
+        audit(engine)
+        (part,) = engine._parts
+        free.append(part.rows.free if part.waiting else 0)
+        before, writing = part.counts.prefilled, len(part.running)
+        done |= {e.ticket: e.completion for e in engine.step() if isinstance(e, Finished)}
+        if part.counts.prefilled > before:
+            read.append(part.counts.prefilled - before)
+            assert sum(free) >= writing if ahead else sum(free) == free[-1]
+            free.clear()
+    for r, ticket in zip(requests, tickets):
+        check(r, done[ticket])
+    assert read[0] == 8
+    assert sum(read) == 24
+    assert len(read) < 10 if ahead else len(read) > 15
+
+
+def test_who_comes_where_rows_are_free_waits_for_nobody():
+    engine = Engine(FakeRunner(dataclasses.replace(ROOMY, ahead=True)))
+    for n in range(6):
+        engine.submit(request([n, n + 1], seed=n))
+        engine.step()
+        assert not engine._parts[0].waiting
+
+
 def test_a_group_prefills_its_prompt_once():
     engine = Engine(FakeRunner(ROOMY))
     group = request(range(30), samples=20, max_new_tokens=4, keep=False)
