@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import json
 import os
 import time
@@ -60,10 +59,6 @@ class Config:
     """Tokens of the prompt that others must not wait for."""
     rows: int | None = None
     """Sequences in work at once; None: what the device has room for."""
-    refilled: int = 0
-    """The long tail again with so many requests in work, each that ends replaced by the next; 0: not."""
-    many: int = 0
-    """Once more likewise, with so many requests that the longest does not decide; 0: not."""
     peer: tuple[int, ...] = (32, 8)
     """Numbers of requests beside Transformers, which runs on a CPU; none on a GPU."""
     threads: int = 2
@@ -105,11 +100,7 @@ def main(config: Config) -> None:
     note("start", {"seconds": time.perf_counter() - begin, "programs": len(programs), "rows": capacity.rows})
     with compilations() as programs:
         engine = Engine(runner)
-        note("long tail", long_tail(engine, runner, config, model, bandwidth, capacity.rows, config.requests))
-        for name, requests in ("refilled", config.requests), ("many refilled", config.many):
-            if config.refilled and requests:
-                few = long_tail(engine, runner, config, model, bandwidth, config.refilled, requests)
-                note(f"long tail, {name}", few)
+        note("long tail", long_tail(engine, runner, config, model, bandwidth))
         runner.waits = False
         for prefix in config.prefix:
             note(f"prefix {prefix}", first_token(engine, prefix, model_config.vocab_size))
@@ -178,36 +169,23 @@ def asked(rng: np.random.Generator, seed: int, vocab: int, *, prompt: int, new: 
 
 
 def long_tail(
-    engine: Engine,
-    runner: MeasuredRunner,
-    config: Config,
-    model: MiniMaxM1,
-    bandwidth: float,
-    rows: int,
-    count: int,
+    engine: Engine, runner: MeasuredRunner, config: Config, model: MiniMaxM1, bandwidth: float
 ) -> dict[str, Any]:
-    """So many requests, prompts of 64 tokens, log-normal lengths, `rows` of them in work at once; tokens/s over all,
-    until the last has begun to write, and while all rows are at work."""
-    rng, vocab = np.random.default_rng(0), model.config.vocab_size
+    """All requests at once, prompts of 64 tokens, log-normal lengths: tokens/s over all, until the last has begun to
+    write, and while all rows are at work."""
+    rng, vocab, count = np.random.default_rng(0), model.config.vocab_size, config.requests
     lengths = tail(rng, count, config.mean, config.max)
     requests = [asked(rng, number, vocab, prompt=64, new=int(new), keep=False) for number, new in enumerate(lengths)]
-    rows = min(rows, count)
+    rows = min(runner.capacity.rows, count)
     steady = steady_rate(engine, runner, rows, vocab)
 
     runner.record = Record()
     begin = time.perf_counter()
-    # An engine of so many rows lets the others wait itself.
-    most = count if rows == runner.capacity.rows else rows
-    waiting, working, wrote, begun = iter(requests), 0, 0, set[Ticket]()
-    full = 0.0, 0
-    while True:
-        for request in itertools.islice(waiting, most - working):
-            engine.submit(request)
-            working += 1
-        if not working:
-            break
+    wrote, begun, full = 0, set[Ticket](), (0.0, 0)
+    for request in requests:
+        engine.submit(request)
+    while engine.busy:
         events = engine.step()
-        working -= sum(isinstance(event, Finished) for event in events)
         if len(begun) < count:
             told = [event for event in events if isinstance(event, Wrote)]
             wrote += sum(len(event.tokens) for event in told)
@@ -411,6 +389,7 @@ def write(config: Config, results: dict[str, Any]) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    config.out.parent.mkdir(parents=True, exist_ok=True)
     config.out.write_text(json.dumps(results, indent=1) + "\n")
     config.out.with_suffix(".md").write_text(table(results) + "\n")
     bars = {}
