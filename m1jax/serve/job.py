@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import secrets
 import time
 from collections.abc import Sequence
@@ -116,7 +117,7 @@ def _request(asked: GenerationRequest, served: Served, prompt: np.ndarray, top: 
     tokenizer, limits = served.tokenizer, served.limits
     return Request(
         prompt,
-        jax.random.key(secrets.randbits(32) if asked.seed is None else asked.seed % 2**32),
+        _key(secrets.randbits(32) if asked.seed is None else asked.seed % 2**32),
         Sampling(
             temperature=asked.temperature,
             top_p=asked.top_p,
@@ -128,6 +129,23 @@ def _request(asked: GenerationRequest, served: Served, prompt: np.ndarray, top: 
         samples=asked.n,
         top=top,
     )
+
+
+def _key(seed: int) -> jax.Array:
+    """`jax.random.key`, on the host where JAX may: an accelerator would first end what it has begun."""
+    with jax.default_device(_host()):
+        return _made_key(np.uint32(seed))
+
+
+_made_key = jax.jit(jax.random.key)
+
+
+@functools.cache
+def _host() -> jax.Device | None:
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX was told to leave it alone
+        return None
 
 
 def _budget(asked: GenerationRequest, served: Served) -> ThinkingBudget | None:
