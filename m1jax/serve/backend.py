@@ -28,8 +28,9 @@ from m1jax.serve.schema import MOST_LOGPROBS
 
 log = logging.getLogger("m1jax.serve")
 
-QUIET = 0.001
-"""Seconds without a further request after which an engine that was idle begins."""
+QUIET, TURNS = 0.001, 3
+"""Seconds without a further request, and then turns of the loop, after which an engine that was idle begins: what the
+loop has read of a request takes two turns to become one here."""
 TOGETHER = 0.02
 """Seconds that it waits at most."""
 
@@ -248,6 +249,9 @@ class Backend:
             while engine.busy and self._inbox.qsize() > seen and time.monotonic() < until:
                 seen = self._inbox.qsize()
                 time.sleep(QUIET)
+                for _ in range(TURNS):
+                    self._call((turned := threading.Event()).set)
+                    turned.wait(TOGETHER)
         return any(self._take(engine, self._inbox.get()) for _ in range(self._inbox.qsize()))
 
     def _take(self, engine: Engine, message: _Submit | _Cancel | _Close) -> bool:

@@ -35,6 +35,9 @@ class Served:
     """tokens of a thought where a request does not say"""
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
 
+    def __post_init__(self) -> None:
+        _key(0)  # compiled before the first request
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
