@@ -171,7 +171,7 @@ class _Handlers:
         body = await read_body(request, self._served.limits.body)
         asked: GenerationRequest = parsed(kind, body)
         self._check_model(asked.model)
-        if len(body) <= QUICK and not asked.compiles:
+        if len(body) <= QUICK and not asked.takes_time:
             job = make_job(asked, self._served)
         else:
             job = await anyio.to_thread.run_sync(make_job, asked, self._served)

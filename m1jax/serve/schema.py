@@ -57,8 +57,8 @@ class GenerationRequest(In):
         return self.max_tokens
 
     @property
-    def compiles(self) -> bool:
-        """Whether schemas are to be compiled before it runs, which takes its time."""
+    def takes_time(self) -> bool:
+        """Whether to prepare it may take long though it is short: there are many prompts, or schemas to compile."""
         return False
 
     @property
@@ -72,6 +72,10 @@ class CompletionRequest(GenerationRequest):
     prompt: str | list[Token] | list[str] | list[list[Token]] = Field(min_length=1)
     max_tokens: int | None = Field(16, ge=1)
     logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
+
+    @property
+    def takes_time(self) -> bool:
+        return len(self.prompts) > 1
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
@@ -171,7 +175,7 @@ class ChatRequest(GenerationRequest):
     store: bool | None = None
 
     @property
-    def compiles(self) -> bool:
+    def takes_time(self) -> bool:
         return bool(self.tools) or self.response_format is not None
 
     @property
