@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import functools
 import secrets
 import time
 from collections.abc import Sequence
@@ -136,19 +136,18 @@ def _request(asked: GenerationRequest, served: Served, prompt: np.ndarray, top: 
 
 def _key(seed: int) -> jax.Array:
     """`jax.random.key`, on the host where JAX may: an accelerator would first end what it has begun."""
-    with jax.default_device(_host()):
+    with _on_host():
         return _made_key(np.uint32(seed))
 
 
 _made_key = jax.jit(jax.random.key)
 
 
-@functools.cache
-def _host() -> jax.Device | None:
+def _on_host() -> contextlib.AbstractContextManager[object]:
     try:
-        return jax.local_devices(backend="cpu")[0]
+        return jax.default_device(jax.local_devices(backend="cpu")[0])
     except RuntimeError:  # JAX was told to leave it alone
-        return None
+        return contextlib.nullcontext()
 
 
 def _budget(asked: GenerationRequest, served: Served) -> ThinkingBudget | None:
