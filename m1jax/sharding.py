@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 from jax.experimental import mesh_utils
+from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from m1jax import parameters
@@ -249,6 +250,26 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     if ambient_mesh() is None:
         return x
     return jax.lax.with_sharding_constraint(x, P(*map(activation_axes, names, x.shape)))
+
+
+def empty(shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> jax.Array:
+    """``jax.lax.empty``: an array whose elements are all written before they are read.
+
+    On a mesh it is cut as what is written into it; the plain one would be whole on every device.
+    """
+    if ambient_mesh() is None:
+        return jax.lax.empty(shape, dtype)
+
+    @custom_partitioning
+    def make(_: jax.Array) -> jax.Array:
+        return jax.lax.empty(shape, dtype)
+
+    def partition(mesh: Mesh, arguments: Any, result: Any) -> Any:
+        cut = result.sharding.shard_shape(shape)
+        return mesh, lambda _: jax.lax.empty(cut, dtype), result.sharding, (NamedSharding(mesh, P()),)
+
+    make.def_partition(partition, sharding_rule="-> " + " ".join(f"d{i}" for i in range(len(shape))))
+    return make(jax.numpy.zeros((), dtype))
 
 
 def gather_weights(block: Any, dtype: jax.typing.DTypeLike) -> Any:
