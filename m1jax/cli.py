@@ -238,6 +238,8 @@ def _keep_compiled() -> None:
     """
     import jax
 
+    # `sharding.empty` is a program's only custom partitioning, and the same in every process.
+    jax.config.update("jax_remove_custom_partitioning_ptr_from_cache_key", True)
     if jax.config.jax_compilation_cache_dir is not None:  # pyright: ignore[reportAttributeAccessIssue]
         return
     try:

@@ -5,7 +5,8 @@ A mesh has five axes; one line says how large each is ("fsdp=4,tensor=2"), those
     data      rows of a batch; parameters are repeated
     fsdp      rows of a batch; parameters are cut, and gathered layer by layer when they are used
     expert    rows of a batch outside the expert layers; inside them each device keeps whole experts
-    tensor    heads, the width of experts, the vocabulary (or, where it does not divide it, the tables' columns)
+    tensor    heads, the width of experts, the vocabulary (or, where it does not divide it, the tables' columns);
+              between the blocks rows of a batch, or time
     sequence  time
 
 ``DIMENSIONS`` is the one table of where parameters lie; what has their names (gradients, optimizer moments) follows
@@ -20,6 +21,7 @@ from typing import Any
 
 import jax
 from jax.experimental import mesh_utils
+from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from m1jax import parameters
@@ -33,15 +35,16 @@ CUT = ("fsdp", "expert")  # what a matrix that belongs to no expert is cut over,
 
 COLUMNS = ("tensor", *CUT)  # what the hidden dimension of a table of words is cut over if tensor cannot cut its rows
 
-# What the dimensions of parameters (``m1jax.parameters``) are cut over. An axis cuts an array once: experts, which are
-# cut over expert already, have their hidden dimension over fsdp alone. A vocabulary that tensor does not divide (no
-# array is cut unevenly) stays whole, and COLUMNS are cut instead: files know nothing of it.
+# What the dimensions of parameters (``m1jax.parameters``) are cut over by themselves. What is left of CUT cuts the
+# first dimension of a matrix that it divides (`cut_dimension`): an axis cuts an array once, and experts, which are cut
+# over expert already, are cut over fsdp alone besides. A vocabulary that tensor does not divide (no array is cut
+# unevenly) stays whole, and COLUMNS are cut instead: files know nothing of it.
 DIMENSIONS: dict[str | None, tuple[str, ...]] = {
     "vocab": ("tensor",),
     "heads": ("tensor",),
     "inner": ("tensor",),
     "experts": ("expert",),
-    "hidden": CUT,
+    "hidden": (),
     None: (),
 }
 
@@ -50,7 +53,6 @@ DIMENSIONS: dict[str | None, tuple[str, ...]] = {
 ACTIVATIONS: dict[str | None, tuple[str, ...]] = {
     "batch": ROWS,
     "time": ("sequence",),
-    "residual": ("sequence", "tensor"),  # time between the blocks, where tensor would only repeat it
     "heads": ("tensor",),
     None: (),
 }
@@ -251,6 +253,47 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, P(*map(activation_axes, names, x.shape)))
 
 
+def residual_axes(batch: int, time: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What batch and time are cut over between the blocks, where tensor would only repeat the residual stream.
+
+    Tensor cuts the rows if it can: gathered along its first dimension, an array lies as it did. Else it cuts time, if
+    it can. Rows of one token stay as they are.
+    """
+    mesh, rows, steps = ambient_mesh(), activation_axes("batch", batch), activation_axes("time", time)
+    if mesh is None or time % math.prod(mesh.shape[axis] for axis in (*steps, "tensor")):
+        return rows, steps
+    if rows == ROWS and batch % math.prod(mesh.shape[axis] for axis in (*rows, "tensor")) == 0:
+        return (*rows, "tensor"), steps
+    return rows, (*steps, "tensor")
+
+
+def constrain_residual(x: jax.Array) -> jax.Array:
+    """``constrain`` of a residual stream [batch, time, hidden]."""
+    if ambient_mesh() is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, P(*residual_axes(*x.shape[:2])))
+
+
+def empty(shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> jax.Array:
+    """``jax.lax.empty``: an array whose elements are all written before they are read.
+
+    On a mesh it is cut as what is written into it; the plain one would be whole on every device.
+    """
+    if ambient_mesh() is None:
+        return jax.lax.empty(shape, dtype)
+
+    @custom_partitioning
+    def make(_: jax.Array) -> jax.Array:
+        return jax.lax.empty(shape, dtype)
+
+    def partition(mesh: Mesh, arguments: Any, result: Any) -> Any:
+        cut = result.sharding.shard_shape(shape)
+        return mesh, lambda _: jax.lax.empty(cut, dtype), result.sharding, (NamedSharding(mesh, P()),)
+
+    make.def_partition(partition, sharding_rule="-> " + " ".join(f"d{i}" for i in range(len(shape))))
+    return make(jax.numpy.zeros((), dtype))
+
+
 def gather_weights(block: Any, dtype: jax.typing.DTypeLike) -> Any:
     """One layer's parameters (without the axis of periods), gathered over ``CUT`` in the compute dtype.
 
@@ -263,9 +306,10 @@ def gather_weights(block: Any, dtype: jax.typing.DTypeLike) -> Any:
         return block
 
     def gather(path: Any, weight: jax.Array) -> jax.Array:
-        cut = P(*_spec(path, (1, *weight.shape), mesh.shape)[1:])
-        whole = P(*(None if axes == CUT else axes for axes in cut))
-        return weight if whole == cut else _gathered(weight, jax.numpy.dtype(dtype), cut, whole)
+        parameter, _ = parameters.find(path)
+        cut, whole = (_entries(parameter, weight.shape, mesh.shape, whole) for whole in (False, True))
+        experts = "experts" in parameter.dimensions
+        return weight if experts or whole == cut else _gathered(weight, jax.numpy.dtype(dtype), P(*cut), P(*whole))
 
     return jax.tree_util.tree_map_with_path(gather, block)
 
@@ -289,20 +333,39 @@ def _spec(path: Any, shape: tuple[int, ...], sizes: Mapping[str, int], whole: bo
     if not shape:
         return P()
     parameter, in_layer = parameters.find(path)
-    if parameter.dimensions[0] == "vocab" and not vocabulary_is_cut(shape[0], sizes):
-        return P(None, "tensor" if whole else COLUMNS)
-    used: set[str] = set()
-    entries: list[Any] = [None] * in_layer
-    for dimension in parameter.dimensions:
-        axes = tuple(axis for axis in DIMENSIONS[dimension] if axis not in used)
-        axes = () if whole and DIMENSIONS[dimension] == CUT else axes
-        used.update(axes)
-        entries.append(axes if len(axes) > 1 else axes[0] if axes else None)
-    if len(entries) != len(shape):
+    if len(parameter.dimensions) + in_layer != len(shape):
         raise KeyError(
-            f"{'.'.join(parameters.path_names(path))} has {len(shape)} dimensions; {parameter.name} has {len(entries)}"
+            f"{'.'.join(parameters.path_names(path))} has {len(shape)} dimensions; {parameter.name} has "
+            f"{len(parameter.dimensions) + in_layer}"
         )
-    return P(*entries)
+    return P(*[None] * in_layer, *_entries(parameter, shape[in_layer:], sizes, whole))
+
+
+def _entries(
+    parameter: parameters.Parameter, shape: tuple[int, ...], sizes: Mapping[str, int], whole: bool
+) -> list[str | tuple[str, ...] | None]:
+    """What each dimension of a parameter of this shape is cut over."""
+    if parameter.dimensions[0] == "vocab" and not vocabulary_is_cut(shape[0], sizes):
+        return [None, "tensor" if whole else COLUMNS]
+    axes = [DIMENSIONS[dimension] for dimension in parameter.dimensions]
+    if not whole and "hidden" in parameter.dimensions:
+        at = cut_dimension(parameter.dimensions, shape, sizes)
+        axes[at] += tuple(axis for axis in CUT if not any(axis in own for own in axes))
+    return [own if len(own) > 1 else own[0] if own else None for own in axes]
+
+
+def cut_dimension(dimensions: Sequence[parameters.Dimension], shape: Sequence[int], sizes: Mapping[str, int]) -> int:
+    """The dimension of a matrix that is cut over ``CUT``, but for what cuts it already: the first that can be.
+
+    A matrix that is gathered along its first dimension lies as it is used; gathered along another one, it would first
+    have to be turned around.
+    """
+    axes = [DIMENSIONS[dimension] for dimension in dimensions]
+    rest = tuple(axis for axis in CUT if not any(axis in own for own in axes))
+    for at, (size, own) in enumerate(zip(shape, axes, strict=True)):
+        if size % math.prod(sizes.get(axis, 1) for axis in own + rest) == 0:
+            return at
+    return list(dimensions).index("hidden")  # `check_shardable` has seen that it can
 
 
 def _is_spec(x: Any) -> bool:

@@ -84,6 +84,8 @@ FLAGS = {
     "not pipelined": " ".join(f"--xla_gpu_enable_pipelined_{kind}=false" for kind in _PIPELINED),
     "no overlap": "--xla_gpu_enable_latency_hiding_scheduler=false",
     "two at once": "--xla_gpu_experimental_parallel_collective_overlap_limit=2",
+    "early": "--xla_gpu_experimental_collective_start_as_early_as_possible=true",
+    "symmetric": "--xla_gpu_experimental_enable_nccl_symmetric_buffers=true",
 }
 """What XLA might do otherwise: a name, and flags"""
 
@@ -123,7 +125,7 @@ def cases(cards: int, sizes: Sizes) -> list[Case]:
         found += [wide(name=f"{m}, strong", mesh=m, rows=rows, beside="one", same="one") for m in meshes]
     most = functools.partial(wide, rows=cards * rows, beside="one", same=f"one, {cards} times")
     for name, flags in FLAGS.items():
-        meshes = (f"fsdp={cards}", f"data={cards}")
+        meshes = (f"fsdp={cards}", f"data={cards}", f"expert={cards}")
         found += [most(name=f"{mesh}, {name}", mesh=mesh, flags=flags) for mesh in meshes]
     sizes_of = ((case, parse_mesh(case.mesh)) for case in found)
     return [c for c, mesh in sizes_of if is_shardable(c.config, mesh, batch=c.rows, time=c.tokens)]

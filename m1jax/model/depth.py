@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
-from m1jax.sharding import ambient_mesh
+from m1jax.sharding import empty
 from pallas_kernels import target_platform
 
 WRITTEN_OUT = 4
@@ -284,6 +284,4 @@ def _put(stacks: Tree, number: Any, tree: Tree) -> Tree:
 
 def _room(shape: tuple[int, ...], dtype: Any) -> jax.Array:
     """Every element of it will be written: on a GPU it need not be filled before."""
-    if target_platform() == "gpu" and ambient_mesh() is None:
-        return jax.lax.empty(shape, dtype)
-    return jnp.zeros(shape, dtype)
+    return empty(shape, dtype) if target_platform() == "gpu" else jnp.zeros(shape, dtype)

@@ -12,7 +12,7 @@ from m1jax.config import ModelConfig
 from m1jax.model.cache import LightningCache
 from m1jax.model.layers import Call, Place, Weights, by_token, kept, linear, linear_of, rms_norm
 from m1jax.model.parallel import lightning_attention
-from m1jax.sharding import constrain
+from m1jax.sharding import constrain, constrain_residual
 from pallas_kernels import Projection, project
 
 NORM_EPS = 1e-6  # the authors' code gives this one norm its own epsilon, whatever config.rms_norm_eps says
@@ -69,7 +69,7 @@ class LightningAttention(nnx.Module):
         if gate is None:
             gate = jax.nn.sigmoid(linear(x, self.output_gate[...]))
         out = linear_of(out * gate, self.out_proj[...], place.layer)
-        return constrain(out, "batch", "residual", None), memory
+        return constrain_residual(out), memory
 
     def _projected(self, x: Float[Array, "batch time hidden"], place: Place) -> tuple[jax.Array, ...]:
         """Queries, keys, values and gate, from weights that lie in their stacks."""

@@ -24,7 +24,16 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 import pallas_kernels
-from m1jax.sharding import COLUMNS, CUT, activation_axes, ambient_mesh, constrain, vocabulary_is_cut
+from m1jax.sharding import (
+    COLUMNS,
+    CUT,
+    activation_axes,
+    ambient_mesh,
+    constrain_residual,
+    cut_dimension,
+    residual_axes,
+    vocabulary_is_cut,
+)
 from pallas_kernels import target_platform
 from pallas_kernels.lightning import lightning_attention_sequence_parallel
 
@@ -38,8 +47,10 @@ def embed(
     mesh = ambient_mesh()
     if mesh is None:
         return jnp.take(table, tokens, axis=0).astype(dtype)
-    rows, time, residual = _token_axes(tokens)
-    cut, gather = _gather(rows, 1, () if whole else CUT)
+    rows, time = _token_axes(tokens)
+    residual = residual_axes(*tokens.shape)
+    cut, at, spec = _table(table, rows, () if whole else CUT)
+    gather = _gather(cut, at)
 
     def columns(table: jax.Array, tokens: jax.Array) -> jax.Array:
         return jnp.take(gather(table.astype(dtype)), tokens, axis=0)
@@ -48,18 +59,17 @@ def embed(
         found = jax.shard_map(
             columns, in_specs=(P(None, ("tensor", *cut)), P(rows, time)), out_specs=P(rows, time, "tensor")
         )(table, tokens)  # fmt: skip
-        return constrain(found, "batch", "residual", None)
+        return constrain_residual(found)
 
     def local(table: jax.Array, tokens: jax.Array) -> jax.Array:
         table = gather(table.astype(dtype))
         index = tokens - jax.lax.axis_index("tensor") * table.shape[0]
-        mine = (index >= 0) & (index < table.shape[0])
-        found = jnp.where(mine[..., None], table[jnp.where(mine, index, 0)], 0)
-        return _sum(found, "tensor", scatter=1 if "tensor" in residual else None)
+        # What lies on another device is no row at all: as the first one it would be added to it a thousand times over.
+        found = table.at[jnp.where(index < 0, table.shape[0], index)].get(mode="fill", fill_value=0)
+        scatter = next((i for i, axes in enumerate(residual) if "tensor" in axes), None)
+        return _sum(found, "tensor", scatter=scatter)
 
-    return jax.shard_map(
-        local, in_specs=(P("tensor", cut), P(rows, time)), out_specs=P(rows, residual, None)
-    )(table, tokens)  # fmt: skip
+    return jax.shard_map(local, in_specs=(spec, P(rows, time)), out_specs=P(*residual, None))(table, tokens)
 
 
 def with_all_of_time(function: Any, *arrays: jax.Array) -> Any:
@@ -69,7 +79,7 @@ def with_all_of_time(function: Any, *arrays: jax.Array) -> Any:
     """
     if ambient_mesh() is None:
         return function(*arrays)
-    rows = P(activation_axes("batch", len(arrays[0])))
+    rows = P(residual_axes(*arrays[0].shape[:2])[0])
     return jax.shard_map(function, in_specs=rows, out_specs=rows)(*arrays)
 
 
@@ -91,7 +101,7 @@ def lightning_attention(
         return pallas_kernels.lightning_attention(
             q, k, v, log_decay, initial_state=initial_state, segment_ids=segment_ids
         )
-    rows, time, _ = _token_axes(q)
+    rows, time = _token_axes(q)
 
     def local(q: Any, k: Any, v: Any, log_decay: Any, initial_state: Any, segment_ids: Any) -> Any:
         attend = pallas_kernels.lightning_attention
@@ -172,7 +182,7 @@ def softmax_attention(
     """
     if ambient_mesh() is None:
         return pallas_kernels.softmax_attention(q, k, v, segment_ids=segment_ids, q_start=q_start)
-    rows, time, _ = _token_axes(q)
+    rows, time = _token_axes(q)
     group = q.shape[2] // k.shape[2]
 
     def keys(x: jax.Array, heads: int) -> jax.Array:
@@ -246,23 +256,25 @@ def experts(
     others cost nothing) on its part of their width, and gets the sum for its own tokens back.
 
     Given ``layer``, the weights are those of all layers of a run, from which the kernel picks without a copy; or, where
-    gradients are wanted, the layer's own beside the ``stacks`` of all (not on a mesh).
+    gradients are wanted, the layer's own beside the ``stacks`` of all (not where fsdp cuts them).
     """
-    weights = weights.astype(x.dtype)
-    if ambient_mesh() is None:
+    mesh, weights = ambient_mesh(), weights.astype(x.dtype)
+    if mesh is None:
         tokens, routes, weights = (a.reshape(-1, a.shape[-1]) for a in (x, routes, weights))
         w1, w3, w2 = (w.astype(x.dtype) for w in (w1, w3, w2))
         return _expert_mlp(tokens, routes, weights, w1, w3, w2, layer, stacks).reshape(x.shape)
-    rows, _, residual = _token_axes(x)
-    shared = tuple(axis for axis in ("expert", "tensor") if axis in rows + residual)
+    rows, time = residual_axes(*x.shape[:2])
+    shared = tuple(axis for axis in ("expert", "tensor") if axis in rows + time)
     repeated = tuple(axis for axis in ("expert", "tensor") if axis not in shared)
-    stack = () if layer is None else (None,)
-    cut, gather_in = _gather(rows, len(stack) + 2, ("fsdp",))
-    _, gather_out = _gather(rows, len(stack) + 1, ("fsdp",))
+    stack = 0 if w1.ndim == 3 else 1
+    cut = ("fsdp",) if mesh.shape["fsdp"] > 1 and "fsdp" in rows else ()
+    into = cut_dimension(("experts", "inner", "hidden"), w1.shape[stack:], mesh.shape)
+    out = cut_dimension(("experts", "hidden", "inner"), w2.shape[stack:], mesh.shape)
+    gather_in, gather_out = _gather(cut, into + stack), _gather(cut, out + stack)
 
-    def local(x: Any, routes: Any, weights: Any, w1: Any, w3: Any, w2: Any, layer: Any) -> Any:
+    def local(x: Any, routes: Any, weights: Any, w1: Any, w3: Any, w2: Any, layer: Any, stacks: Any) -> Any:
         shape = x.shape
-        if layer is not None and cut:  # what must be gathered is cut out first
+        if stack and cut:  # what must be gathered is cut out first
             w1, w3, w2 = (jax.lax.dynamic_slice_in_dim(w, layer, 1) for w in (w1, w3, w2))
             layer = jnp.zeros_like(layer)
         w1, w3, w2 = gather_in(w1.astype(x.dtype)), gather_in(w3.astype(x.dtype)), gather_out(w2.astype(x.dtype))
@@ -270,26 +282,20 @@ def experts(
 
         def some(x: Any, routes: Any, weights: Any) -> Any:
             x, routes, weights = (_all_gather(a, shared, 0) for a in (x, routes, weights))
-            out = _expert_mlp(x, routes - first_expert, weights, w1, w3, w2, layer)
+            out = _expert_mlp(x, routes - first_expert, weights, w1, w3, w2, layer, stacks)
             return _sum(_sum(out, shared, scatter=0), repeated)
 
         count = pieces(math.prod(shape[:2]), _size(shared), shape[-1])
         return _in_pieces(some, count, x, routes, weights).reshape(shape)
 
-    tokens = P(rows, residual, None)
+    tokens = P(rows, time, None)
+    own = [_with(("expert", "tensor", None), into, cut), _with(("expert", None, "tensor"), out, cut)]
+    in_layer, of_run = ([P(*[None] * n, *axes) for axes in own] for n in (stack, 1))
     return jax.shard_map(
         local,
-        in_specs=(
-            tokens,
-            tokens,
-            tokens,
-            P(*stack, "expert", "tensor", cut),
-            P(*stack, "expert", "tensor", cut),
-            P(*stack, "expert", cut, "tensor"),
-            P(),
-        ),
+        in_specs=(tokens, tokens, tokens, in_layer[0], *in_layer, P(), (of_run[0], *of_run) if stacks else P()),
         out_specs=tokens,
-    )(x, routes, weights, w1, w3, w2, layer)
+    )(x, routes, weights, w1, w3, w2, layer, stacks and tuple(stacks))
 
 
 def log_probs(
@@ -304,18 +310,20 @@ def log_probs(
     mesh = ambient_mesh()
     if mesh is None:
         return function(hidden, lm_head, targets, temperature, None)
-    rows, time, residual = _token_axes(hidden)
+    rows, time = _token_axes(hidden)
     words, axes = "tensor", CUT
     if not vocabulary_is_cut(len(lm_head), mesh.shape):
-        words, axes, time = None, COLUMNS, residual
-    cut, gather = _gather((*rows, *time), 1, axes)
+        words, axes = None, COLUMNS
+        rows, time = residual_axes(*hidden.shape[:2])
+    cut, at, spec = _table(lm_head, (*rows, *time), axes)
+    gather = _gather(cut, at)
 
     def local(hidden: Any, lm_head: Any, targets: Any, temperature: Any) -> Any:
         return function(hidden, gather(lm_head), targets, temperature, words)
 
     tokens = P(rows, time)
     return jax.shard_map(
-        local, in_specs=(P(rows, time, None), P(words, cut), tokens, P()), out_specs=(tokens, tokens)
+        local, in_specs=(P(rows, time, None), spec, tokens, P()), out_specs=(tokens, tokens)
     )(hidden, lm_head, targets, jnp.asarray(temperature, jnp.float32))  # fmt: skip
 
 
@@ -346,20 +354,36 @@ def _in_pieces(function: Any, count: int, *arrays: jax.Array) -> jax.Array:
     return jax.lax.map(lambda piece: jax.checkpoint(function)(*piece), tuple(split))
 
 
-def _token_axes(x: jax.Array) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
-    """The axes that batch, time, and time between blocks are cut over, for an array [batch, time, ...]."""
+def _token_axes(x: jax.Array) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The axes that batch and time of an array [batch, time, ...] are cut over."""
     batch, time = x.shape[:2]
-    return activation_axes("batch", batch), activation_axes("time", time), activation_axes("residual", time)
+    return activation_axes("batch", batch), activation_axes("time", time)
 
 
-def _gather(rows: tuple[str, ...], dimension: int, axes: tuple[str, ...]) -> tuple[tuple[str, ...], Any]:
-    """How a weight cut over ``axes`` enters a shard_map, and the function that makes it whole there.
+def _gather(axes: tuple[str, ...], dimension: int) -> Any:
+    """The function that makes a weight whole inside a shard_map that it enters cut over ``axes``.
 
     Along axes that tokens are spread over, its gradient is summed and cut in one reduce-scatter by being gathered
     inside. Along the others (a batch too small to share out) it must enter whole: its gradient is no sum.
     """
+    return functools.partial(_all_gather, axes=axes, dimension=dimension)
+
+
+def _with(entries: tuple[str | None, ...], dimension: int, axes: tuple[str, ...]) -> list[Any]:
+    """A PartitionSpec's entries, one of them cut over more axes."""
+    return [(*([own] if own else []), *axes) if at == dimension and axes else own for at, own in enumerate(entries)]
+
+
+def _table(table: jax.Array, rows: tuple[str, ...], axes: tuple[str, ...]) -> tuple[tuple[str, ...], int, P]:
+    """How a table of words that is cut over ``axes`` enters a shard_map whose tokens are spread over ``rows``: the axes
+    it is gathered over inside, along which dimension, and its spec."""
+    mesh = ambient_mesh()
+    assert mesh is not None
     inside = tuple(axis for axis in axes if axis in rows)
-    return inside, functools.partial(_all_gather, axes=inside, dimension=dimension)
+    if not vocabulary_is_cut(len(table), mesh.shape):
+        return inside, 1, P(None, inside)
+    at = cut_dimension(("vocab", "hidden"), table.shape, mesh.shape)
+    return inside, at, P(*_with(("tensor", None), at, inside))
 
 
 def _size(axes: tuple[str, ...]) -> int:

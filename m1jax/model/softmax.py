@@ -9,7 +9,7 @@ from m1jax.config import ModelConfig
 from m1jax.model.cache import SoftmaxCache
 from m1jax.model.layers import Call, Place, Weights, by_token, linear, linear_of, rotary
 from m1jax.model.parallel import softmax_attention
-from m1jax.sharding import constrain
+from m1jax.sharding import constrain, constrain_residual
 from pallas_kernels import Projection, project
 
 
@@ -43,4 +43,4 @@ class SoftmaxAttention(nnx.Module):
             memory = memory.append(place.layer, k, v, call.positions, call.pages, call.segment_ids)
             out = memory.attend(place.layer, q, call.positions, call.pages, call.segment_ids)
         out = linear_of(out.reshape(batch, time, -1), self.o_proj[...], place.layer)
-        return constrain(out, "batch", "residual", None), memory
+        return constrain_residual(out), memory

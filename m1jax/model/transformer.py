@@ -29,7 +29,7 @@ from m1jax.model.layers import Call, Place, Weights, rms_norm
 from m1jax.model.lightning import LightningAttention, log_decays
 from m1jax.model.moe import MoE, Routing, balancing_loss
 from m1jax.model.softmax import SoftmaxAttention
-from m1jax.sharding import ambient_mesh, constrain, gather_weights
+from m1jax.sharding import ambient_mesh, constrain_residual, gather_weights
 from pallas_kernels import PADDING, target_platform
 from pallas_kernels.kept import KEPT
 
@@ -125,7 +125,7 @@ class Block(nnx.Module):
         out, routing = self.moe(y, call.segment_ids, replayed, place.layer if experts_of_run else None, stacks)
         alpha, beta = self.mlp_scales
         h = alpha * y + beta * out
-        return constrain(h, "batch", "residual", None), memory, routing
+        return constrain_residual(h), memory, routing
 
 
 class MiniMaxM1(nnx.Module):
@@ -432,7 +432,9 @@ def _trained(
     config = model.config
     graphs, weights = zip(*(nnx.split(block) for block in model.runs))
     weights = [_products_in(model.dtype, w) for w in weights]
-    stacks = [_stacks(w) if ambient_mesh() is None else None for w in weights]
+    mesh = ambient_mesh()
+    gathered = mesh is not None and mesh.shape["fsdp"] > 1  # then no kernel can read a layer's experts in their stack
+    stacks = [None if gathered else _stacks(w) for w in weights]
 
     def one_layer(run: int, weights: Any, h: H, constants: Any, number: jax.Array | int) -> Any:
         call, places, replayed, stacks = constants

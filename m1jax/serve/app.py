@@ -27,10 +27,13 @@ from m1jax.serve.job import Job, Served, chat_job, completion_job
 from m1jax.serve.limits import read_body
 from m1jax.serve.metrics import CONTENT_TYPE, Metrics
 from m1jax.serve.schema import ChatRequest, CompletionRequest, GenerationRequest, Health, Model, ModelList, parsed
-from m1jax.serve.stream import EventStream, unless_gone
+from m1jax.serve.stream import GONE, EventStream, unless_gone
 from m1jax.serve.writing import Writing, streamed, whole
 
 log = logging.getLogger("m1jax.serve")
+
+QUICK = 4096
+"""Bytes of a request that takes less time to prepare than another thread takes to hear of it."""
 
 
 def make_app(backend: Backend, served: Served, api_key: str | None = None) -> ASGIApp:
@@ -165,28 +168,19 @@ class _Handlers:
         form: type[ChatFormat] | type[CompletionFormat],
     ) -> Response:
         start = time.monotonic()
-        asked: GenerationRequest = parsed(kind, await read_body(request, self._served.limits.body))
+        body = await read_body(request, self._served.limits.body)
+        asked: GenerationRequest = parsed(kind, body)
         self._check_model(asked.model)
-        job = await anyio.to_thread.run_sync(make_job, asked, self._served)
+        if len(body) <= QUICK and not asked.takes_time:
+            job = make_job(asked, self._served)
+        else:
+            job = await anyio.to_thread.run_sync(make_job, asked, self._served)
         shape = form(job, self._served, return_token_ids=asked.return_token_ids, usage_in_stream=asked.usage_in_stream)
         writing = Writing(job, self._served, self._backend, self._metrics, chat=shape.chat, start=start)
         if not asked.stream:
             answer = await unless_gone(whole(writing, shape), request.receive)
-            return _GONE if answer is None else _json(answer)
-        pieces = streamed(writing, shape)
-        try:  # until there is something to tell, there may be an error to tell in its place
-            first = await unless_gone(anext(pieces), request.receive)
-        except BaseException:
-            await pieces.aclose()
-            raise
-        if first is None:
-            await pieces.aclose()
-            return _GONE
-        return EventStream(first, pieces)
-
-
-_GONE = Response(status_code=499)
-"""Nobody reads it."""
+            return GONE if answer is None else _json(answer)
+        return EventStream(streamed(writing, shape))
 
 
 def _json(answer: pydantic.BaseModel, status: int = 200) -> Response:

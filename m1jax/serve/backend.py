@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
-import math
 import queue
 import threading
 import time
@@ -29,8 +28,9 @@ from m1jax.serve.schema import MOST_LOGPROBS
 
 log = logging.getLogger("m1jax.serve")
 
-QUIET = 0.001
-"""Seconds without a further request after which an engine that was idle begins."""
+QUIET, TURNS = 0.001, 3
+"""Seconds without a further request, and then turns of the loop, after which an engine that was idle begins: what the
+loop has read of a request takes two turns to become one here."""
 TOGETHER = 0.02
 """Seconds that it waits at most."""
 
@@ -55,13 +55,13 @@ class Work:
     `async for events in work`: lists of (number of the request, event), until all samples have ended.
 
     Raises:
-        ApiError: from the iteration, where the engine has failed.
+        ApiError: from the iteration: 400, the engine refuses a request; 500, it has failed; 503, the server stops.
     """
 
     def __init__(self, backend: Backend, requests: Sequence[Request]):
         self.requests = requests
         self._backend = backend
-        self.samples = self._left = sum(request.samples for request in requests)
+        self.samples = self.left = sum(request.samples for request in requests)
         self._inbox: asyncio.Queue[list[tuple[int, Event]] | Failed] = asyncio.Queue()
 
     def cancel(self, number: int | None = None, sample: int | None = None) -> None:
@@ -69,7 +69,7 @@ class Work:
         self._backend.tell(_Cancel(self, number, sample))
 
     async def __aiter__(self) -> AsyncIterator[list[tuple[int, Event]]]:
-        while self._left:
+        while self.left:
             events = await self._inbox.get()
             if isinstance(events, Failed):
                 raise events.error
@@ -78,7 +78,7 @@ class Work:
                 if isinstance(more, Failed):
                     raise more.error
                 events += more
-            self._left -= sum(isinstance(event, Finished) for _, event in events)
+            self.left -= sum(isinstance(event, Finished) for _, event in events)
             yield events
 
     def put(self, events: list[tuple[int, Event]] | Failed) -> None:
@@ -89,7 +89,6 @@ class Work:
 @dataclasses.dataclass(frozen=True)
 class _Submit:
     work: Work
-    accepted: asyncio.Future[None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +129,7 @@ class Backend:
         self._places: dict[Ticket, _Place] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._ended = False
         self._open: set[Work] = set()
         self._before = Counts()
         self.failures = 0
@@ -152,7 +152,7 @@ class Backend:
     @property
     def alive(self) -> bool:
         """Whether there is an engine."""
-        return self._thread.is_alive()
+        return not self._ended
 
     @property
     def counts(self) -> Counts:
@@ -182,7 +182,7 @@ class Backend:
         """Requests in the engine; those not at their end when this is left, or after so many seconds, are cancelled.
 
         Raises:
-            ApiError: 429, there are too many; 503, the server is about to stop; 400, the engine refuses one.
+            ApiError: 429, there are too many; 503, the server is about to stop.
         """
         work, loop = Work(self, requests), asyncio.get_running_loop()
         if self.draining or not self.alive:
@@ -195,26 +195,26 @@ class Backend:
             )
         self._open.add(work)
         timer = loop.call_later(seconds, work.cancel)
-        accepted = loop.create_future()
         try:
-            self.tell(_Submit(work, accepted))
+            self.tell(_Submit(work))
             if not self.alive:
                 raise ApiError(503, "The engine has stopped.")
-            await accepted
             yield work
         finally:
             timer.cancel()
-            work.cancel()
+            if work.left:
+                work.cancel()
             self._open.remove(work)
 
     def _run(self) -> None:
         try:
             self._serve()
         finally:
+            self._ended = True  # before the last look: who sends later sees it
             self._stop(error := ApiError(503, "The server is stopping."))
             while not self._inbox.empty():
                 if isinstance(message := self._inbox.get(), _Submit):
-                    self._call(_refuse, message.accepted, error)
+                    self._call(message.work.put, Failed(error))
 
     def _serve(self) -> None:
         while True:
@@ -242,22 +242,27 @@ class Backend:
 
         Requests that come together begin together: who is late by a moment would wait for a whole step.
         """
-        until = 0.0 if engine.busy else math.inf
-        while True:
-            try:
-                wait = min(QUIET, until - time.monotonic())
-                message = self._inbox.get(block=wait > 0, timeout=wait if engine.busy and wait > 0 else None)
-            except queue.Empty:
-                return False
-            until = min(until, time.monotonic() + TOGETHER)
-            if isinstance(message, _Close):
+        if not engine.busy:
+            if self._take(engine, self._inbox.get()):
                 return True
-            if isinstance(message, _Submit):
-                self._submit(engine, message)
-            else:
-                for ticket, place in self._places.items():
-                    if place.work is message.work and message.number in (None, place.number):
-                        engine.cancel(ticket, message.sample)
+            seen, until = -1, time.monotonic() + TOGETHER
+            while engine.busy and self._inbox.qsize() > seen and time.monotonic() < until:
+                seen = self._inbox.qsize()
+                time.sleep(QUIET)
+                for _ in range(TURNS):
+                    self._call((turned := threading.Event()).set)
+                    turned.wait(TOGETHER)
+        return any(self._take(engine, self._inbox.get()) for _ in range(self._inbox.qsize()))
+
+    def _take(self, engine: Engine, message: _Submit | _Cancel | _Close) -> bool:
+        """Does what a message says. True: close."""
+        if isinstance(message, _Submit):
+            self._submit(engine, message)
+        elif isinstance(message, _Cancel):
+            for ticket, place in self._places.items():
+                if place.work is message.work and message.number in (None, place.number):
+                    engine.cancel(ticket, message.sample)
+        return isinstance(message, _Close)
 
     def _submit(self, engine: Engine, message: _Submit) -> None:
         tickets: list[Ticket] = []
@@ -269,9 +274,7 @@ class Backend:
             for ticket in tickets:
                 del self._places[ticket]
                 engine.cancel(ticket)
-            self._call(_refuse, message.accepted, ApiError(400, str(error)))
-        else:
-            self._call(_accept, message.accepted)
+            self._call(message.work.put, Failed(ApiError(400, str(error))))
 
     def _deliver(self, events: Sequence[Event]) -> None:
         found: dict[Work, list[tuple[int, Event]]] = {}
@@ -300,13 +303,3 @@ class Backend:
 def _put(told: list[tuple[Work, list[tuple[int, Event]]]]) -> None:
     for work, events in told:
         work.put(events)
-
-
-def _accept(accepted: asyncio.Future[None]) -> None:
-    if not accepted.done():
-        accepted.set_result(None)
-
-
-def _refuse(accepted: asyncio.Future[None], error: ApiError) -> None:
-    if not accepted.done():
-        accepted.set_exception(error)

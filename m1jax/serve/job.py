@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import secrets
 import time
@@ -33,6 +34,9 @@ class Served:
     thinking: int | None = None
     """tokens of a thought where a request does not say"""
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
+
+    def __post_init__(self) -> None:
+        _key(0)  # compiled before the first request
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,7 +120,7 @@ def _request(asked: GenerationRequest, served: Served, prompt: np.ndarray, top: 
     tokenizer, limits = served.tokenizer, served.limits
     return Request(
         prompt,
-        jax.random.key(secrets.randbits(32) if asked.seed is None else asked.seed % 2**32),
+        _key(secrets.randbits(32) if asked.seed is None else asked.seed % 2**32),
         Sampling(
             temperature=asked.temperature,
             top_p=asked.top_p,
@@ -128,6 +132,22 @@ def _request(asked: GenerationRequest, served: Served, prompt: np.ndarray, top: 
         samples=asked.n,
         top=top,
     )
+
+
+def _key(seed: int) -> jax.Array:
+    """`jax.random.key`, on the host where JAX may: an accelerator would first end what it has begun."""
+    with _on_host():
+        return _made_key(np.uint32(seed))
+
+
+_made_key = jax.jit(jax.random.key)
+
+
+def _on_host() -> contextlib.AbstractContextManager[object]:
+    try:
+        return jax.default_device(jax.local_devices(backend="cpu")[0])
+    except RuntimeError:  # JAX was told to leave it alone
+        return contextlib.nullcontext()
 
 
 def _budget(asked: GenerationRequest, served: Served) -> ThinkingBudget | None:

@@ -53,7 +53,12 @@ def run(app: ASGIApp, backend: Backend, listening: socket.socket) -> None:
     # Uvicorn sends itself the signal again when it is done, and SIGTERM has been obeyed by then.
     before = signal.signal(signal.SIGTERM, lambda *_: None)
     config = uvicorn.Config(
-        app, log_level="warning", access_log=False, timeout_graceful_shutdown=int(DRAIN) + 5, lifespan="on"
+        app,
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=int(DRAIN) + 5,
+        lifespan="on",
+        proxy_headers=False,
     )
     with contextlib.closing(listening):
         try:

@@ -13,32 +13,36 @@ T = TypeVar("T")
 
 
 class EventStream(Response):
-    """Sends pieces as they come; its source is closed as soon as the client leaves.
+    """Sends pieces as they come; their source is closed as soon as the client leaves.
 
-    Args:
-        first: the first piece, which has come already: until then there could have been an error in its place.
-        rest: the others.
+    Nothing is sent before the first piece: until then there may be an error in its place, which is raised.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, first: str, rest: AsyncGenerator[str]):
+    def __init__(self, pieces: AsyncGenerator[bytes]):
         super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self._first, self._rest = first, rest
+        self._pieces = pieces
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        begun = False
+
         async def work() -> None:
-            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            await send({"type": "http.response.body", "body": self._first.encode(), "more_body": True})
-            async for piece in self._rest:
-                await send({"type": "http.response.body", "body": piece.encode(), "more_body": True})
+            nonlocal begun
+            async for piece in self._pieces:
+                if not begun:
+                    begun = True
+                    await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
             await send({"type": "http.response.body", "body": b""})
 
         try:
             await unless_gone(work(), receive)
         finally:
-            await self._rest.aclose()
+            await self._pieces.aclose()
+        if not begun:
+            await GONE(scope, receive, send)
 
 
 async def unless_gone(work: Awaitable[T], receive: Receive) -> T | None:
@@ -61,8 +65,12 @@ async def _gone(receive: Receive) -> None:
         pass
 
 
-def event(data: str) -> str:
-    return f"data: {data}\n\n"
+GONE = Response(status_code=499)
+"""For a client that has left; nobody reads it."""
 
 
-DONE = event("[DONE]")
+def event(data: bytes) -> bytes:
+    return b"data: " + data + b"\n\n"
+
+
+DONE = event(b"[DONE]")

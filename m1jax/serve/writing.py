@@ -90,17 +90,17 @@ async def whole(writing: Writing, form: Format) -> pydantic.BaseModel:
     return form.whole(replies, writing.usage)
 
 
-async def streamed(writing: Writing, form: Format) -> AsyncGenerator[str]:
+async def streamed(writing: Writing, form: Format) -> AsyncGenerator[bytes]:
     """Server-sent events. Raises ApiError only before the first; later it is an event like others."""
     begun = False
     deltas = writing.deltas()
     try:
         async for gained in deltas:
-            text = "".join(event(compact(chunk)) for index in gained for chunk in form.chunks(index, gained[index]))
+            text = b"".join(event(compact(chunk)) for index in gained for chunk in form.chunks(index, gained[index]))
             if text:
                 begun = True
                 yield text
-        yield "".join(event(compact(chunk)) for chunk in form.last(writing.usage)) + DONE
+        yield b"".join(event(compact(chunk)) for chunk in form.last(writing.usage)) + DONE
     except ApiError as error:
         if not begun:
             raise

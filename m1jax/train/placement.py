@@ -34,6 +34,8 @@ def use_mesh(spec: str, devices: Sequence[Any] | None = None) -> contextlib.Abst
         UserError: what `make_mesh` raises, or several processes without a spec.
     """
     if spec:
+        # As many as NCCL knows: between two H200 an update with fsdp=2 takes 203 instead of 212 ms.
+        os.environ.setdefault("NCCL_MIN_NCHANNELS", "32")
         return jax.set_mesh(make_mesh(spec, devices))
     if jax.process_count() > 1:
         raise UserError(

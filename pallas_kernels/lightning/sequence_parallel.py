@@ -46,8 +46,11 @@ def lightning_attention_sequence_parallel(
     log_decay = lax.stop_gradient(log_decay)
     if initial_state is None:
         initial_state = jnp.zeros((q.shape[0], q.shape[2], k.shape[3], v.shape[3]), jnp.float32)
-    onto, enters, decays = _between_shards(log_decay, q.shape[1], segment_ids, axis_name)
-    local = _dot("bthk,bthv->bhkv", (onto[..., None] * k).astype(k.dtype), v)
+    enters, decays = _between_shards(log_decay, q.shape[1], segment_ids, axis_name)
+    # A walk of its own for the state: as one product over all tokens it would need keys and values turned around.
+    _, local = lightning_attention(
+        lax.stop_gradient(q), k, v, log_decay, segment_ids=segment_ids, implementation=implementation
+    )
     # One exchange, told twice: the states in front of a device differ between devices, the one behind all does not.
     ahead = _fold(enters, decays, lax.axis_index(axis_name), initial_state, lax.all_gather(local, axis_name))
     # Without check_vma the gradient of a value that all devices share comes in parts, which must be summed here.
@@ -61,26 +64,22 @@ def lightning_attention_sequence_parallel(
 
 
 def _between_shards(log_decay, length, segment_ids, axis_name):
-    """onto [B,T/n,H], the weight of each token here in this device's state, and for all devices of the axis
+    """For all devices of the axis
     enters [n,B], whether the state in front of the device belongs to its first token's segment,
     decays [n,B,H], what becomes of that state across the device. B is 1 without segment_ids.
     """
     shards = lax.axis_size(axis_name)
-    position = jnp.arange(length)
     if segment_ids is None:
-        onto = jnp.exp((length - 1 - position)[:, None] * log_decay)
         decays = jnp.broadcast_to(jnp.exp(length * log_decay), (shards, 1, *log_decay.shape))
-        return onto[None], jnp.ones((shards, 1), bool), decays
+        return jnp.ones((shards, 1), bool), decays
     real = is_real(segment_ids)
     count = real.sum(1, dtype=jnp.int32)
     first, last = segment_ids[:, 0], jnp.where(real, segment_ids, segment_ids[:, :1]).max(1)
-    to_end = jnp.maximum(count[:, None] - 1 - position, 0)
-    onto = jnp.where((real & (segment_ids == last[:, None]))[..., None], jnp.exp(to_end[..., None] * log_decay), 0.0)
     first, last, count = lax.all_gather(jnp.stack([first, last, count]), axis_name, axis=1, to="invarying")
     empty = count == 0
     enters = empty | (first == jnp.concatenate([first[:1], last[:-1]]))
     crosses = enters & (empty | (first == last))
-    return onto, enters, jnp.where(crosses[..., None], jnp.exp(count[..., None] * log_decay), 0.0)
+    return enters, jnp.where(crosses[..., None], jnp.exp(count[..., None] * log_decay), 0.0)
 
 
 def _fold(enters, decays, device, initial_state, states):
@@ -93,8 +92,3 @@ def _fold(enters, decays, device, initial_state, states):
     if enters is not None:
         weights = jnp.where(enters[device][..., None], weights, 0.0)
     return (weights[..., None, None] * states).sum(0)
-
-
-def _dot(formula, a, b):
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return jnp.einsum(formula, a, b, precision=precision, preferred_element_type=jnp.float32)
