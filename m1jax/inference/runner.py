@@ -257,9 +257,24 @@ class ModelRunner:
                 yield programs.decode.lower(*self._decode_work(self._at_rest[rows], 1, 1, False))
             for steps, cuts in self._decodes_on:
                 yield programs.decode_on.lower(*self._decode_on_work(self._at_rest[rows], steps, cuts))
+            if self.constrains:
+                yield from self._lowered_guided(rows)
         for rows, time in self.capacity.prefill:
             work = Prompts.packed((rows * self.capacity.parts, time), [], [], self.capacity)
             yield programs.prefill.lower(self._weights, self._cache, work, time, self.records_routes)
+
+    def _lowered_guided(self, rows: int) -> Iterator[Any]:
+        """The halves of guided steps."""
+        packed = Work(self._at_rest[rows], np.int32(1))
+        for number, top in enumerate({0, self.top}):
+            how = self._config, self.capacity.steps, self.records_routes, top
+            work, written = jax.eval_shape(lambda work: programs.guided_begin(work, *how), packed)
+            read = self._weights, self._cache, work, written.next
+            _, seen = jax.eval_shape(functools.partial(programs.guided_read, record_routes=self.records_routes), *read)
+            if number == 0:
+                yield programs.guided_read.lower(*read, self.records_routes)
+            allowed = jax.ShapeDtypeStruct((rows, -(-self.vocab_size // 32)), np.uint32)
+            yield programs.guided_draw.lower(work, written, seen, allowed, top)
 
 
 class _Started(NamedTuple):
