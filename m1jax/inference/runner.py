@@ -29,7 +29,7 @@ from m1jax.inference import programs
 from m1jax.inference.capacity import Capacity
 from m1jax.inference.device import Call, Decoded
 from m1jax.inference.guides import Guides
-from m1jax.inference.programs import Out, Weights, Work
+from m1jax.inference.programs import Out, Weights, Work, Written
 from m1jax.inference.rows import Last, Prompts, Rows, advance, settle, unpack_decoded
 from m1jax.inference.scheduler import Chunk, Copy
 from m1jax.inference.sequence import Sequence
@@ -265,15 +265,18 @@ class ModelRunner:
 
     def _lowered_guided(self, rows: int) -> Iterator[Any]:
         """The halves of guided steps."""
-        packed = Work(self._at_rest[rows], np.int32(1))
-        for number, top in enumerate({0, self.top}):
-            how = self._config, self.capacity.steps, self.records_routes, top
-            work, written = jax.eval_shape(lambda work: programs.guided_begin(work, *how), packed)
-            read = self._weights, self._cache, work, written.next
-            _, seen = jax.eval_shape(functools.partial(programs.guided_read, record_routes=self.records_routes), *read)
-            if number == 0:
-                yield programs.guided_read.lower(*read, self.records_routes)
-            allowed = jax.ShapeDtypeStruct((rows, -(-self.vocab_size // 32)), np.uint32)
+        packed, routes = Work(self._at_rest[rows], np.int32(1)), self.records_routes
+
+        def begun(work: Work, top: int) -> tuple[Work, Written]:
+            return programs.guided_begin(work, self._config, self.capacity.steps, routes, top)
+
+        work, written = jax.eval_shape(functools.partial(begun, top=0), packed)
+        read = self._weights, self._cache, work, written.next
+        yield programs.guided_read.lower(*read, routes)
+        _, seen = jax.eval_shape(functools.partial(programs.guided_read, record_routes=routes), *read)
+        allowed = jax.ShapeDtypeStruct((rows, -(-self.vocab_size // 32)), np.uint32)
+        for top in {0, self.top}:
+            _, written = jax.eval_shape(functools.partial(begun, top=top), packed)
             yield programs.guided_draw.lower(work, written, seen, allowed, top)
 
 
