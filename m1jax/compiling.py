@@ -42,3 +42,7 @@ class jit:
     def lower(self, *args: Any, **kwargs: Any) -> Any:
         """As ``jax.jit``'s."""
         return self._jitted.lower(*args, **kwargs)
+
+    def eval_shape(self, *args: Any, **kwargs: Any) -> Any:
+        """As ``jax.jit``'s. (``jax.eval_shape`` of a program with compiler options raises.)"""
+        return self._jitted.eval_shape(*args, **kwargs)

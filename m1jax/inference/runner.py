@@ -273,7 +273,7 @@ class ModelRunner:
         work, written = jax.eval_shape(functools.partial(begun, top=0), packed)
         read = self._weights, self._cache, work, written.next
         yield programs.guided_read.lower(*read, routes)
-        _, seen = jax.eval_shape(functools.partial(programs.guided_read, record_routes=routes), *read)
+        _, seen = programs.guided_read.eval_shape(*read, routes)
         allowed = jax.ShapeDtypeStruct((rows, -(-self.vocab_size // 32)), np.uint32)
         for top in {0, self.top}:
             _, written = jax.eval_shape(functools.partial(begun, top=top), packed)

@@ -14,6 +14,7 @@ from flax import nnx
 
 from m1jax import MiniMaxM1, ModelConfig
 from m1jax.collectives import collectives
+from m1jax.compiling import jit
 from m1jax.errors import UserError
 from m1jax.inference import Engine, Finished, Request, Sampling, Wrote, programs
 from m1jax.inference.capacity import Capacity
@@ -241,6 +242,19 @@ def test_constrained_rows_are_shown_each_token_and_free_ones_write_as_ever(alone
     assert len(told) == 12
     for token, logp, ((_, best), (_, next_best)) in told:  # of the model, whatever the constraint
         assert max(logp, next_best) <= best and (logp <= next_best or logp == best), token
+
+
+def test_programs_take_options_of_the_compiler_as_on_a_gpu(monkeypatch, alone):
+    """JAX has them for outermost programs only: none may be traced within another."""
+    for program in vars(programs).values():
+        if isinstance(program, jit):
+            options = {"compiler_options": {"xla_cpu_enable_fast_min_max": False}, **program._options}
+            monkeypatch.setitem(vars(program), "_jitted", jax.jit(program._function, **options))
+    runner = ModelRunner(*nnx.split(model()), dataclasses.replace(SCARCE, ahead=True), constrains=True, top=2)
+    wanted = [asked((1, 2, 3)), dataclasses.replace(asked((1, 2, 3)), constraint=Alternating(7))]
+    free, constrained = (completion for _, completion in sorted(Engine(runner).run(wanted), key=lambda told: told[0]))
+    same(free, alone((1, 2, 3), 0, 1, 12, (), True)[0])
+    assert set(constrained.tokens[1::2].tolist()) == {7}
 
 
 def test_what_fails_is_told(monkeypatch):
