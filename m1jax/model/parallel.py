@@ -35,6 +35,7 @@ from m1jax.sharding import (
     vocabulary_is_cut,
 )
 from pallas_kernels import target_platform
+from pallas_kernels._compat import vary_over, varying_axes
 from pallas_kernels.lightning import lightning_attention_sequence_parallel
 
 MOE_ELEMENTS = 2**28  # of tokens a device has gathered at once in `experts`: bounds memory at any length
@@ -278,6 +279,8 @@ def experts(
             w1, w3, w2 = (jax.lax.dynamic_slice_in_dim(w, layer, 1) for w in (w1, w3, w2))
             layer = jnp.zeros_like(layer)
         w1, w3, w2 = gather_in(w1.astype(x.dtype)), gather_in(w3.astype(x.dtype)), gather_out(w2.astype(x.dtype))
+        if _size(shared) > 1:
+            x, w1, w3, w2 = _gradients_together(x, *(vary_over(w, varying_axes(x, w)) for w in (w1, w3, w2)))
         first_expert = jax.lax.axis_index("expert") * w1.shape[-3]
 
         def some(x: Any, routes: Any, weights: Any) -> Any:
@@ -296,6 +299,19 @@ def experts(
         in_specs=(tokens, tokens, tokens, in_layer[0], *in_layer, P(), (of_run[0], *of_run) if stacks else P()),
         out_specs=tokens,
     )(x, routes, weights, w1, w3, w2, layer, stacks and tuple(stacks))
+
+
+@jax.custom_vjp
+def _gradients_together(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """The arrays themselves; nobody gets the gradient of one before those of all are there.
+
+    So that XLA, which does not know how long kernels take, lets those of the weights' gradients run while the tokens'
+    gradient is summed over devices.
+    """
+    return arrays
+
+
+_gradients_together.defvjp(lambda *x: (x, None), lambda _, given: jax.lax.optimization_barrier(given))
 
 
 def log_probs(
