@@ -335,12 +335,26 @@ def log_probs(
     gather = _gather(cut, at)
 
     def local(hidden: Any, lm_head: Any, targets: Any, temperature: Any) -> Any:
-        return function(hidden, gather(lm_head), targets, temperature, words)
+        axes = varying_axes(hidden, targets)
+        whole = _with_gradient_in(hidden.dtype, lambda weight: vary_over(gather(weight), axes))
+        return function(hidden, whole(lm_head), targets, temperature, words)
 
     tokens = P(rows, time)
     return jax.shard_map(
         local, in_specs=(P(rows, time, None), spec, tokens, P()), out_specs=(tokens, tokens)
     )(hidden, lm_head, targets, jnp.asarray(temperature, jnp.float32))  # fmt: skip
+
+
+def _with_gradient_in(dtype: jax.typing.DTypeLike, function: Any) -> Any:
+    """A linear ``function``, whose gradient is summed over devices in ``dtype``."""
+
+    def backward(x: jax.Array, given: jax.Array) -> tuple[jax.Array]:
+        (gradient,) = jax.vjp(function, x.astype(dtype))[1](given.astype(dtype))
+        return (gradient.astype(x.dtype),)
+
+    same = jax.custom_vjp(function)
+    same.defvjp(lambda x: (function(x), x), backward)
+    return same
 
 
 def _expert_mlp(
