@@ -119,6 +119,40 @@ def test_456b_is_cut_evenly_over_a_pod():
     assert held < whole / 512 * 1.03
 
 
+@pytest.mark.parametrize(
+    ("sizes", "w1", "w2", "table"),
+    [
+        ({"fsdp": 4, "expert": 2}, (("expert", "fsdp"), "tensor", None), (("expert", "fsdp"), None, "tensor"), 0),
+        ({"fsdp": 16, "expert": 8}, ("expert", ("tensor", "fsdp"), None), ("expert", "fsdp", "tensor"), 0),
+        ({"fsdp": 256}, ("expert", ("tensor", "fsdp"), None), ("expert", "fsdp", "tensor"), 1),
+    ],
+)
+def test_a_matrix_is_cut_along_its_first_dimension_that_can_be(sizes, w1, w2, table):
+    params = nnx.split(nnx.eval_shape(lambda: MiniMaxM1(M1, rngs=nnx.Rngs(0))))[1]
+    specs = sharding.parameter_specs(params, dict.fromkeys(sharding.AXES, 1) | sizes)
+    moe = specs["runs"][0]["moe"]
+    assert (moe["w1"].get_value(), moe["w2"].get_value()) == (P(None, *w1), P(None, *w2))
+    words = specs["embed_tokens"].get_value()
+    assert words == (P(("tensor", *sharding.CUT), None) if table == 0 else P("tensor", sharding.CUT))
+
+
+def test_an_empty_array_is_cut_as_what_is_written_into_it():
+    mesh = sharding.make_mesh("fsdp=8")
+
+    def fill(x):
+        def put(i, rows):
+            return jax.lax.dynamic_update_index_in_dim(rows, x + i, i, 0)
+
+        return jax.lax.fori_loop(0, 3, put, sharding.empty((3, 16), np.float32))
+
+    x = jax.device_put(np.arange(16, dtype=np.float32), jax.sharding.NamedSharding(mesh, P("fsdp")))
+    with jax.set_mesh(mesh):
+        program = jax.jit(fill).lower(x).compile()
+    np.testing.assert_array_equal(program(x), np.arange(16) + np.arange(3)[:, None])
+    assert "f32[3,2]" in program.as_text()
+    assert "f32[3,16]" not in program.as_text()
+
+
 def test_constrain_without_a_mesh_changes_nothing():
     x = np.ones((2, 3))
     assert sharding.constrain(x, "batch", "time") is x
