@@ -24,6 +24,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 import pallas_kernels
+from m1jax.model.layers import kept
 from m1jax.sharding import (
     COLUMNS,
     CUT,
@@ -200,6 +201,8 @@ def softmax_attention(
     def local(q: Any, k: Any, v: Any, segment_ids: Any, q_start: Any) -> Any:
         q = _time_to_heads(q, time)
         k, v = keys(k, q.shape[2]), keys(v, q.shape[2])
+        if _size(time) > 1:  # kept instead of what they came from, they are exchanged once
+            q, k, v = map(kept, (q, k, v))
         return _heads_to_time(pallas_kernels.softmax_attention(q, k, v, segment_ids=segment_ids, q_start=q_start), time)
 
     tokens = P(rows, time, "tensor", None)
