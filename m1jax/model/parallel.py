@@ -24,6 +24,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 import pallas_kernels
+from m1jax.model.layers import kept
 from m1jax.sharding import (
     COLUMNS,
     CUT,
@@ -35,6 +36,7 @@ from m1jax.sharding import (
     vocabulary_is_cut,
 )
 from pallas_kernels import target_platform
+from pallas_kernels._compat import vary_over, varying_axes
 from pallas_kernels.lightning import lightning_attention_sequence_parallel
 
 MOE_ELEMENTS = 2**28  # of tokens a device has gathered at once in `experts`: bounds memory at any length
@@ -199,6 +201,8 @@ def softmax_attention(
     def local(q: Any, k: Any, v: Any, segment_ids: Any, q_start: Any) -> Any:
         q = _time_to_heads(q, time)
         k, v = keys(k, q.shape[2]), keys(v, q.shape[2])
+        if _size(time) > 1:  # kept instead of what they came from, they are exchanged once
+            q, k, v = map(kept, (q, k, v))
         return _heads_to_time(pallas_kernels.softmax_attention(q, k, v, segment_ids=segment_ids, q_start=q_start), time)
 
     tokens = P(rows, time, "tensor", None)
@@ -278,6 +282,8 @@ def experts(
             w1, w3, w2 = (jax.lax.dynamic_slice_in_dim(w, layer, 1) for w in (w1, w3, w2))
             layer = jnp.zeros_like(layer)
         w1, w3, w2 = gather_in(w1.astype(x.dtype)), gather_in(w3.astype(x.dtype)), gather_out(w2.astype(x.dtype))
+        if _size(shared) > 1:
+            x, w1, w3, w2 = _gradients_together(x, *(vary_over(w, varying_axes(x, w)) for w in (w1, w3, w2)))
         first_expert = jax.lax.axis_index("expert") * w1.shape[-3]
 
         def some(x: Any, routes: Any, weights: Any) -> Any:
@@ -296,6 +302,19 @@ def experts(
         in_specs=(tokens, tokens, tokens, in_layer[0], *in_layer, P(), (of_run[0], *of_run) if stacks else P()),
         out_specs=tokens,
     )(x, routes, weights, w1, w3, w2, layer, stacks and tuple(stacks))
+
+
+@jax.custom_vjp
+def _gradients_together(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """The arrays themselves; nobody gets the gradient of one before those of all are there.
+
+    So that XLA, which does not know how long kernels take, lets those of the weights' gradients run while the tokens'
+    gradient is summed over devices.
+    """
+    return arrays
+
+
+_gradients_together.defvjp(lambda *x: (x, None), lambda _, given: jax.lax.optimization_barrier(given))
 
 
 def log_probs(
@@ -319,12 +338,26 @@ def log_probs(
     gather = _gather(cut, at)
 
     def local(hidden: Any, lm_head: Any, targets: Any, temperature: Any) -> Any:
-        return function(hidden, gather(lm_head), targets, temperature, words)
+        axes = varying_axes(hidden, targets)
+        whole = _with_gradient_in(hidden.dtype, lambda weight: vary_over(gather(weight), axes))
+        return function(hidden, whole(lm_head), targets, temperature, words)
 
     tokens = P(rows, time)
     return jax.shard_map(
         local, in_specs=(P(rows, time, None), spec, tokens, P()), out_specs=(tokens, tokens)
     )(hidden, lm_head, targets, jnp.asarray(temperature, jnp.float32))  # fmt: skip
+
+
+def _with_gradient_in(dtype: jax.typing.DTypeLike, function: Any) -> Any:
+    """A linear ``function``, whose gradient is summed over devices in ``dtype``."""
+
+    def backward(x: jax.Array, given: jax.Array) -> tuple[jax.Array]:
+        (gradient,) = jax.vjp(function, x.astype(dtype))[1](given.astype(dtype))
+        return (gradient.astype(x.dtype),)
+
+    same = jax.custom_vjp(function)
+    same.defvjp(lambda x: (function(x), x), backward)
+    return same
 
 
 def _expert_mlp(

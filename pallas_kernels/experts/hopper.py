@@ -15,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.custom_batching import sequential_vmap
 
 from pallas_kernels import _hopper
+from pallas_kernels._compat import varying_axes
 from pallas_kernels.experts import hopper_few, hopper_matmul
 from pallas_kernels.experts.routing import Plan, plan
 from pallas_kernels.kept import KEPT
@@ -111,8 +112,8 @@ def _backward(interpret, saved, dy):
         by_rows["experts"] += layer * count
         multiply = functools.partial(hopper_matmul.rows_product, transpose_rhs=False, interpret=interpret, **by_rows)
         sums = functools.partial(hopper_matmul.weights_product, first=rows.start, count=rows.size, interpret=interpret)
-        x_rows, dy_rows = rows.rows(x), rows.rows(dy)
         share = rows.spread(weights.astype(jnp.float32))[:, None]
+        dy_rows = rows.rows(dy)
         (d_hidden,) = multiply([dy_rows], [w2])
         d_hidden, up, gate = (a.astype(jnp.float32) for a in (d_hidden, up, gate))
         sigmoid = jax.nn.sigmoid(up)
@@ -122,6 +123,9 @@ def _backward(interpret, saved, dy):
         d_up = (d_hidden * gate * sigmoid * (1 + up * (1 - sigmoid))).astype(x.dtype)
         d_gate = (d_hidden * up * sigmoid).astype(x.dtype)
         (dx_rows,) = multiply([d_up, d_gate], [w1, w3])
+        if varying_axes(x):  # It may come from other devices, and be on its way until here.
+            x, dx_rows = jax.lax.optimization_barrier((x, dx_rows))
+        x_rows = rows.rows(x)
         dx = jnp.sum(rows.gather(dx_rows).astype(jnp.float32), axis=1).astype(x.dtype)
         dw2 = sums(dy_rows, (hidden * share).astype(x.dtype))
         return dx, sums(d_up, x_rows), sums(d_gate, x_rows), dw2, rows.gather(d_share).astype(weights.dtype)

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 from pallas_kernels import _hopper
 from pallas_kernels.lightning import hopper_parts
 from pallas_kernels.lightning.hopper_decode import decode
-from pallas_kernels.lightning.hopper_scan import Role, scan
+from pallas_kernels.lightning.hopper_scan import CHUNK, Role, scan
 from pallas_kernels.lightning.segments import PADDING
 
-__all__ = ["backward", "decode", "forward", "unsupported"]
+__all__ = ["backward", "decode", "forward", "left_behind", "unsupported"]
 
 
 def unsupported(q: jax.Array, k: jax.Array, v: jax.Array) -> str | None:
@@ -90,6 +90,16 @@ def backward(q, k, v, log_decay, initial_state, segment_ids, do, d_final_state, 
     return dq, dk, dv, parts.first(gradients)
 
 
+def left_behind(k, v, log_decay, segment_ids, *, reverse, interpret=False):
+    """`forward(...)[1]` of rows that begin with no state; `reverse`, of queries and gradients of outputs:
+    `backward(...)[3]` where nothing comes from behind."""
+    if segment_ids is None and k.shape[1] % CHUNK:
+        segment_ids = jnp.zeros(k.shape[:2], jnp.int32)
+    (k, v), segment_ids = _padded((k, v), segment_ids, CHUNK)
+    parts = _parts(k, k.shape[1], log_decay, segment_ids)
+    return parts.left_behind(k, v, reverse=reverse, forget_below=0.0, interpret=interpret).mT
+
+
 def _parts(q, length, log_decay, segment_ids) -> hopper_parts.Parts:
     """How rows are cut where a walk per head, in two blocks, would leave most of the chip idle."""
     batch, _, heads, _ = q.shape
@@ -102,9 +112,9 @@ def _splits(q) -> int:
     return 2 if size == 128 and 2 * batch * heads <= _hopper.MULTIPROCESSORS else 1
 
 
-def _padded(arrays, segment_ids):
-    """With zeros behind the tokens up to a multiple of 8, which the copy engine wants (a copy, if there are any)."""
-    missing = -arrays[0].shape[1] % 8
+def _padded(arrays, segment_ids, multiple=8):
+    """With zeros behind the tokens up to a multiple: of 8, which the copy engine wants (a copy, if there are any)."""
+    missing = -arrays[0].shape[1] % multiple
     if missing:
         arrays = [jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0))) for x in arrays]
         if segment_ids is not None:

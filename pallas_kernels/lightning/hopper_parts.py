@@ -86,6 +86,22 @@ class Parts:
             behind.append(gradient)
         return self._rows(behind[::-1])
 
+    def left_behind(self, k, v, *, reverse, **options):
+        """The transposed state [B,H,V,K] after whole rows that began with none; or, of queries and gradients of
+        outputs, the gradient of the state before them."""
+        arrays = (self.cut(k), self.cut(v), self.log_decay, self.segment_ids)
+        sums = state_sums(*arrays, parts=None, reverse=reverse, **options)
+        sums = sums.reshape(self.batch, self.count, *sums.shape[1:])
+        if self.count == 1:
+            return sums[:, 0]
+        state = jnp.zeros_like(sums[:, 0])
+        for part in reversed(range(self.count)) if reverse else range(self.count):
+            entering = sums[:, part]
+            if reverse and part > 0:
+                entering = _times(self.enters[:, part], entering)
+            state = _times(self.across[:, part], state) + entering
+        return state
+
     def last(self, states):
         """[B*parts,...] of all parts -> [B,...] of every row's last one."""
         return states.reshape(self.batch, self.count, *states.shape[1:])[:, -1]

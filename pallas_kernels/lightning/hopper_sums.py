@@ -36,7 +36,7 @@ def state_sums(
     log_decay: jax.Array,
     segment_ids: jax.Array | None,
     *,
-    parts: int,
+    parts: int | None,
     reverse: bool,
     forget_below: float,
     interpret=False,
@@ -47,15 +47,15 @@ def state_sums(
       k, v: bfloat16 [B*parts,T,H,D], D in (64, 128), T a multiple of 64: rows of so many parts.
       log_decay: [H] float32.
       segment_ids: [B*parts,T] int32 as in `lightning_attention`, or None.
-      parts: of every row all parts but the last (backward in time: the first) are summed.
+      parts: of every row all parts but the last (backward in time: the first) are summed; None: all parts are.
       reverse: walk from the last token to the first.
       forget_below: what has a smaller weight may be left out.
 
     Returns:
-      [B*(parts-1),H,V,K] float32, transposed as `hopper_scan.scan` wants its states.
+      [B*(parts-1),H,V,K] (None: [B*parts,...]) float32, transposed as `hopper_scan.scan` wants its states.
     """
     rows, length, heads, size = k.shape
-    sums = rows // parts * (parts - 1)
+    sums = rows if parts is None else rows // parts * (parts - 1)
     chunks = length // CHUNK
     metadata = None if segment_ids is None else hopper_scan.metadata(segment_ids, reverse)
     filled = jnp.full(rows, chunks) if segment_ids is None else -(-is_real(segment_ids).sum(1) // CHUNK)
@@ -70,7 +70,7 @@ def state_sums(
         meta_ref = None if metadata is None else refs[0]
         out_ref, k_smem, v_smem, weighted_smem, meta_smem, full, empty = refs[-7:]
         half, head, place = lax.axis_index("half"), lax.axis_index("head"), lax.axis_index("sum")
-        row = place + lax.div(place, jnp.int32(parts - 1)) + int(reverse)
+        row = place if parts is None else place + lax.div(place, jnp.int32(parts - 1)) + int(reverse)
         columns = pl.ds(half * _WIDTH, _WIDTH)
         first, count = begin_ref[row, head], steps_ref[row, head]
 

@@ -131,6 +131,8 @@ def test_parts_walked_side_by_side(monkeypatch, case):
 
     def state_sums(k, v, log_decay, segment_ids, *, parts, reverse, forget_below, interpret):
         sums = reference_sums(k, v, log_decay, segment_ids, reverse).mT
+        if parts is None:
+            return sums
         sums = sums.reshape(-1, parts, *sums.shape[1:])
         return (sums[:, 1:] if reverse else sums[:, :-1]).reshape(-1, *sums.shape[2:])
 
@@ -144,6 +146,15 @@ def test_parts_walked_side_by_side(monkeypatch, case):
     results = *hopper.forward(*arrays), *hopper.backward(*arrays, jnp.asarray(do), jnp.asarray(d_final_state))
     for name, result, truth in zip(NAMES, results, truths, strict=True):
         assert_close(name, result, truth, 1e-5)
+    q, k, v, log_decay, _, segment_ids = arrays
+    nothing = jnp.zeros_like(d_final_state)
+    alone = (
+        reference.forward(q, k, v, log_decay, None, segment_ids)[1],
+        reference.backward(q, k, v, log_decay, nothing, segment_ids, jnp.asarray(do), nothing)[3],
+    )
+    for tokens, reverse, truth in zip(((k, v), (q, jnp.asarray(do))), (False, True), alone):
+        left = hopper.left_behind(*tokens, log_decay, segment_ids, reverse=reverse)
+        assert_close("state", left, np.asarray(truth, np.float64), 1e-5)
 
 
 @pytest.mark.parametrize(
