@@ -107,6 +107,7 @@ def rows_product(
     )
 
 
+@functools.partial(jax.jit, static_argnames="interpret")  # traced and lowered once for all of a program's equal calls
 def weights_product(
     lhs: jax.Array, rhs: jax.Array, first: jax.Array, count: jax.Array, *, interpret=False
 ) -> jax.Array:
