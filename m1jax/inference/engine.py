@@ -93,17 +93,23 @@ class Engine:
         """Take a request in. Its samples run as soon as there is room for them.
 
         Raises:
-            UserError: the request cannot be served by this model or in this engine's memory; nothing was taken in.
+            UserError: the request cannot be served by this model or in this engine's memory.
+            Exception: whatever its constraint raises. In either case nothing was taken in.
         """
         check_request(request, self._runner)
         key = np.asarray(jax.random.key_data(request.key))
-        ticket, further = self._new_ticket(), itertools.count(request.samples)
+        ticket, further = Ticket(self._tickets), itertools.count(request.samples)
         prompt = np.asarray(request.tokens, np.int32)
+        sequences = [
+            Sequence(self._arrivals + sample, ticket, sample, request, key, further)
+            for sample in range(request.samples)
+        ]
         part = self._parts[0]
         if len(self._parts) > 1:
             part = min(self._parts, key=lambda part: (part.load, -part.prefixes.kept(prompt)))
-        for sample in range(request.samples):
-            self._add(Sequence(self._arrivals, ticket, sample, request, key, further), part)
+        self._new_ticket()
+        for sequence in sequences:
+            self._add(sequence, part)
         return ticket
 
     def cancel(self, ticket: Ticket, sample: int | None = None) -> None:

@@ -55,7 +55,8 @@ class Work:
     `async for events in work`: lists of (number of the request, event), until all samples have ended.
 
     Raises:
-        ApiError: from the iteration: 400, the engine refuses a request; 500, it has failed; 503, the server stops.
+        ApiError: from the iteration: 400, the engine refuses a request; 500, it or the engine has failed; 503, the
+            server stops.
     """
 
     def __init__(self, backend: Backend, requests: Sequence[Request]):
@@ -270,11 +271,16 @@ class Backend:
             for number, request in enumerate(message.work.requests):
                 tickets.append(ticket := engine.submit(request))
                 self._places[ticket] = _Place(message.work, number, request.samples)
-        except UserError as error:
+        except Exception as error:
             for ticket in tickets:
                 del self._places[ticket]
                 engine.cancel(ticket)
-            self._call(message.work.put, Failed(ApiError(400, str(error))))
+            if isinstance(error, UserError):
+                told = ApiError(400, str(error))
+            else:
+                log.error("the engine failed to take a request in\n%s", traceback.format_exc())
+                told = ApiError(500, "The engine failed to take this in; the server's log says why.")
+            self._call(message.work.put, Failed(told))
 
     def _deliver(self, events: Sequence[Event]) -> None:
         found: dict[Work, list[tuple[int, Event]]] = {}
