@@ -271,9 +271,8 @@ class ModelRunner:
             return programs.guided_begin(work, self._config, self.capacity.steps, routes, top)
 
         work, written = jax.eval_shape(functools.partial(begun, top=0), packed)
-        read = self._weights, self._cache, work, written.next
-        yield programs.guided_read.lower(*read, routes)
-        _, seen = jax.eval_shape(functools.partial(programs.guided_read, record_routes=routes), *read)
+        yield (reading := programs.guided_read.lower(self._weights, self._cache, work, written.next, routes))
+        _, seen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), reading.out_info)
         allowed = jax.ShapeDtypeStruct((rows, -(-self.vocab_size // 32)), np.uint32)
         for top in {0, self.top}:
             _, written = jax.eval_shape(functools.partial(begun, top=top), packed)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from m1jax import MiniMaxM1, ModelConfig
+from m1jax import MiniMaxM1, ModelConfig, compiling
 from m1jax.collectives import collectives
 from m1jax.errors import UserError
 from m1jax.inference import Engine, Finished, Request, Sampling, Wrote, programs
@@ -241,6 +241,18 @@ def test_constrained_rows_are_shown_each_token_and_free_ones_write_as_ever(alone
     assert len(told) == 12
     for token, logp, ((_, best), (_, next_best)) in told:  # of the model, whatever the constraint
         assert max(logp, next_best) <= best and (logp <= next_best or logp == best), token
+
+
+def test_programs_are_lowered_with_the_options_of_a_gpu(monkeypatch):
+    """Which JAX refuses of a program that another one calls."""
+    for name, found in list(vars(programs).items()):
+        if isinstance(found, compiling.jit):  # as if it had never been called
+            monkeypatch.setattr(programs, name, compiling.jit(found._function, **found._options))
+    monkeypatch.setattr(compiling, "compiler_options", lambda: compiling.GPU_OPTIONS)
+    monkeypatch.setattr(ModelRunner, "_compile", lambda self: None)
+    capacity = dataclasses.replace(SCARCE, ahead=True)
+    runner = ModelRunner(*nnx.split(model()), capacity, constrains=True, record_routes=True, top=2)
+    assert len(list(runner._lowered())) == 9  # decoding: 4, guided: 3, prompts: 2
 
 
 def test_what_fails_is_told(monkeypatch):
