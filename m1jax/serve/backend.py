@@ -34,6 +34,10 @@ loop has read of a request takes two turns to become one here."""
 TOGETHER = 0.02
 """Seconds that it waits at most."""
 
+BEAT = 0.02
+"""Seconds between two pieces of a reply, unless it ends. A piece costs as much for one token as for many, of the
+interpreter that the engine needs too, and a fast device writes a few hundred tokens of 32 replies in that time."""
+
 
 def engines(model: MiniMaxM1, *, rows: int | None = None, max_length: int | None = None) -> Callable[[], Engine]:
     """Makes engines of one size for a model, one after the other; sizes as in `capacity_for`, which may raise."""
@@ -63,7 +67,8 @@ class Work:
         self.requests = requests
         self._backend = backend
         self.samples = self.left = sum(request.samples for request in requests)
-        self._inbox: asyncio.Queue[list[tuple[int, Event]] | Failed] = asyncio.Queue()
+        self._inbox: list[list[tuple[int, Event]] | Failed] = []
+        self._told, self._waits, self._beat = asyncio.Event(), False, 0.0
 
     def cancel(self, number: int | None = None, sample: int | None = None) -> None:
         """End everything, or one sample of one request; its end is told like any other."""
@@ -71,20 +76,31 @@ class Work:
 
     async def __aiter__(self) -> AsyncIterator[list[tuple[int, Event]]]:
         while self.left:
-            events = await self._inbox.get()
-            if isinstance(events, Failed):
-                raise events.error
-            while not self._inbox.empty():
-                more = self._inbox.get_nowait()
-                if isinstance(more, Failed):
-                    raise more.error
-                events += more
-            self.left -= sum(isinstance(event, Finished) for _, event in events)
-            yield events
+            await self._told.wait()
+            self._told.clear()
+            inbox, self._inbox = self._inbox, []
+            events: list[tuple[int, Event]] = []
+            for told in inbox:
+                if isinstance(told, Failed):
+                    raise told.error
+                events += told
+            if events:
+                self._beat = asyncio.get_running_loop().time()
+                self.left -= sum(isinstance(event, Finished) for _, event in events)
+                yield events
 
-    def put(self, events: list[tuple[int, Event]] | Failed) -> None:
+    def put(self, told: list[tuple[int, Event]] | Failed) -> None:
         """From within the loop."""
-        self._inbox.put_nowait(events)
+        self._inbox.append(told)
+        if isinstance(told, Failed) or any(isinstance(event, Finished) for _, event in told):
+            self._wake()
+        elif not self._waits:
+            self._waits = True
+            asyncio.get_running_loop().call_at(self._beat + BEAT, self._wake)
+
+    def _wake(self) -> None:
+        self._waits = False
+        self._told.set()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import signal
 import socket
 import sys
@@ -57,6 +58,9 @@ def listen(host: str, port: int) -> socket.socket:
 def run(app: ASGIApp, backend: Backend, listening: socket.socket) -> None:
     """Serves until SIGTERM or SIGINT; then replies that are being written come to their end first."""
     sys.setswitchinterval(SWITCH)
+    # The model and what JAX knows stay; to look through it for garbage would stop all threads for a tenth of a second.
+    gc.collect()
+    gc.freeze()
     # Uvicorn sends itself the signal again when it is done, and SIGTERM has been obeyed by then.
     before = signal.signal(signal.SIGTERM, lambda *_: None)
     config = uvicorn.Config(
