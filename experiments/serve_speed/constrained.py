@@ -2,10 +2,12 @@
 
     python -m experiments.serve_speed.constrained runs/m1-100m
 
-The engine alone, by turns, one process. A reply that must be JSON is a list of objects, long enough to last to the end.
+The engine alone, by turns, one process. A reply that must be JSON is a list of objects, long enough to last to the end;
+the free ones never end before, so that as many rows write with and without constraints.
 """
 
 import argparse
+import dataclasses
 import json
 import statistics
 import time
@@ -13,12 +15,14 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from flax import nnx
 
 import m1jax
 from experiments.serve_speed.client import prompts
 from m1jax.chat import Tokenizer
-from m1jax.inference import Request, Sampling
-from m1jax.serve.backend import engines
+from m1jax.inference import Engine, Request, Sampling
+from m1jax.inference.memory import capacity_for
+from m1jax.inference.runner import ModelRunner
 from m1jax.serve.grammar import Grammars
 
 HERE = Path(__file__).parent
@@ -42,15 +46,18 @@ def main() -> None:
     model, tokenizer = m1jax.from_pretrained(given.model), Tokenizer.from_dir(given.model)
     schema = {"type": "array", "items": ITEM, "minItems": given.tokens // 40}
     form = Grammars(tokenizer, model.config.vocab_size).json(schema)
-    engine = engines(model, rows=given.requests, max_length=1024)()
-    sampling = Sampling(max_new_tokens=given.tokens, end_ids=(tokenizer.eos_id,))
+    capacity = capacity_for(model.config, model.dtype, rows=given.requests, max_length=1024)
+    capacity = dataclasses.replace(capacity, decode=(given.requests,))  # all write to the end: one size is enough
+    engine = Engine(ModelRunner(*nnx.split(model), capacity, constrains=True))
+    free = Sampling(max_new_tokens=given.tokens)
+    ends = dataclasses.replace(free, end_ids=(tokenizer.eos_id,))
 
     def run(seed: int, constrained: int) -> tuple[float, float]:
         """Tokens a second, and tokens a second of processor time."""
         requests = [
-            Request(
-                np.array(prompt, np.int32), jax.random.key(seed), sampling, constraint=form if n < constrained else None
-            )
+            Request(np.array(prompt, np.int32), jax.random.key(seed), ends, constraint=form)
+            if n < constrained
+            else Request(np.array(prompt, np.int32), jax.random.key(seed), free)
             for n, prompt in enumerate(prompts(given.requests, seed))
         ]
         start, processor, written = time.perf_counter(), time.process_time(), 0
