@@ -255,13 +255,22 @@ class Engine:
         self._copy()
         # First tokens are told at once, unless most have theirs and would wait for few.
         fresh = sum(not s.new and s not in before for s in sequences)
-        steps = 1 if fresh * FEW > len(sequences) else self._runner.capacity.steps
+        capacity = self._runner.capacity
+        steps = 1 if fresh * FEW > len(sequences) else capacity.steps
+        if steps > 1 and any(s.matcher is not None for s in sequences) and self._undisturbed(capacity.guided_steps):
+            steps = capacity.guided_steps
         allowances = [s.allowance(before.get(s, 0) + steps) for s in sequences]
         # Rows that fall idle are worth a look only where somebody waits for them.
         waiting = any(part.waiting for part in self._parts)
         patience = max(1, len(allowances) // 8) if waiting else len(allowances)
         after = None if flight is None else flight.call
         return _Flight(sequences, steps, self._runner.decode(sequences, allowances, steps, patience, after))
+
+    def _undisturbed(self, steps: int) -> bool:
+        """Whether all who are here can write for so many decode steps, and nobody waits for a place or is reading."""
+        return not any(part.waiting or any(s.pending for s in part.running) for part in self._parts) and all(
+            part.go_on(steps) for part in self._parts
+        )
 
     def _land(self) -> None:
         """Nothing is on its way any more."""
