@@ -235,24 +235,31 @@ class Backend:
 
     def _serve(self) -> None:
         while True:
-            engine = self._engine
-            assert engine is not None
             try:
-                if self._read(engine):
+                if self._work():
                     return
-                if engine.busy:
-                    self._deliver(engine.step())
+                continue
             except Exception:
                 log.error("a step of the engine failed; its requests end\n%s", traceback.format_exc())
                 self.failures += 1
                 self._stop(ApiError(500, "The engine failed while it was working on this; try again."))
-                try:
-                    self._before, self._engine = self.counts, None  # its memory must be free before there is a new one
-                    del engine
-                    self._engine = self._make()
-                except Exception:
-                    log.error("no new engine can be made\n%s", traceback.format_exc())
-                    return
+                self._before, self._engine = self.counts, None
+            # Only out here the failed engine is gone, whose memory the next one needs: what was raised holds it.
+            try:
+                self._engine = self._make()
+            except Exception:
+                log.error("no new engine can be made\n%s", traceback.format_exc())
+                return
+
+    def _work(self) -> bool:
+        """Does what there is to do. True: close."""
+        engine = self._engine
+        assert engine is not None
+        if self._read(engine):
+            return True
+        if engine.busy:
+            self._deliver(engine.step())
+        return False
 
     def _read(self, engine: Engine) -> bool:
         """Takes in what was sent; waits for it where there is nothing else to do. True: close.
