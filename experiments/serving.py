@@ -23,6 +23,8 @@ def serving(model: Path, *options: str, before: Sequence[str] = ()) -> Iterator[
     try:
         assert process.stdout is not None
         line = process.stdout.readline()
+        if "http://" not in line:
+            raise RuntimeError(f"the server did not start: {line!r}")
         yield "http://" + line.split("http://")[1].split("/")[0], process
         process.terminate()
         status = process.wait(30)

@@ -74,7 +74,9 @@ def together(place: str, asked: list[dict[str, Any]]) -> tuple[float, float, int
 
 
 def body(prompt: list[int], tokens: int) -> dict[str, Any]:
-    return {"prompt": prompt, "max_tokens": tokens, "stream": True, "return_token_ids": True, "seed": 0}
+    """Without chance: random weights would end a reply after some hundred tokens."""
+    asked = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "seed": 0}
+    return asked | {"stream": True, "return_token_ids": True}
 
 
 def main() -> None:

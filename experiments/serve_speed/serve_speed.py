@@ -27,7 +27,11 @@ LENGTH = 1024
 TICK = os.sysconf("SC_CLK_TCK")
 
 
-def engine(model: Path, streams: int, tokens: int) -> None:
+Seen = dict[str, dict[str, list[float]]]
+"""All that was measured of the engine and of the server."""
+
+
+def engine(model: Path, streams: int) -> None:
     """The engine alone, in this process: does what each line of standard input asks, and tells what came of it."""
     import jax
     import numpy as np
@@ -39,20 +43,20 @@ def engine(model: Path, streams: int, tokens: int) -> None:
 
     made = engines(m1jax.from_pretrained(model), rows=streams, max_length=LENGTH)()
     eos = Tokenizer.from_dir(model).eos_id
-    sampling = Sampling(max_new_tokens=tokens, end_ids=(eos,))
 
-    def request(prompt: list[int]) -> Request:
+    def request(prompt: list[int], tokens: int) -> Request:
+        sampling = Sampling(temperature=0, max_new_tokens=tokens, end_ids=(eos,))
         return Request(np.array(prompt, np.int32), jax.random.key(0), sampling)
 
-    def run(seed: int) -> float:
-        some = [request(prompt) for prompt in prompts(streams, seed)]
+    def run(seed: int, tokens: int) -> float:
+        some = [request(prompt, tokens) for prompt in prompts(streams, seed)]
         start = time.perf_counter()
         written = sum(len(completion.tokens) for _, completion in made.run(some))
         return written / (time.perf_counter() - start)
 
-    def first(seed: int) -> float:
+    def first(seed: int, tokens: int) -> float:
         start = time.perf_counter()
-        ticket = made.submit(request(prompts(1, seed)[0]))
+        ticket = made.submit(request(prompts(1, seed)[0], tokens))
         while not any(isinstance(event, Wrote) for event in made.step()):
             pass
         seconds = time.perf_counter() - start
@@ -64,8 +68,9 @@ def engine(model: Path, streams: int, tokens: int) -> None:
 
     for line in sys.stdin:
         asked = json.loads(line)
-        told = {"tokens_per_second": [run(seed) for seed in asked["rounds"]]}
-        print(json.dumps(told | {"first_token": [first(seed) for seed in asked["firsts"]]}), flush=True)
+        tokens = asked["tokens"]
+        told = {"tokens_per_second": [run(seed, tokens) for seed in asked["rounds"]]}
+        print(json.dumps(told | {"first_token": [first(seed, tokens) for seed in asked["firsts"]]}), flush=True)
 
 
 def processor_of(process: int, thread: int | None = None) -> float:
@@ -99,7 +104,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--streams", type=int, default=32)
-    parser.add_argument("--tokens", type=int, default=256, help="of each stream")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[100, 900], help="of each stream, one measure each")
     parser.add_argument("--rounds", type=int, default=2, help="in each turn")
     parser.add_argument("--firsts", type=int, default=5, help="lone requests in each turn")
     parser.add_argument("--turns", type=int, default=5)
@@ -109,53 +114,60 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="default: result-MODEL.json beside this file")
     given = parser.parse_args()
     if given.engine:
-        engine(given.model, given.streams, given.tokens)
+        engine(given.model, given.streams)
         return
     limited = ["taskset", "-c", given.cores] if given.cores else []
     options = ("--rows", str(given.streams), "--max-length", str(LENGTH))
     command = [*limited, sys.executable, "-m", "experiments.serve_speed.serve_speed", *sys.argv[1:], "--engine"]
-    seen: dict[str, dict[str, list[float]]] = {"engine": {}, "server": {}}
+    seen: dict[int, Seen] = {tokens: {"engine": {}, "server": {}} for tokens in given.tokens}
     with (
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as alone,
         serving(given.model, *options, before=limited) as (place, process),
     ):
         assert alone.stdin is not None and alone.stdout is not None
         for turn in range(-1, given.turns):
-            rounds = [1000] if turn < 0 else [turn * given.rounds + n for n in range(given.rounds)]
-            asked = {"streams": given.streams, "tokens": given.tokens, "rounds": rounds}
-            asked["firsts"] = [2000 + turn * given.firsts + n for n in range(given.firsts)]
-            print(json.dumps(asked), file=alone.stdin, flush=True)
-            told = {"engine": json.loads(alone.stdout.readline())}
-            told["server"] = server(place, process.pid, asked, given.client_core)
-            if turn < 0:  # the first time of everything
-                continue
-            for name, values in told.items():
-                for key, more in values.items():
-                    seen[name].setdefault(key, []).extend(more)
-            write(given, seen)
+            for tokens in given.tokens:
+                rounds = [1000] if turn < 0 else [turn * given.rounds + n for n in range(given.rounds)]
+                firsts = [2000 + turn * given.firsts + n for n in range(given.firsts)]
+                asked = {"streams": given.streams, "tokens": tokens, "rounds": rounds, "firsts": firsts}
+                print(json.dumps(asked), file=alone.stdin, flush=True)
+                told = {"engine": json.loads(alone.stdout.readline())}
+                told["server"] = server(place, process.pid, asked, given.client_core)
+                if turn < 0:  # the first time of everything
+                    continue
+                for name, values in told.items():
+                    for key, more in values.items():
+                        seen[tokens][name].setdefault(key, []).extend(more)
+            if turn >= 0:
+                write(given, seen)
         alone.stdin.close()
 
 
-def write(given: argparse.Namespace, seen: dict[str, dict[str, list[float]]]) -> None:
+def write(given: argparse.Namespace, seen: dict[int, Seen]) -> None:
     """What is known so far."""
-    middle = {name: {key: statistics.median(v) for key, v in values.items()} for name, values in seen.items()}
-    result = {
+    result: dict[str, Any] = {
         "machine": platform.processor() or platform.machine(),
         "platforms": os.environ.get("JAX_PLATFORMS"),
         "model": given.model.name,
         "streams": given.streams,
-        "tokens": given.tokens,
         "cores": given.cores,
         "client_core": given.client_core,
-        "median": middle,
-        "server_over_engine_tokens_per_second": middle["server"]["tokens_per_second"]
-        / middle["engine"]["tokens_per_second"],
-        "first_token_milliseconds_more": 1000 * (middle["server"]["first_token"] - middle["engine"]["first_token"]),
-        "all": seen,
+        "by_tokens": {tokens: compared(values) for tokens, values in seen.items()},
     }
     out = given.out or HERE / f"result-{given.model.name}.json"
-    out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps({key: value for key, value in result.items() if key != "all"}, indent=1), flush=True)
+    out.write_text(json.dumps(result | {"all": seen}, indent=1) + "\n")
+    print(json.dumps(result, indent=1), flush=True)
+
+
+def compared(seen: Seen) -> dict[str, Any]:
+    """Of replies of one length: medians, and how the server does beside the engine."""
+    middle = {name: {key: statistics.median(v) for key, v in values.items()} for name, values in seen.items()}
+    engine, server = middle["engine"], middle["server"]
+    return {
+        "server_over_engine_tokens_per_second": server["tokens_per_second"] / engine["tokens_per_second"],
+        "first_token_milliseconds_more": 1000 * (server["first_token"] - engine["first_token"]),
+        "median": middle,
+    }
 
 
 if __name__ == "__main__":

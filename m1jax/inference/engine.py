@@ -93,17 +93,23 @@ class Engine:
         """Take a request in. Its samples run as soon as there is room for them.
 
         Raises:
-            UserError: the request cannot be served by this model or in this engine's memory; nothing was taken in.
+            UserError: the request cannot be served by this model or in this engine's memory.
+            Exception: whatever its constraint raises. In either case nothing was taken in.
         """
         check_request(request, self._runner)
         key = np.asarray(jax.random.key_data(request.key))
-        ticket, further = self._new_ticket(), itertools.count(request.samples)
+        ticket, further = Ticket(self._tickets), itertools.count(request.samples)
         prompt = np.asarray(request.tokens, np.int32)
+        sequences = [
+            Sequence(self._arrivals + sample, ticket, sample, request, key, further)
+            for sample in range(request.samples)
+        ]
         part = self._parts[0]
         if len(self._parts) > 1:
             part = min(self._parts, key=lambda part: (part.load, -part.prefixes.kept(prompt)))
-        for sample in range(request.samples):
-            self._add(Sequence(self._arrivals, ticket, sample, request, key, further), part)
+        self._new_ticket()
+        for sequence in sequences:
+            self._add(sequence, part)
         return ticket
 
     def cancel(self, ticket: Ticket, sample: int | None = None) -> None:
@@ -249,13 +255,22 @@ class Engine:
         self._copy()
         # First tokens are told at once, unless most have theirs and would wait for few.
         fresh = sum(not s.new and s not in before for s in sequences)
-        steps = 1 if fresh * FEW > len(sequences) else self._runner.capacity.steps
+        capacity = self._runner.capacity
+        steps = 1 if fresh * FEW > len(sequences) else capacity.steps
+        if steps > 1 and any(s.matcher is not None for s in sequences) and self._undisturbed(capacity.guided_steps):
+            steps = capacity.guided_steps
         allowances = [s.allowance(before.get(s, 0) + steps) for s in sequences]
         # Rows that fall idle are worth a look only where somebody waits for them.
         waiting = any(part.waiting for part in self._parts)
         patience = max(1, len(allowances) // 8) if waiting else len(allowances)
         after = None if flight is None else flight.call
         return _Flight(sequences, steps, self._runner.decode(sequences, allowances, steps, patience, after))
+
+    def _undisturbed(self, steps: int) -> bool:
+        """Whether all who are here can write for so many decode steps, and nobody waits for a place or is reading."""
+        return not any(part.waiting or any(s.pending for s in part.running) for part in self._parts) and all(
+            part.go_on(steps) for part in self._parts
+        )
 
     def _land(self) -> None:
         """Nothing is on its way any more."""

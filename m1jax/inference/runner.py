@@ -16,6 +16,7 @@ import math
 from collections.abc import Iterator
 from collections.abc import Sequence as Several
 from concurrent.futures import ThreadPoolExecutor
+from time import monotonic
 from typing import Any, NamedTuple
 
 import jax
@@ -40,6 +41,9 @@ from pallas_kernels import target_platform
 COPIES = (1, 4, 16)
 """Copies that one call carries out, as many as there are or the next number of these; nobody waits for a loop that is
 counted beforehand."""
+
+GUIDED_SECONDS = 0.03
+"""After which a call of constrained rows is no longer than others."""
 
 
 class ModelRunner:
@@ -192,12 +196,16 @@ class ModelRunner:
         self, packed: Int32[np.ndarray, "rows width"], steps: int, patience: int, wants_top: bool, guides: Guides
     ) -> Out:
         """As the decode program does, a step at a time: while the model's kernels are started and read a token, another
-        thread of the host looks up what may follow it."""
+        thread of the host looks up what may follow it. Of many steps no more than there is time for."""
         heard, top = None, self.top if wants_top else 0
+        until = monotonic() + GUIDED_SECONDS
         with self._on_mesh():
             work = Work(packed, np.int32(patience))
-            work, written = programs.guided_begin(work, self._config, self.capacity.steps, self.records_routes, top)
-            for _ in range(steps):
+            most = self.capacity.guided_steps
+            work, written = programs.guided_begin(work, self._config, most, self.records_routes, top)
+            for step in range(steps):
+                if step >= self.capacity.steps and monotonic() > until:
+                    break
                 looking = self._guide.submit(guides.follow, heard)
                 self._cache, seen = programs.guided_read(
                     self._weights, self._cache, work, written.next, self.records_routes
@@ -205,6 +213,7 @@ class ModelRunner:
                 if (allowed := looking.result()) is None:
                     break
                 written, heard = programs.guided_draw(work, written, seen, allowed, top)
+                heard.copy_to_host_async()
             return programs.guided_end(written)
 
     def program_rows(self, decoding: int) -> int:
@@ -268,7 +277,7 @@ class ModelRunner:
         packed, routes = Work(self._at_rest[rows], np.int32(1)), self.records_routes
 
         def begun(work: Work, top: int) -> tuple[Work, Written]:
-            return programs.guided_begin(work, self._config, self.capacity.steps, routes, top)
+            return programs.guided_begin(work, self._config, self.capacity.guided_steps, routes, top)
 
         work, written = jax.eval_shape(functools.partial(begun, top=0), packed)
         read = self._weights, self._cache, work, written.next

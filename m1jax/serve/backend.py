@@ -34,6 +34,10 @@ loop has read of a request takes two turns to become one here."""
 TOGETHER = 0.02
 """Seconds that it waits at most."""
 
+BEAT = 0.02
+"""Seconds between two pieces of a reply, unless it ends. A piece costs as much for one token as for many, of the
+interpreter that the engine needs too, and a fast device writes a few hundred tokens of 32 replies in that time."""
+
 
 def engines(model: MiniMaxM1, *, rows: int | None = None, max_length: int | None = None) -> Callable[[], Engine]:
     """Makes engines of one size for a model, one after the other; sizes as in `capacity_for`, which may raise."""
@@ -55,14 +59,16 @@ class Work:
     `async for events in work`: lists of (number of the request, event), until all samples have ended.
 
     Raises:
-        ApiError: from the iteration: 400, the engine refuses a request; 500, it has failed; 503, the server stops.
+        ApiError: from the iteration: 400, the engine refuses a request; 500, it or the engine has failed; 503, the
+            server stops.
     """
 
     def __init__(self, backend: Backend, requests: Sequence[Request]):
         self.requests = requests
         self._backend = backend
         self.samples = self.left = sum(request.samples for request in requests)
-        self._inbox: asyncio.Queue[list[tuple[int, Event]] | Failed] = asyncio.Queue()
+        self._inbox: list[list[tuple[int, Event]] | Failed] = []
+        self._told, self._waits, self._beat = asyncio.Event(), False, 0.0
 
     def cancel(self, number: int | None = None, sample: int | None = None) -> None:
         """End everything, or one sample of one request; its end is told like any other."""
@@ -70,20 +76,31 @@ class Work:
 
     async def __aiter__(self) -> AsyncIterator[list[tuple[int, Event]]]:
         while self.left:
-            events = await self._inbox.get()
-            if isinstance(events, Failed):
-                raise events.error
-            while not self._inbox.empty():
-                more = self._inbox.get_nowait()
-                if isinstance(more, Failed):
-                    raise more.error
-                events += more
-            self.left -= sum(isinstance(event, Finished) for _, event in events)
-            yield events
+            await self._told.wait()
+            self._told.clear()
+            inbox, self._inbox = self._inbox, []
+            events: list[tuple[int, Event]] = []
+            for told in inbox:
+                if isinstance(told, Failed):
+                    raise told.error
+                events += told
+            if events:
+                self._beat = asyncio.get_running_loop().time()
+                self.left -= sum(isinstance(event, Finished) for _, event in events)
+                yield events
 
-    def put(self, events: list[tuple[int, Event]] | Failed) -> None:
+    def put(self, told: list[tuple[int, Event]] | Failed) -> None:
         """From within the loop."""
-        self._inbox.put_nowait(events)
+        self._inbox.append(told)
+        if isinstance(told, Failed) or any(isinstance(event, Finished) for _, event in told):
+            self._wake()
+        elif not self._waits:
+            self._waits = True
+            asyncio.get_running_loop().call_at(self._beat + BEAT, self._wake)
+
+    def _wake(self) -> None:
+        self._waits = False
+        self._told.set()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,24 +235,31 @@ class Backend:
 
     def _serve(self) -> None:
         while True:
-            engine = self._engine
-            assert engine is not None
             try:
-                if self._read(engine):
+                if self._work():
                     return
-                if engine.busy:
-                    self._deliver(engine.step())
+                continue
             except Exception:
                 log.error("a step of the engine failed; its requests end\n%s", traceback.format_exc())
                 self.failures += 1
                 self._stop(ApiError(500, "The engine failed while it was working on this; try again."))
-                try:
-                    self._before, self._engine = self.counts, None  # its memory must be free before there is a new one
-                    del engine
-                    self._engine = self._make()
-                except Exception:
-                    log.error("no new engine can be made\n%s", traceback.format_exc())
-                    return
+                self._before, self._engine = self.counts, None
+            # Only out here the failed engine is gone, whose memory the next one needs: what was raised holds it.
+            try:
+                self._engine = self._make()
+            except Exception:
+                log.error("no new engine can be made\n%s", traceback.format_exc())
+                return
+
+    def _work(self) -> bool:
+        """Does what there is to do. True: close."""
+        engine = self._engine
+        assert engine is not None
+        if self._read(engine):
+            return True
+        if engine.busy:
+            self._deliver(engine.step())
+        return False
 
     def _read(self, engine: Engine) -> bool:
         """Takes in what was sent; waits for it where there is nothing else to do. True: close.
@@ -270,11 +294,16 @@ class Backend:
             for number, request in enumerate(message.work.requests):
                 tickets.append(ticket := engine.submit(request))
                 self._places[ticket] = _Place(message.work, number, request.samples)
-        except UserError as error:
+        except Exception as error:
             for ticket in tickets:
                 del self._places[ticket]
                 engine.cancel(ticket)
-            self._call(message.work.put, Failed(ApiError(400, str(error))))
+            if isinstance(error, UserError):
+                told = ApiError(400, str(error))
+            else:
+                log.error("the engine failed to take a request in\n%s", traceback.format_exc())
+                told = ApiError(500, "The engine failed to take this in; the server's log says why.")
+            self._call(message.work.put, Failed(told))
 
     def _deliver(self, events: Sequence[Event]) -> None:
         found: dict[Work, list[tuple[int, Event]]] = {}

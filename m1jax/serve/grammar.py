@@ -146,9 +146,10 @@ class Guide:
     def allowed(self, left: int) -> UInt32[np.ndarray, " words"]:
         if self._must_end(left) and (token := self._way_out()) is not None:
             return self._only(token)
-        mask = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)
-        # Nothing at all may come where forced tokens have left the grammar in a way that nobody thought of.
-        return mask[: self._words] if mask.any() else self._only(self._preferred.end)
+        mask = self._matcher.compute_bitmask()
+        if not mask.strip(b"\0"):  # forced tokens have left the grammar in a way that nobody thought of
+            return self._only(self._preferred.end)
+        return np.frombuffer(mask, np.uint32)[: self._words]
 
     def take(self, tokens: Sequence[int]) -> None:
         for token in tokens:

@@ -161,9 +161,7 @@ def _room(asked: int | None, prompt: int, capacity: Capacity, most: int) -> int:
     """How many tokens a reply may have; raises ApiError 400 where there is no place for them."""
     if prompt == 0:
         raise ApiError(400, "The prompt is empty; a model needs at least one token to start from.", param="prompt")
-    if asked is not None and asked > most:
-        raise ApiError(400, f"max_tokens = {asked}, but this server writes at most {most}.", param="max_tokens")
-    context = min(capacity.max_length, capacity.pages * capacity.page_size)
+    context = capacity.max_length
     over = prompt + (asked or 1) - context
     if over > 0:
         wanted = "" if asked is None else f" and max_tokens = {asked}"
@@ -174,4 +172,6 @@ def _room(asked: int | None, prompt: int, capacity: Capacity, most: int) -> int:
             param="messages",
             code="context_length_exceeded",
         )
+    if asked is not None and asked > most:
+        raise ApiError(400, f"max_tokens = {asked}, but this server writes at most {most}.", param="max_tokens")
     return min(most, context - prompt) if asked is None else asked

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import gc
 import signal
 import socket
 import sys
@@ -38,18 +40,27 @@ class _Server(uvicorn.Server):
 
 def listen(host: str, port: int) -> socket.socket:
     """A socket that is bound; port 0 takes a free one. Raises UserError where that cannot be had."""
+    if not 0 <= port <= 65535:
+        raise UserError(f"port {port} is none; --port takes 0 to 65535")
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=2048)
-    except (OSError, OverflowError) as error:
-        raise UserError(
-            f"cannot listen on {host} port {port} ({error}); choose others with --host and --port"
-        ) from error
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise UserError(
+                f"{host} port {port} is in use by another program, perhaps another server; end that one, or choose "
+                "another port with --port (0 takes a free one)"
+            ) from error
+        why = (error.strerror or str(error)).partition(" (")[0]
+        raise UserError(f"cannot listen on {host} port {port}: {why}; choose others with --host and --port") from error
 
 
 def run(app: ASGIApp, backend: Backend, listening: socket.socket) -> None:
     """Serves until SIGTERM or SIGINT; then replies that are being written come to their end first."""
     sys.setswitchinterval(SWITCH)
+    # The model and what JAX knows stay; to look through it for garbage would stop all threads for a tenth of a second.
+    gc.collect()
+    gc.freeze()
     # Uvicorn sends itself the signal again when it is done, and SIGTERM has been obeyed by then.
     before = signal.signal(signal.SIGTERM, lambda *_: None)
     config = uvicorn.Config(

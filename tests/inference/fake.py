@@ -94,8 +94,9 @@ class FakeRunner:
         assert after is None or self.capacity.ahead
         assert self.unseen == ([] if after is None else [after])
         assert 0 < patience <= len(sequences)
-        assert 0 < most <= self.capacity.steps
-        rows, steps = len(sequences), self.capacity.steps
+        guided = any(s.matcher is not None for s in sequences)
+        rows, steps = len(sequences), self.capacity.guided_steps if guided else self.capacity.steps
+        assert 0 < most <= steps
         assert len({s.row for s in sequences}) == rows
         out = Decoded(
             np.zeros(rows, np.int32),

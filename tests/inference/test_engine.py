@@ -569,13 +569,18 @@ class Seen(list):
 
 @pytest.mark.parametrize("capacity", [CAPACITY, ROOMY, dataclasses.replace(ROOMY, ahead=True)])
 def test_a_matcher_is_told_every_token_once(capacity):
-    """Also where the runner has shown it some of them while it wrote."""
+    """Also where the runner has shown it some of them while it wrote; in long calls where nobody waits meanwhile."""
+    longest = collections.Counter()
 
     class Asking(FakeRunner):
         constrains = True
 
         def decode(self, sequences, allowances, most, patience, after):
             assert after is None or all(sequence.matcher is None for sequence in sequences)
+            if most > capacity.steps:
+                assert not any(part.waiting for part in engines[-1]._parts)
+                assert any(sequence.matcher is not None for sequence in sequences)
+            longest[len(engines)] = max(longest[len(engines)], most)
             call = super().decode(sequences, allowances, most, patience, after)
             for i, sequence in enumerate(sequences):
                 if sequence.matcher is not None:
@@ -585,8 +590,10 @@ def test_a_matcher_is_told_every_token_once(capacity):
                         sequence.ahead += 1
             return call
 
+    engines = []
+
     def run(*constraints):
-        engine = Engine(Asking(capacity))
+        engines.append(engine := Engine(Asking(capacity)))
         budget = ThinkingBudget(tokens=4, close=(48, 49))
         requests = [
             request(
@@ -608,3 +615,4 @@ def test_a_matcher_is_told_every_token_once(capacity):
     watched = [Seen(), None, None, Seen(), Seen(), None]
     assert run(*watched) == free
     assert [list(seen) for seen in watched if seen is not None] == [free[n] for n in (0, 3, 4)]
+    assert longest == {1: capacity.steps, 2: capacity.guided_steps}

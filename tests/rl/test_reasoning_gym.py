@@ -80,7 +80,7 @@ def test_levels_make_it_harder():
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("chain_sums", r"'chain_sums' is neither built in .* chain_sum"),
+        ("chain_sums", r"'chain_sums' is neither built in \(sums, board, shop, guess\) nor .* chain_sum"),
         ("chain_sum@3-99", "levels go from 0 to 10; write chain_sum@0-10"),
         ("chain_sum@3-1", "levels go from 0 to 10"),
         ("chain_sum@x", "is neither built in"),

@@ -1,6 +1,7 @@
 """Tasks: right demonstrations, pure problems, held-out problems that are never trained on, mixtures."""
 
 import collections
+import sys
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,12 @@ def test_many_odd_weights_come_close():
 def test_one_task_twice_is_no_mixture():
     with pytest.raises(UserError, match="names one task twice"):
         get_task("sums+sums")
+
+
+def test_an_unknown_task_without_reasoning_gym(monkeypatch):
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
+    with pytest.raises(UserError, match=r"'sum' is not built in \(sums, board, shop, guess\), and reasoning-gym"):
+        get_task("sum")
 
 
 def user(*files):

@@ -1,6 +1,7 @@
 """The server as its clients see it."""
 
 import concurrent.futures
+import dataclasses
 import json
 import os
 import signal
@@ -280,6 +281,15 @@ def test_too_long_by_how_much(live):
     refused(live.post(COMPLETE, prompt="a" * 2050, max_tokens=None), 400, "exceeds it by 3")
 
 
+def test_the_length_that_the_model_has_is_the_one_that_is_kept(live):
+    """Also for a client that asks for more than this server writes of any reply."""
+    length = live.client.get("/v1/models/tiny").json()["max_model_len"]
+    assert live.post(COMPLETE, prompt="a" * (length - 1), max_tokens=1).status_code == 200
+    refused(live.post(COMPLETE, prompt="a" * length, max_tokens=1), 400, f"context is {length} tokens")
+    error = refused(live.post(COMPLETE, prompt="a", max_tokens=length), 400, f"context is {length} tokens")
+    assert error["code"] == "context_length_exceeded"
+
+
 def test_no_json_and_no_route(live):
     for body in (b"{", b"\xff", b"", b'{"a": "\\ud800"}'):
         refused(live.client.post(CHAT, content=body), 400, "The body is no JSON")
@@ -370,6 +380,27 @@ def test_a_step_that_fails_ends_its_requests_and_not_the_server(make_engine, tok
         live.backend._engine.step = lambda: 1 / 0
         refused(live.post(CHAT, messages=USER), 500, "The engine failed")
         assert live.at_rest()
+
+
+def test_a_request_that_the_engine_cannot_take_in_ends_alone(live, monkeypatch):
+    class Broken:
+        def begin(self):
+            raise ValueError("no grammar")
+
+    engine, submit = live.backend._engine, live.backend._engine.submit
+
+    def sick(request):
+        return submit(dataclasses.replace(request, constraint=Broken()) if request.samples == 2 else request)
+
+    monkeypatch.setattr(engine, "submit", sick)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        other = pool.submit(live.chat, max_tokens=200)
+        for streams in (True, False):
+            body = {"messages": USER, "n": 2, "stream": streams}
+            assert refused(live.post(CHAT, **body), 500, "failed to take this in")["type"] == "server_error"
+        assert other.result()["choices"]
+    assert live.backend._engine is engine
+    assert live.at_rest()
 
 
 @pytest.mark.parametrize("patience", [None, 0.2])

@@ -44,7 +44,7 @@ def _named(name: str) -> Task:
         return Game(name)
     if plugins.is_plugin("task", name):
         return load_task(name)
-    gym = ReasoningGym(name)
+    gym = ReasoningGym(name, [*BUILT_IN, *plugins.installed("task")])
     return Guarded(gym, lambda error: f"task {name}: reasoning-gym: {plugins.described(error)}")
 
 

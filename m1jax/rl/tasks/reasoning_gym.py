@@ -26,27 +26,30 @@ class ReasoningGym:
     `chain_sum@2-5` draws from levels 2 to 5 of the family's curriculum, `chain_sum@2` from one; without them, from the
     range in `LEVELS`, or, of a family that has none there, from the family's defaults.
 
+    Args:
+        others: names of tasks that are none of its families, for messages.
+
     Raises:
         UserError: the extra is not installed, there is no family of this name or no such level, or it cannot be
             constructed.
     """
 
-    def __init__(self, place: str):
+    def __init__(self, place: str, others: Sequence[str] = ()):
         match = _PLACE.fullmatch(place)
         family = match[1] if match else place
         try:
             self._gym = importlib.import_module("reasoning_gym")
         except ImportError as error:
             raise UserError(
-                f"task {family!r} is not built in, and reasoning-gym is not installed: "
-                "pip install 'm1jax[tasks]' (needs a C compiler)"
+                f"task {family!r} is not built in ({', '.join(others)}), and reasoning-gym, which has more, is not "
+                "installed: pip install 'm1jax[tasks]' (needs a C compiler)"
             ) from error
         self._factory = factory = importlib.import_module("reasoning_gym.factory")
         if family not in factory.DATASETS:
             near = difflib.get_close_matches(family, factory.DATASETS, n=5, cutoff=0)
             raise UserError(
-                f"task {family!r} is neither built in nor one of the {len(factory.DATASETS)} families of reasoning-gym;"
-                f" the nearest are {', '.join(near)}"
+                f"task {family!r} is neither built in ({', '.join(others)}) nor one of the {len(factory.DATASETS)} "
+                f"families of reasoning-gym, of which the nearest are {', '.join(near)}"
             )
         if family in EXCLUDED:
             raise UserError(f"task {family!r} of reasoning-gym is left out: {EXCLUDED[family]}")
