@@ -18,6 +18,7 @@ from m1jax.model import MiniMaxM1
 from m1jax.model.cache import key_value_bytes, state_bytes
 from m1jax.model.head import CHUNK_ELEMENTS
 from m1jax.model.parallel import pieces
+from m1jax.plan.hardware import Platform
 from m1jax.plan.setup import Setup
 from m1jax.sharding import CUT, parameter_specs, vocabulary_is_cut
 
@@ -25,9 +26,12 @@ Bytes = dict[str, float]
 ATTENTION_ARRAYS = 8  # [rows, time, hidden] alive in the backward pass of one attention layer
 
 
-def memory(setup: Setup) -> Bytes:
+def memory(setup: Setup, platform: Platform) -> Bytes:
     """Kind -> bytes on each device when the step needs most."""
-    return _generation(setup) if setup.task == "generate" else _training(setup)
+    if setup.task == "generate":
+        return _generation(setup)
+    in_stacks = setup.remat == "cheap" or (setup.remat == "layers" and platform == "gpu")
+    return _in_stacks(setup) if in_stacks else _scheduled(setup)
 
 
 def elements(setup: Setup) -> tuple[float, float]:
@@ -75,12 +79,8 @@ def words(setup: Setup) -> float:
     return count / setup.mesh["tensor"] if vocabulary_is_cut(count, setup.mesh) else count
 
 
-def _training(setup: Setup) -> Bytes:
-    return _cheap(setup) if setup.remat == "cheap" else _scheduled(setup)
-
-
-def _cheap(setup: Setup) -> Bytes:
-    """As on GPUs: what products and kernels gave is kept, in stacks of all layers; layers' gradients are bfloat16."""
+def _in_stacks(setup: Setup) -> Bytes:
+    """As on GPUs: what is kept lies in stacks of all layers, and layers' gradients are bfloat16."""
     m, mesh = setup.model, setup.mesh
     layers, other = elements(setup)
     lightning = m.layer_types.count(LIGHTNING)
@@ -89,13 +89,21 @@ def _cheap(setup: Setup) -> Bytes:
     stream = 2 * setup.rows_per_device * setup.residual_time * m.hidden_size
     routed = 2 * m.experts_per_token * gathered_tokens(setup)
     width = m.intermediate_size / mesh["tensor"]
-    # The residual and what attention adds to it; q, k, v, gate and the mix of them; both inner arrays of the experts.
-    saved = m.num_layers * 2 * stream + lightning * tokens * 5 * inner
-    saved += (m.num_layers - lightning) * tokens * 2 * (inner + kv)
-    saved += m.num_layers * routed * 2 * width
     whole = expert_bytes(setup) * (2 if mesh["fsdp"] > 1 else 1)  # gathered, or cut out; and the gradients
-    routed /= expert_pieces(setup)
-    layer = 6 * stream + 3 * tokens * inner + routed * (4 * width + 4 * m.hidden_size) + whole
+    at_once = routed / expert_pieces(setup)
+    if setup.remat == "cheap":
+        # The residual and what attention adds to it; q, k, v, gate and the mix of them; both inner arrays of experts.
+        saved = m.num_layers * 2 * stream + lightning * tokens * 5 * inner
+        saved += (m.num_layers - lightning) * tokens * 2 * (inner + kv)
+        saved += m.num_layers * routed * 2 * width
+        layer = 6 * stream + 3 * tokens * inner + at_once * (4 * width + 4 * m.hidden_size) + whole
+    else:
+        # The residual alone. In the experts' backward pass: all of attention (q, k, v before and after their
+        # activation, gate, mix, normed mix; both normed residuals and what attention adds), two gradients of the
+        # residual, and routed the tokens and their gradient with and without its weight; of the width two arrays, the
+        # gradient of what they become, what they become, and their own gradients.
+        saved = m.num_layers * stream
+        layer = 5 * stream + 9 * tokens * inner + at_once * (6 * width + 3 * m.hidden_size) + whole
     head = 3 * head_bytes(setup) + 6 * min(CHUNK_ELEMENTS, tokens * words(setup))
     summed = 4 * (layers + other) if setup.micro_batches > 1 else 0.0
     return {
