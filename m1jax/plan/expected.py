@@ -96,17 +96,24 @@ def _decoding(setup: Setup, rates: Rates) -> Seconds:
     tokens = rows * setup.piece
     share = setup.rows * setup.piece / setup.devices if setup.rows_are_cut else tokens / tensor
     each = 3 * m.hidden_size * m.intermediate_size
-    used = m.num_experts * (1 - (1 - m.experts_per_token / m.num_experts) ** (gathered_tokens(setup)))
-    weights = 2 * (parameters_per_token(m) + m.num_layers * (used - m.experts_per_token) * each) / tensor
-    moved = weights / setup.mesh["expert"] + rows / tensor * (
-        2 * state_bytes(m) + setup.context * key_value_bytes(m, "bfloat16")
-    )
+    used = m.num_experts * (1 - (1 - m.experts_per_token / m.num_experts) ** gathered_tokens(setup))
+    others = parameters_per_token(m) - m.num_layers * m.experts_per_token * each
+    weights = 2 * (others + m.num_layers * used * each / setup.mesh["expert"])
+    moved = weights + rows * (2 * state_bytes(m) + setup.context * key_value_bytes(m, "bfloat16"))
     return {
-        "weights, states, keys and values": moved / rates.copy,
+        "weights, states, keys and values": moved / tensor / rates.copy,
         "products": 2 * share * parameters_per_token(m) / rates.products,
-        "launches": KERNELS * m.num_layers * rates.launch,
+        "launches": KERNELS * m.num_layers * rates.launch + _small_exchanges(setup) * rates.collective,
         "sampling": SAMPLING_PASSES * 4 * rows * words(setup) / rates.copy,
     }
+
+
+def _small_exchanges(setup: Setup) -> int:
+    """Of a decoding step, one after the other: tensor sums what attention, the experts and the embedding give and what
+    a lightning layer's norm needs, and deals scores and new tokens out; expert gathers tokens and sums back."""
+    m, tensor = setup.model, setup.mesh["tensor"] > 1
+    experts = 2 if setup.mesh["expert"] > 1 and setup.rows_are_cut else tensor
+    return m.num_layers * (experts + tensor) + tensor * (m.layer_types.count(LIGHTNING) + 3)
 
 
 def _triangle(length: int) -> float:

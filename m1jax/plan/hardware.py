@@ -31,6 +31,8 @@ class Rates:
     """collectives among the cards of a host in an update, bytes/s that a card sends"""
     launch: float
     """seconds from one small kernel to the next"""
+    collective: float
+    """seconds of a small exchange within a host that the next kernel waits for"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,7 +74,14 @@ _RENTED = "RunPod, as listed by deploybase.ai, September 2025"
 _REPORT = "the M1 report: 512 GPUs, three weeks, $534,700"
 
 _HOPPER = Rates(
-    products=700e12, experts=628e12, attention=417e12, lightning=1.0e-9, copy=3.65e12, exchange=180e9, launch=2.5e-6
+    products=700e12,
+    experts=628e12,
+    attention=417e12,
+    lightning=1.0e-9,
+    copy=3.65e12,
+    exchange=180e9,
+    launch=2.5e-6,
+    collective=15e-6,
 )
 
 # What XLA for TPU itself calls available when it refuses a program; on GPUs 90 % of the card, as users set it.

@@ -20,7 +20,7 @@ from m1jax.model.head import CHUNK_ELEMENTS
 from m1jax.model.parallel import pieces
 from m1jax.plan.hardware import Platform
 from m1jax.plan.setup import Setup
-from m1jax.sharding import CUT, parameter_specs, vocabulary_is_cut
+from m1jax.sharding import parameter_specs, vocabulary_is_cut
 
 Bytes = dict[str, float]
 ATTENTION_ARRAYS = 8  # [rows, time, hidden] alive in the backward pass of one attention layer
@@ -35,9 +35,10 @@ def memory(setup: Setup, platform: Platform) -> Bytes:
 
 
 def elements(setup: Setup) -> tuple[float, float]:
-    """Parameters on one device: (of the layers, of embedding, head and last norm)."""
+    """Parameters on one device: (of the layers, of embedding, head and last norm). Generation cuts them over expert and
+    tensor alone, and gathers none of them for a step."""
     layers = other = 0.0
-    for in_layer, size, axes in _leaves(setup.model, setup.mesh["tensor"]):
+    for in_layer, size, axes in _leaves(setup.model, setup.mesh["tensor"], setup.task == "generate"):
         share = size / math.prod(setup.mesh[axis] for axis in axes)
         layers, other = (layers + share, other) if in_layer else (layers, other + share)
     return layers, other
@@ -163,13 +164,12 @@ def _generation(setup: Setup) -> Bytes:
     layer = kv / max(softmax, 1) if setup.piece > 1 else 0.0  # its keys and values; decoding takes those of all layers
     routed = m.experts_per_token * gathered_tokens(setup) / expert_pieces(setup)
     experts = routed * (8 * m.hidden_size + 4 * m.intermediate_size / tensor)
-    experts += expert_bytes(setup) / 3  # w1, w3 and w2 are cut out, or gathered, one after the other
-    table = head_bytes(setup) / 2 if math.prod(setup.mesh[axis] for axis in CUT) > 1 else 0.0  # of words, gathered
+    experts += expert_bytes(setup) / 3  # w1, w3 and w2 are cut out one after the other
     return {
         "parameters": 2 * (layers + other) + 2 * m.num_layers * m.num_experts * m.hidden_size,  # float32 routers
         "states": states,
         "KV cache": kv,
-        "temporaries": max(layer, experts, table),
+        "temporaries": max(layer, experts),
     }
 
 
@@ -179,11 +179,11 @@ def _parameters(config: ModelConfig) -> nnx.State:
 
 
 @functools.lru_cache(maxsize=64)
-def _leaves(config: ModelConfig, tensor: int) -> tuple[tuple[bool, int, tuple[str, ...]], ...]:
+def _leaves(config: ModelConfig, tensor: int, whole: bool) -> tuple[tuple[bool, int, tuple[str, ...]], ...]:
     """(in a layer, number of elements, mesh axes it is cut over) of every parameter; of the mesh's sizes, only that of
     tensor matters."""
     params = _parameters(config)
-    specs = parameter_specs(params, {"tensor": tensor})
+    specs = parameter_specs(params, {"tensor": tensor}, whole=whole)
     specs = jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, jax.sharding.PartitionSpec))
     found = []
     for (path, leaf), spec in zip(jax.tree_util.tree_leaves_with_path(params), specs):

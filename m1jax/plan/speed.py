@@ -8,7 +8,7 @@ import math
 from m1jax.config import LIGHTNING
 from m1jax.flops import forward_flops
 from m1jax.plan.hardware import Chip
-from m1jax.plan.memory import attention_bytes, elements, expert_bytes, gathered_tokens, head_bytes
+from m1jax.plan.memory import attention_bytes, elements, expert_bytes, gathered_tokens, head_bytes, words
 from m1jax.plan.setup import Setup
 from m1jax.sharding import AXES, COLUMNS, CUT, vocabulary_is_cut
 
@@ -64,7 +64,7 @@ def exchanges(setup: Setup) -> list[Exchange]:
     train = setup.task != "generate"
     recomputed = train and setup.remat != "none"
     layers_again = train and setup.remat == "layers"  # while they are recomputed, there is nothing else to do either
-    weights = layers * (2 + recomputed if train else 1)  # gathered for each pass; gradients back
+    weights = layers * (2 + recomputed) if train else 0  # gathered for each pass; gradients back
     steps = setup.micro_batches if train else 1
     words_are_cut = vocabulary_is_cut(m.vocab_size, mesh)
     group = tuple(a for a in ("expert", "tensor") if mesh[a] > 1)
@@ -84,9 +84,10 @@ def exchanges(setup: Setup) -> list[Exchange]:
         ("expert weights", ("fsdp",), expert_bytes(setup), weights, 0),
         ("other weights", CUT, attention_bytes(setup), weights, 0),
         # A float32 head; embedding and gradients in 16 bits.
-        ("embedding and head", CUT if words_are_cut else COLUMNS, head_bytes(setup), 2.5 if train else 0.5, 0),
+        ("embedding and head", CUT if words_are_cut else COLUMNS, head_bytes(setup), 2.5 if train else 0, 0),
         ("heads for time", ("sequence",), tokens * inner, *[softmax * heads * (2 if train else 1)] * 2),
         ("gradients", ("data", "sequence"), 2 * sum(elements(setup)), 2 if train else 0, 0),
+        ("scores of words", ("tensor",), 4 * setup.rows_per_device * words(setup), 0 if train else 1, 0),
     ]
     found = [
         Exchange(purpose, axes, steps * times * size, steps * (waited if train else times) * size)
@@ -109,7 +110,7 @@ def speed(setup: Setup, chip: Chip, price: float) -> Speed:
         states = 4 * setup.rows_per_device * m.num_heads / setup.mesh["tensor"] * m.head_dim**2
         # Few tokens need few of the experts: each choice reads at most one more.
         used = min(1.0, gathered_tokens(setup) * m.experts_per_token / m.num_experts * setup.mesh["expert"])
-        moe = m.num_layers * expert_bytes(setup) / setup.mesh["fsdp"]
+        moe = m.num_layers * expert_bytes(setup)
         traffic = 2 * count - moe * (1 - used) + kv + 2 * states * (m.num_layers - softmax)
     else:
         again = setup.remat == "layers"

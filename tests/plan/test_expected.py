@@ -54,11 +54,19 @@ def test_updates_on_two_cards(changes, measured):
 
 
 @pytest.mark.parametrize(
-    ("preset", "sequences", "measured"),
-    [("m1-2b", 1, 0.599), ("m1-2b", 64, 1.657), ("m1-2b", 256, 2.856), ("m1-1b", 64, 1.242)],
+    ("preset", "sequences", "mesh", "measured"),
+    [
+        ("m1-2b", 1, "", 0.599),
+        ("m1-2b", 64, "", 1.502),
+        ("m1-2b", 256, "", 2.71),
+        ("m1-1b", 64, "", 1.242),
+        ("m1-2b", 128, "data=2", 1.52),
+        ("m1-2b", 64, "tensor=2", 1.418),
+        ("m1-2b", 64, "expert=2", 1.32),
+    ],
 )
-def test_decoding(preset, sequences, measured):
-    planned = setup(preset, task="generate", context=160, rows=sequences, sequences=1)
+def test_decoding(preset, sequences, mesh, measured):
+    planned = setup(preset, mesh, task="generate", context=160, rows=sequences, sequences=1)
     assert milliseconds("h200", planned) == pytest.approx(measured, rel=0.15)
 
 
