@@ -63,7 +63,7 @@ def table(results: dict[str, dict[str, float]]) -> str:
     for name, found in results.items():
         setup, topology = case(name)
         task = setup.task + ", no remat" * (setup.remat == "none") + f", piece {setup.piece}" * (setup.piece > 1)
-        computed = sum(memory(setup).values())
+        computed = sum(memory(setup, "tpu").values())
         lines.append(
             f"| {name} | {task} | {topology}, {CASES[name][1]} | {setup.rows} x {setup.context:,} | "
             f"{computed / GB:.2f} | {found['bytes'] / GB:.2f} | {computed / found['bytes'] - 1:+.1%} | "
@@ -86,7 +86,7 @@ def main(config: Config) -> None:
     results = {name: results[name] for name in CASES if name in results}
     print(table(results))
     (HERE / "table.md").write_text(table(results) + "\n")
-    bars = {f"{name}, {case(name)[1]}": memory(case(name)[0]) for name in results}
+    bars = {f"{name}, {case(name)[1]}": memory(case(name)[0], "tpu") for name in results}
     chips = [hardware.CHIPS[CASES[name][0]] for name in results]
     draw(
         bars,

@@ -60,4 +60,4 @@ _float32_attend = LightningCache.attend
 def _attend(self: LightningCache, layer: Any, *arguments: Any) -> tuple[Array, LightningCache]:
     """`LightningCache.attend`, its states rounded whenever they are written."""
     out, cache = _float32_attend(self, layer, *arguments)
-    return out, LightningCache(rounded(cache.state))  # other layers' states are rounded already: nothing changes in them
+    return out, LightningCache(rounded(cache.state))  # all others are rounded already

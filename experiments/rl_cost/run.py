@@ -56,7 +56,7 @@ def update(chip: Chip, window: int) -> Phase:
     """An update of rows of the window."""
     placed = best(Setup(model=MODEL, task="rl", mesh=ONE, context=window, rows=1), chip, DEVICES)
     assert placed is not None
-    assert sum(memory(placed).values()) <= chip.memory
+    assert sum(memory(placed, chip.platform).values()) <= chip.memory
     found = speed(placed, chip, 0)
     return Phase(found.million_tokens_seconds, f"{spell(placed.mesh)}, bound by {found.bound_by}")
 

@@ -37,7 +37,7 @@ def read(folder: Path) -> dict[str, Row]:
         rates = next(chip.rates for name, chip in CHIPS.items() if name.upper() in row["device"])
         assert rates is not None
         row["expected ms"] = 1e3 * sum(expected(setup, rates).values())
-        row["planned GB"] = sum(memory(setup).values()) / 1e9
+        row["planned GB"] = sum(memory(setup, "gpu").values()) / 1e9
         one = found.get(case.beside)
         row["times one card"] = row["tokens/s"] / one["tokens/s"] if one else None
         same = found.get(case.same)

@@ -84,7 +84,7 @@ def main(config: Config) -> None:
     kind, chip, devices = hardware.parse_hardware(f"{name}x1" if config.search and name in hardware.CHIPS else name)
     price = chip.price if config.price is None else config.price
     setup = _setup(config, chip, devices)
-    bytes_by_kind = memory(setup)
+    bytes_by_kind = memory(setup, chip.platform)
     compiled = _compile(setup, kind, chip) if config.compile else None
     plan = _summary(config, setup, kind, chip, price, bytes_by_kind, compiled)
     if config.picture is not None:

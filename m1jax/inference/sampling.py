@@ -1,5 +1,6 @@
 """One token from the logits of each row: temperature, nucleus, a key per request."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
+from m1jax.model import parallel
 from m1jax.sharding import ambient_mesh
 from pallas_kernels import target_platform
 
@@ -52,6 +54,20 @@ def sample(
         top: how many of the likeliest tokens to return; zeros unless `wants_top`.
         cuts: whether there is a row whose top_p is below 1; None: not known beforehand.
     """
+    some = functools.partial(_sample, top=top, cuts=cuts)
+    return parallel.by_row(some, logits, keys, temperature, top_p, allowed, wants_top)
+
+
+def _sample(
+    logits: jax.Array,
+    keys: jax.Array,
+    temperature: jax.Array,
+    top_p: jax.Array,
+    allowed: jax.Array | None,
+    wants_top: jax.Array | bool,
+    top: int,
+    cuts: bool | None,
+) -> Drawn:
     greedy = temperature == 0
     scaled = logits / jnp.where(greedy, 1.0, temperature)[:, None]
     log_probs = jax.nn.log_softmax(scaled, axis=-1)

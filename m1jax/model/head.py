@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from m1jax.model import parallel
-from m1jax.model.layers import apart, by_token, linear
-from m1jax.sharding import ambient_mesh
-from pallas_kernels import target, vocabulary_scores, vocabulary_statistics
+from m1jax.model.layers import apart, linear
+from m1jax.sharding import ambient_mesh, vocabulary_is_cut
+from pallas_kernels import target, vocabulary_statistics
 from pallas_kernels._compat import vary_over, varying_axes
 from pallas_kernels.vocabulary.chunks import Chunks
 from pallas_kernels.vocabulary.split import SCALE, dot, product, split
@@ -28,8 +28,9 @@ GRADIENT_SCALE = 2.0**15  # what is at most 1 then fills float16, from 2^-39 on
 def logits(hidden: Float[Array, "... hidden"], lm_head: Float[Array, "vocab hidden"]) -> Float[Array, "... vocab"]:
     """Float32 logits."""
     on_gpu = target.target_platform() == "gpu"
-    if on_gpu and hidden.dtype == jnp.bfloat16 and ambient_mesh() is None:
-        return vocabulary_scores(by_token(hidden), lm_head).reshape(*hidden.shape[:-1], len(lm_head))
+    mesh = ambient_mesh()
+    if on_gpu and hidden.dtype == jnp.bfloat16 and (mesh is None or vocabulary_is_cut(len(lm_head), mesh.shape)):
+        return parallel.vocabulary_scores(hidden, lm_head)
     # "highest" keeps to a GPU's CUDA cores; six bfloat16 products on its matrix units are as accurate.
     precision = "BF16_BF16_F32_X6" if on_gpu else "highest"
     return linear(hidden.astype(jnp.float32), lm_head.astype(jnp.float32), precision)

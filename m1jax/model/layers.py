@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from m1jax.sharding import ambient_mesh
-from pallas_kernels import Projection, project, target_platform
+from pallas_kernels import target_platform
 from pallas_kernels.kept import KEPT
 
 FEW_TOKENS = 128  # from here on both orders are as fast
@@ -57,16 +57,6 @@ def linear(
     else:
         product = jnp.einsum("...i,oi->...o", tokens, weight, precision=precision)
     return kept(product.reshape(*x.shape[:-1], len(weight)))
-
-
-def linear_of(
-    x: Float[Array, "... inputs"], weight: Float[Array, "*layers outputs inputs"], layer: int | Int[Array, ""]
-) -> Float[Array, "... outputs"]:
-    """``linear``; a weight that is still that of all layers of a run is read where it lies, for few tokens."""
-    if weight.ndim == 2:
-        return linear(x, weight)
-    (product,) = project(by_token(x), [Projection(weight)], layer)
-    return product.reshape(*x.shape[:-1], -1)
 
 
 def kept(x: jax.Array) -> jax.Array:

@@ -10,10 +10,10 @@ from jaxtyping import Array, Float
 
 from m1jax.config import ModelConfig
 from m1jax.model.cache import LightningCache
-from m1jax.model.layers import Call, Place, Weights, by_token, kept, linear, linear_of, rms_norm
-from m1jax.model.parallel import lightning_attention
+from m1jax.model.layers import Call, Place, Weights, kept, linear, rms_norm
+from m1jax.model.parallel import lightning_attention, project, project_back
 from m1jax.sharding import constrain, constrain_residual
-from pallas_kernels import Projection, project
+from pallas_kernels import Projection
 
 NORM_EPS = 1e-6  # the authors' code gives this one norm its own epsilon, whatever config.rms_norm_eps says
 
@@ -68,12 +68,13 @@ class LightningAttention(nnx.Module):
         out = rms_norm(out.reshape(batch, time, -1), self.norm[...], NORM_EPS)
         if gate is None:
             gate = jax.nn.sigmoid(linear(x, self.output_gate[...]))
-        out = linear_of(out * gate, self.out_proj[...], place.layer)
+        weight = self.out_proj[...]
+        out = linear(out * gate, weight) if weight.ndim == 2 else project_back(out * gate, weight, place.layer)
         return constrain_residual(out), memory
 
     def _projected(self, x: Float[Array, "batch time hidden"], place: Place) -> tuple[jax.Array, ...]:
         """Queries, keys, values and gate, from weights that lie in their stacks."""
         stack = self.qkv_proj[...]
         qkv = Projection(stack, "silu", 3, stack.shape[1] // (3 * self.num_heads))
-        *heads, gate = project(by_token(x), [qkv, Projection(self.output_gate[...], "sigmoid")], place.layer)
-        return *(a.reshape(*x.shape[:2], self.num_heads, -1) for a in heads), gate.reshape(*x.shape[:2], -1)
+        *heads, gate = project(x, [qkv, Projection(self.output_gate[...], "sigmoid")], place.layer)
+        return *(a.reshape(*x.shape[:2], self.num_heads, -1) for a in heads), gate

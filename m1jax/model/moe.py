@@ -10,9 +10,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Integer
 
 from m1jax.config import ModelConfig
-from m1jax.model.layers import Weights, by_token, kept, linear
-from m1jax.model.parallel import experts, with_all_of_time
-from pallas_kernels import PADDING, expert_routes, target_platform
+from m1jax.model.layers import Weights, kept, linear
+from m1jax.model.parallel import expert_routes, experts, with_all_of_time
+from pallas_kernels import PADDING, target_platform
 
 PART = 64
 """tokens whose numbers are added in one place before those of a whole segment are"""
@@ -69,8 +69,7 @@ class MoE(nnx.Module):
         router's gradient flows as it does for a choice of its own. An expert that does not exist has weight zero.
         """
         if self.gate[...].ndim == 3:  # those of all layers of the run
-            routes, weights = expert_routes(by_token(x), self.gate[...], layer, k=self.k)
-            return Routing(None, *(a.reshape(*x.shape[:2], self.k) for a in (routes, weights)))
+            return Routing(None, *expert_routes(x, self.gate[...], layer, self.k))
         logits = router_logits(x, self.gate[...])
         probabilities = jax.nn.softmax(kept(logits), axis=-1)
         if replayed is None:

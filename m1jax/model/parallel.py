@@ -7,6 +7,9 @@ Without an ambient mesh each is the plain operation. With one:
     softmax               heads over tensor, time over sequence: exchanged for heads and back
     experts               tokens gathered over expert and tensor, each device does its experts, sums scattered back
     log_probs             vocabulary over tensor, time over sequence (time over both, where tensor does not divide it)
+    project, project_back, expert_routes, vocabulary_scores
+                          decoding's products of few tokens: outputs, or inputs, over tensor
+    by_row                rows over tensor too
 
 Everything else in the model is left to the compiler, held in place by ``sharding.constrain``.
 """
@@ -15,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -35,7 +39,7 @@ from m1jax.sharding import (
     residual_axes,
     vocabulary_is_cut,
 )
-from pallas_kernels import target_platform
+from pallas_kernels import Projection, target_platform
 from pallas_kernels._compat import vary_over, varying_axes
 from pallas_kernels.lightning import lightning_attention_sequence_parallel
 
@@ -83,6 +87,22 @@ def with_all_of_time(function: Any, *arrays: jax.Array) -> Any:
         return function(*arrays)
     rows = P(residual_axes(*arrays[0].shape[:2])[0])
     return jax.shard_map(function, in_specs=rows, out_specs=rows)(*arrays)
+
+
+def by_row(function: Any, *arrays: Any) -> Any:
+    """``function`` of [rows, ...] arrays and scalars, where each device has its rows whole: over tensor too, if it
+    divides them.
+
+    For what goes along the vocabulary: where that is cut, XLA:GPU makes a cumulative sum a loop over single words.
+    """
+    mesh = ambient_mesh()
+    if mesh is None:
+        return function(*arrays)
+    rows = activation_axes("batch", len(arrays[0]))
+    if len(arrays[0]) % math.prod(mesh.shape[axis] for axis in (*rows, "tensor")) == 0:
+        rows = (*rows, "tensor")
+    specs = jax.tree.map(lambda x: P(rows) if jnp.ndim(x) else P(), arrays)
+    return jax.shard_map(function, in_specs=specs, out_specs=P(rows), check_vma=False)(*arrays)
 
 
 def lightning_attention(
@@ -163,7 +183,7 @@ def lightning_attention_decode(
     # check_vma: JAX 0.12 takes no array into a GPU kernel to be updated that is marked as differing between devices.
     return jax.shard_map(
         local,
-        in_specs=(token, token, token, P("tensor"), states, P(rows), P()),
+        in_specs=(token, token, token, P(*[None] * (log_decay.ndim - 1), "tensor"), states, P(rows), P()),
         out_specs=(token, states),
         check_vma=False,
     )(q, k, v, log_decay, pool, slots, jnp.asarray(layer))
@@ -242,6 +262,76 @@ def softmax_attention_decode(
     return jax.shard_map(
         local, in_specs=(token, pool, pool, P(rows), P(rows), P()), out_specs=token, check_vma=False
     )(q, keys, values, pages, lengths, jnp.asarray(layer))  # fmt: skip
+
+
+def project(
+    x: Float[Array, "batch time inputs"], projections: Sequence[Projection], layer: int | Int[Array, ""]
+) -> list[Float[Array, "batch time outputs"]]:
+    """``pallas_kernels.project``, batch over rows, outputs over tensor; weights are cut over nothing else."""
+
+    def local(x: jax.Array, weights: list[jax.Array], layer: Any) -> list[jax.Array]:
+        given = [p._replace(weights=w) for p, w in zip(projections, weights, strict=True)]
+        return [a.reshape(*x.shape[:-1], -1) for a in pallas_kernels.project(_tokens(x), given, layer)]
+
+    weights = [p.weights for p in projections]
+    if ambient_mesh() is None:
+        return local(x, weights, layer)
+    rows, _ = _token_axes(x)
+    specs = P(rows), P(None, "tensor"), P()
+    return jax.shard_map(local, in_specs=specs, out_specs=P(rows, None, "tensor"), check_vma=False)(
+        x, weights, jnp.asarray(layer)
+    )
+
+
+def project_back(
+    x: Float[Array, "batch time inputs"], weight: Float[Array, "layers outputs inputs"], layer: int | Int[Array, ""]
+) -> Float[Array, "batch time outputs"]:
+    """``pallas_kernels.project`` of what `project` gave: batch over rows, inputs over tensor."""
+
+    def local(x: jax.Array, weight: jax.Array, layer: Any) -> jax.Array:
+        (product,) = pallas_kernels.project(_tokens(x), [Projection(weight)], layer)
+        return product.reshape(*x.shape[:-1], -1)
+
+    if ambient_mesh() is None:
+        return local(x, weight, layer)
+    rows, _ = _token_axes(x)
+    specs = P(rows, None, "tensor"), P(None, None, "tensor"), P()
+    return jax.shard_map(lambda *a: _sum(local(*a), "tensor"), in_specs=specs, out_specs=P(rows), check_vma=False)(
+        x, weight, jnp.asarray(layer)
+    )
+
+
+def expert_routes(
+    x: Float[Array, "batch time hidden"],
+    gate: Float[Array, "layers experts hidden"],
+    layer: int | Int[Array, ""],
+    k: int,
+) -> tuple[Int[Array, "batch time k"], Float[Array, "batch time k"]]:
+    """``pallas_kernels.expert_routes``, batch over rows."""
+
+    def local(x: jax.Array, gate: jax.Array, layer: Any) -> tuple[jax.Array, jax.Array]:
+        routes, weights = pallas_kernels.expert_routes(_tokens(x), gate, layer, k=k)
+        return routes.reshape(*x.shape[:-1], k), weights.reshape(*x.shape[:-1], k)
+
+    if ambient_mesh() is None:
+        return local(x, gate, layer)
+    rows = P(_token_axes(x)[0])
+    return jax.shard_map(local, in_specs=(rows, P(), P()), out_specs=rows, check_vma=False)(x, gate, jnp.asarray(layer))
+
+
+def vocabulary_scores(
+    hidden: Float[Array, "*tokens hidden"], lm_head: Float[Array, "vocab hidden"]
+) -> Float[Array, "*tokens vocab"]:
+    """``pallas_kernels.vocabulary_scores``, tokens over rows, vocabulary over tensor, which must divide it."""
+
+    def local(hidden: jax.Array, lm_head: jax.Array) -> jax.Array:
+        return pallas_kernels.vocabulary_scores(_tokens(hidden), lm_head).reshape(*hidden.shape[:-1], -1)
+
+    if ambient_mesh() is None:
+        return local(hidden, lm_head)
+    rows = activation_axes("batch", len(hidden))
+    out = P(rows, *[None] * (hidden.ndim - 2), "tensor")
+    return jax.shard_map(local, in_specs=(P(rows), P("tensor")), out_specs=out, check_vma=False)(hidden, lm_head)
 
 
 def experts(
@@ -385,6 +475,10 @@ def _in_pieces(function: Any, count: int, *arrays: jax.Array) -> jax.Array:
         return function(*flat)
     split = [a.reshape(count, -1, a.shape[-1]) for a in flat]
     return jax.lax.map(lambda piece: jax.checkpoint(function)(*piece), tuple(split))
+
+
+def _tokens(x: jax.Array) -> jax.Array:
+    return x.reshape(-1, x.shape[-1])
 
 
 def _token_axes(x: jax.Array) -> tuple[tuple[str, ...], tuple[str, ...]]:

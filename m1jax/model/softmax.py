@@ -7,10 +7,10 @@ from jaxtyping import Array, Float
 
 from m1jax.config import ModelConfig
 from m1jax.model.cache import SoftmaxCache
-from m1jax.model.layers import Call, Place, Weights, by_token, linear, linear_of, rotary
-from m1jax.model.parallel import softmax_attention
+from m1jax.model.layers import Call, Place, Weights, linear, rotary
+from m1jax.model.parallel import project, project_back, softmax_attention
 from m1jax.sharding import constrain, constrain_residual
-from pallas_kernels import Projection, project
+from pallas_kernels import Projection
 
 
 class SoftmaxAttention(nnx.Module):
@@ -34,7 +34,7 @@ class SoftmaxAttention(nnx.Module):
         if weights[0].ndim == 2:
             q, k, v = (linear(x, weight).reshape(split) for weight in weights)
         else:  # those of all layers of the run
-            q, k, v = (a.reshape(split) for a in project(by_token(x), [Projection(w) for w in weights], place.layer))
+            q, k, v = (a.reshape(split) for a in project(x, [Projection(w) for w in weights], place.layer))
         q = rotary(q, call.positions, rotary_dim=self.rotary_dim, theta=self.theta)
         k = rotary(k, call.positions, rotary_dim=self.rotary_dim, theta=self.theta)
         if memory is None:
@@ -42,5 +42,6 @@ class SoftmaxAttention(nnx.Module):
         else:
             memory = memory.append(place.layer, k, v, call.positions, call.pages, call.segment_ids)
             out = memory.attend(place.layer, q, call.positions, call.pages, call.segment_ids)
-        out = linear_of(out.reshape(batch, time, -1), self.o_proj[...], place.layer)
+        out, weight = out.reshape(batch, time, -1), self.o_proj[...]
+        out = linear(out, weight) if weight.ndim == 2 else project_back(out, weight, place.layer)
         return constrain_residual(out), memory

@@ -390,7 +390,7 @@ def stack(
     # take; the rest is cut out by number.
     whole_experts = model.runs[0].moe.w1.dtype == model.dtype
     decodes = target_platform() == "gpu" and jax.tree.leaves(h)[0].shape[1] == 1
-    few = whole_experts and decodes and ambient_mesh() is None and not jax.tree.leaves(routes)
+    few = whole_experts and decodes and (ambient_mesh() is None or model.whole) and not jax.tree.leaves(routes)
     whole = (EXPERTS if whole_experts else ()) + (FOR_FEW_TOKENS if few else ())
     parts = [nnx.split(block, lambda path, _: path[-1] in whole, ...) for block in model.runs]
     repeat = _written_out if decodes and config.num_layers <= FEW_LAYERS else _repeat

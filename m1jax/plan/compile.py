@@ -76,7 +76,7 @@ def _update(setup: Setup, mesh: Mesh) -> Any:
 
 def _generation(setup: Setup, mesh: Mesh) -> Any:
     """`piece` tokens of every row into the cache, and the logits of the last; bfloat16 parameters."""
-    graph, params = _model(setup.model, DTYPE)
+    graph, params = _model(setup.model, DTYPE, whole=True)
     rows = ROWS if setup.rows_are_cut else None
     cache = jax.eval_shape(lambda: Cache.empty(setup.model, setup.rows, setup.context, DTYPE))
 
@@ -91,14 +91,15 @@ def _generation(setup: Setup, mesh: Mesh) -> Any:
     def step(params: Any, cache: Cache, tokens: jax.Array) -> Any:
         return nnx.merge(graph, params)(tokens, cache, last_only=True)
 
-    return jax.jit(step, donate_argnums=1).lower(_placed(params, mesh), cache, tokens)
+    return jax.jit(step, donate_argnums=1).lower(_placed(params, mesh, whole=True), cache, tokens)
 
 
-def _model(config: ModelConfig, param_dtype: Any) -> tuple[Any, Any]:
-    return nnx.split(nnx.eval_shape(lambda: MiniMaxM1(config, rngs=nnx.Rngs(0), dtype=DTYPE, param_dtype=param_dtype)))
+def _model(config: ModelConfig, param_dtype: Any, whole: bool = False) -> tuple[Any, Any]:
+    model = nnx.eval_shape(lambda: MiniMaxM1(config, rngs=nnx.Rngs(0), dtype=DTYPE, param_dtype=param_dtype))
+    model.whole = whole
+    return nnx.split(model)
 
 
-def _placed(tree: Any, mesh: Mesh) -> Any:
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, parameter_shardings(tree, mesh)
-    )
+def _placed(tree: Any, mesh: Mesh, whole: bool = False) -> Any:
+    places = parameter_shardings(tree, mesh, whole=whole)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, places)

@@ -2,8 +2,8 @@
 (`m1jax.plan.hardware.Rates`), and how much each has to do.
 
 Elementwise work is counted in passes over arrays, read off the compiled update (`m1-2b`, one H200): what fuses with
-what is XLA's choice, and the same for all sizes. No term was fitted to the time of one card; the rate of exchanges and
-three terms of meshes were set so that the cases of experiments/scaling agree.
+what is XLA's choice, and the same for all sizes. No term was fitted to the time of a step: the rate of exchanges, and
+what of them shows although other work goes on, are read off traces of two cards (experiments/scaling).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from m1jax.config import LIGHTNING
 from m1jax.flops import parameters_per_token
 from m1jax.model.cache import key_value_bytes, state_bytes
 from m1jax.plan.hardware import Rates
-from m1jax.plan.memory import elements, expert_bytes, gathered_tokens, memory, words
+from m1jax.plan.memory import elements, expert_bytes, gathered_tokens, words
 from m1jax.plan.setup import Setup
 from m1jax.plan.speed import exchanges
 
@@ -32,10 +32,8 @@ HEAD_PRODUCTS = 5  # two of split weights forward, one backward to have the prob
 HEAD_BYTES = 7  # per token and word, beside products
 KERNELS = 15  # of a layer in decoding, with its share of those of a whole step
 SAMPLING_PASSES = 12  # over float32 logits
-STACK_PASSES = 12  # on a mesh, over a layer's experts: cut out, or gathered and turned, twice; gradients turned back
-SHOWN = 0.5  # of exchanges behind work: what they slow down, and what is left of them at the ends of layers
-HIDDEN_BEHIND_WORK = ("expert weights", "other weights", "embedding and head", "gradients")
-"""Exchanges that need not wait for what has just been computed, nor it for them."""
+CUT_OUT_PASSES = 6  # over a device's part of a layer's experts: cut out to be gathered, twice; gradients put back
+SHOWN = 0.5  # of exchanges behind work: what they slow down, and what is left of them where work ends before
 
 
 def expected(setup: Setup, rates: Rates) -> Seconds:
@@ -44,14 +42,15 @@ def expected(setup: Setup, rates: Rates) -> Seconds:
     Exchanges within a host only. "exchanges" are those that work must wait for; of others what shows of them.
     """
     parts = _decoding(setup, rates) if setup.task == "generate" else _update(setup, rates)
-    moved = {True: 0.0, False: 0.0}
+    waited = behind = 0.0
     for exchange in exchanges(setup):
         size = 1
         for axis in exchange.axes:
             size *= setup.mesh[axis]
-        covered = setup.task != "generate" and exchange.purpose in HIDDEN_BEHIND_WORK
-        moved[covered] += exchange.bytes * (size - 1) / size / rates.exchange
-    parts["exchanges"] = moved[False] + max(SHOWN * moved[True], moved[True] - sum(parts.values()))
+        sent = (size - 1) / size / rates.exchange
+        waited += exchange.waited * sent
+        behind += (exchange.bytes - exchange.waited) * sent
+    parts["exchanges"] = waited + max(SHOWN * behind, behind - sum(parts.values()))
     return {name: seconds for name, seconds in parts.items() if seconds}
 
 
@@ -84,9 +83,8 @@ def _update(setup: Setup, rates: Rates) -> Seconds:
         "softmax attention": (1 + again) * 12 * softmax * inner * pairs / (rates.attention * small),
         "norms, gates, routing": elementwise / rates.copy,
     }
-    if setup.devices > 1:  # there the stacks that layers fill begin as zeros, and kernels cannot read experts in theirs
-        moved = m.num_layers * STACK_PASSES * expert_bytes(setup) + memory(setup)["activations"]
-        times["stacks"] = moved / rates.copy
+    if mesh["fsdp"] > 1:
+        times["experts cut out"] = m.num_layers * CUT_OUT_PASSES * expert_bytes(setup) / mesh["fsdp"] / rates.copy
     times = {name: setup.micro_batches * seconds for name, seconds in times.items()}
     summed = SUM_BYTES * setup.micro_batches * (setup.micro_batches > 1)
     return times | {"optimizer": (PARAMETER_BYTES + summed) * sum(elements(setup)) / rates.copy}
@@ -98,17 +96,24 @@ def _decoding(setup: Setup, rates: Rates) -> Seconds:
     tokens = rows * setup.piece
     share = setup.rows * setup.piece / setup.devices if setup.rows_are_cut else tokens / tensor
     each = 3 * m.hidden_size * m.intermediate_size
-    used = m.num_experts * (1 - (1 - m.experts_per_token / m.num_experts) ** (gathered_tokens(setup)))
-    weights = 2 * (parameters_per_token(m) + m.num_layers * (used - m.experts_per_token) * each) / tensor
-    moved = weights / setup.mesh["expert"] + rows / tensor * (
-        2 * state_bytes(m) + setup.context * key_value_bytes(m, "bfloat16")
-    )
+    used = m.num_experts * (1 - (1 - m.experts_per_token / m.num_experts) ** gathered_tokens(setup))
+    others = parameters_per_token(m) - m.num_layers * m.experts_per_token * each
+    weights = 2 * (others + m.num_layers * used * each / setup.mesh["expert"])
+    moved = weights + rows * (2 * state_bytes(m) + setup.context * key_value_bytes(m, "bfloat16"))
     return {
-        "weights, states, keys and values": moved / rates.copy,
+        "weights, states, keys and values": moved / tensor / rates.copy,
         "products": 2 * share * parameters_per_token(m) / rates.products,
-        "launches": KERNELS * m.num_layers * rates.launch,
+        "launches": KERNELS * m.num_layers * rates.launch + _small_exchanges(setup) * rates.collective,
         "sampling": SAMPLING_PASSES * 4 * rows * words(setup) / rates.copy,
     }
+
+
+def _small_exchanges(setup: Setup) -> int:
+    """Of a decoding step, one after the other: tensor sums what attention, the experts and the embedding give and what
+    a lightning layer's norm needs, and deals scores and new tokens out; expert gathers tokens and sums back."""
+    m, tensor = setup.model, setup.mesh["tensor"] > 1
+    experts = 2 if setup.mesh["expert"] > 1 and setup.rows_are_cut else tensor
+    return m.num_layers * (experts + tensor) + tensor * (m.layer_types.count(LIGHTNING) + 3)
 
 
 def _triangle(length: int) -> float:

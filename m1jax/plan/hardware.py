@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
+from typing import Literal
 
 from m1jax.errors import UserError
 
 GIB = 2**30
+Platform = Literal["gpu", "tpu"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,9 +28,11 @@ class Rates:
     copy: float
     """of HBM by kernels that do little else, bytes/s, read and written"""
     exchange: float
-    """collectives among the cards of a host beside other work, bytes/s that a card sends"""
+    """collectives among the cards of a host in an update, bytes/s that a card sends"""
     launch: float
     """seconds from one small kernel to the next"""
+    collective: float
+    """seconds of a small exchange within a host that the next kernel waits for"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,6 +61,10 @@ class Chip:
     topologies: dict[int, str] = dataclasses.field(default_factory=dict)
     """devices -> slice as libtpu names it"""
 
+    @property
+    def platform(self) -> Platform:
+        return "tpu" if self.network is None else "gpu"
+
 
 _FLAT = {4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
 _CUBES = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8"}
@@ -66,7 +74,14 @@ _RENTED = "RunPod, as listed by deploybase.ai, September 2025"
 _REPORT = "the M1 report: 512 GPUs, three weeks, $534,700"
 
 _HOPPER = Rates(
-    products=700e12, experts=628e12, attention=417e12, lightning=1.0e-9, copy=3.65e12, exchange=165e9, launch=2.5e-6
+    products=700e12,
+    experts=628e12,
+    attention=417e12,
+    lightning=1.0e-9,
+    copy=3.65e12,
+    exchange=180e9,
+    launch=2.5e-6,
+    collective=15e-6,
 )
 
 # What XLA for TPU itself calls available when it refuses a program; on GPUs 90 % of the card, as users set it.

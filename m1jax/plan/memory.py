@@ -18,22 +18,27 @@ from m1jax.model import MiniMaxM1
 from m1jax.model.cache import key_value_bytes, state_bytes
 from m1jax.model.head import CHUNK_ELEMENTS
 from m1jax.model.parallel import pieces
+from m1jax.plan.hardware import Platform
 from m1jax.plan.setup import Setup
-from m1jax.sharding import CUT, parameter_specs, vocabulary_is_cut
+from m1jax.sharding import parameter_specs, vocabulary_is_cut
 
 Bytes = dict[str, float]
 ATTENTION_ARRAYS = 8  # [rows, time, hidden] alive in the backward pass of one attention layer
 
 
-def memory(setup: Setup) -> Bytes:
+def memory(setup: Setup, platform: Platform) -> Bytes:
     """Kind -> bytes on each device when the step needs most."""
-    return _generation(setup) if setup.task == "generate" else _training(setup)
+    if setup.task == "generate":
+        return _generation(setup)
+    in_stacks = setup.remat == "cheap" or (setup.remat == "layers" and platform == "gpu")
+    return _in_stacks(setup) if in_stacks else _scheduled(setup)
 
 
 def elements(setup: Setup) -> tuple[float, float]:
-    """Parameters on one device: (of the layers, of embedding, head and last norm)."""
+    """Parameters on one device: (of the layers, of embedding, head and last norm). Generation cuts them over expert and
+    tensor alone, and gathers none of them for a step."""
     layers = other = 0.0
-    for in_layer, size, axes in _leaves(setup.model, setup.mesh["tensor"]):
+    for in_layer, size, axes in _leaves(setup.model, setup.mesh["tensor"], setup.task == "generate"):
         share = size / math.prod(setup.mesh[axis] for axis in axes)
         layers, other = (layers + share, other) if in_layer else (layers, other + share)
     return layers, other
@@ -75,12 +80,8 @@ def words(setup: Setup) -> float:
     return count / setup.mesh["tensor"] if vocabulary_is_cut(count, setup.mesh) else count
 
 
-def _training(setup: Setup) -> Bytes:
-    return _cheap(setup) if setup.remat == "cheap" else _scheduled(setup)
-
-
-def _cheap(setup: Setup) -> Bytes:
-    """As on GPUs: what products and kernels gave is kept, in stacks of all layers; layers' gradients are bfloat16."""
+def _in_stacks(setup: Setup) -> Bytes:
+    """As on GPUs: what is kept lies in stacks of all layers, and layers' gradients are bfloat16."""
     m, mesh = setup.model, setup.mesh
     layers, other = elements(setup)
     lightning = m.layer_types.count(LIGHTNING)
@@ -89,13 +90,21 @@ def _cheap(setup: Setup) -> Bytes:
     stream = 2 * setup.rows_per_device * setup.residual_time * m.hidden_size
     routed = 2 * m.experts_per_token * gathered_tokens(setup)
     width = m.intermediate_size / mesh["tensor"]
-    # The residual and what attention adds to it; q, k, v, gate and the mix of them; both inner arrays of the experts.
-    saved = m.num_layers * 2 * stream + lightning * tokens * 5 * inner
-    saved += (m.num_layers - lightning) * tokens * 2 * (inner + kv)
-    saved += m.num_layers * routed * 2 * width
     whole = expert_bytes(setup) * (2 if mesh["fsdp"] > 1 else 1)  # gathered, or cut out; and the gradients
-    routed /= expert_pieces(setup)
-    layer = 6 * stream + 3 * tokens * inner + routed * (4 * width + 4 * m.hidden_size) + whole
+    at_once = routed / expert_pieces(setup)
+    if setup.remat == "cheap":
+        # The residual and what attention adds to it; q, k, v, gate and the mix of them; both inner arrays of experts.
+        saved = m.num_layers * 2 * stream + lightning * tokens * 5 * inner
+        saved += (m.num_layers - lightning) * tokens * 2 * (inner + kv)
+        saved += m.num_layers * routed * 2 * width
+        layer = 6 * stream + 3 * tokens * inner + at_once * (4 * width + 4 * m.hidden_size) + whole
+    else:
+        # The residual alone. In the experts' backward pass: all of attention (q, k, v before and after their
+        # activation, gate, mix, normed mix; both normed residuals and what attention adds), two gradients of the
+        # residual, and routed the tokens and their gradient with and without its weight; of the width two arrays, the
+        # gradient of what they become, what they become, and their own gradients.
+        saved = m.num_layers * stream
+        layer = 5 * stream + 9 * tokens * inner + at_once * (6 * width + 3 * m.hidden_size) + whole
     head = 3 * head_bytes(setup) + 6 * min(CHUNK_ELEMENTS, tokens * words(setup))
     summed = 4 * (layers + other) if setup.micro_batches > 1 else 0.0
     return {
@@ -155,13 +164,12 @@ def _generation(setup: Setup) -> Bytes:
     layer = kv / max(softmax, 1) if setup.piece > 1 else 0.0  # its keys and values; decoding takes those of all layers
     routed = m.experts_per_token * gathered_tokens(setup) / expert_pieces(setup)
     experts = routed * (8 * m.hidden_size + 4 * m.intermediate_size / tensor)
-    experts += expert_bytes(setup) / 3  # w1, w3 and w2 are cut out, or gathered, one after the other
-    table = head_bytes(setup) / 2 if math.prod(setup.mesh[axis] for axis in CUT) > 1 else 0.0  # of words, gathered
+    experts += expert_bytes(setup) / 3  # w1, w3 and w2 are cut out one after the other
     return {
         "parameters": 2 * (layers + other) + 2 * m.num_layers * m.num_experts * m.hidden_size,  # float32 routers
         "states": states,
         "KV cache": kv,
-        "temporaries": max(layer, experts, table),
+        "temporaries": max(layer, experts),
     }
 
 
@@ -171,11 +179,11 @@ def _parameters(config: ModelConfig) -> nnx.State:
 
 
 @functools.lru_cache(maxsize=64)
-def _leaves(config: ModelConfig, tensor: int) -> tuple[tuple[bool, int, tuple[str, ...]], ...]:
+def _leaves(config: ModelConfig, tensor: int, whole: bool) -> tuple[tuple[bool, int, tuple[str, ...]], ...]:
     """(in a layer, number of elements, mesh axes it is cut over) of every parameter; of the mesh's sizes, only that of
     tensor matters."""
     params = _parameters(config)
-    specs = parameter_specs(params, {"tensor": tensor})
+    specs = parameter_specs(params, {"tensor": tensor}, whole=whole)
     specs = jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, jax.sharding.PartitionSpec))
     found = []
     for (path, leaf), spec in zip(jax.tree_util.tree_leaves_with_path(params), specs):

@@ -37,7 +37,7 @@ def variants(setup: Setup, devices: int) -> Iterator[Setup]:
 
 def best(setup: Setup, chip: Chip, devices: int) -> Setup | None:
     """The fastest mesh (by the bound) of so many devices that fits; None if none does."""
-    fitting = [s for s in variants(setup, devices) if sum(memory(s).values()) <= chip.memory]
+    fitting = [s for s in variants(setup, devices) if sum(memory(s, chip.platform).values()) <= chip.memory]
     return min(fitting, key=lambda s: speed(s, chip, 0).million_tokens_seconds, default=None)
 
 
@@ -51,7 +51,7 @@ def remedies(setup: Setup, chip: Chip) -> list[str]:
     """What would make a set-up fit, most harmless first; empty if nothing tried here does."""
 
     def fits(**changes: Any) -> bool:
-        return sum(memory(dataclasses.replace(setup, **changes)).values()) <= chip.memory
+        return sum(memory(dataclasses.replace(setup, **changes), chip.platform).values()) <= chip.memory
 
     found = []
     if setup.task != "generate" and setup.remat != "layers" and fits(remat="layers"):

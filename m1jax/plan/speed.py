@@ -8,7 +8,7 @@ import math
 from m1jax.config import LIGHTNING
 from m1jax.flops import forward_flops
 from m1jax.plan.hardware import Chip
-from m1jax.plan.memory import attention_bytes, elements, expert_bytes, gathered_tokens, head_bytes
+from m1jax.plan.memory import attention_bytes, elements, expert_bytes, gathered_tokens, head_bytes, words
 from m1jax.plan.setup import Setup
 from m1jax.sharding import AXES, COLUMNS, CUT, vocabulary_is_cut
 
@@ -20,6 +20,8 @@ class Exchange:
     purpose: str
     axes: tuple[str, ...]
     bytes: float
+    waited: float
+    """of these, what work waits for: what a forward pass needs of its tokens, there being nothing else to do"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,25 +62,36 @@ def exchanges(setup: Setup) -> list[Exchange]:
     layers, tokens = m.num_layers, setup.rows_per_device * setup.time_per_device
     hidden = 2 * m.hidden_size
     train = setup.task != "generate"
-    weights = layers * (2 + (setup.remat != "none") if train else 1)  # gathered for each pass; gradients back
+    recomputed = train and setup.remat != "none"
+    layers_again = train and setup.remat == "layers"  # while they are recomputed, there is nothing else to do either
+    weights = layers * (2 + recomputed) if train else 0  # gathered for each pass; gradients back
     steps = setup.micro_batches if train else 1
     words_are_cut = vocabulary_is_cut(m.vocab_size, mesh)
     group = tuple(a for a in ("expert", "tensor") if mesh[a] > 1)
     inner = 2 * m.num_heads * m.head_dim / mesh["tensor"]
     softmax = m.num_layers - m.layer_types.count(LIGHTNING)
-    # (purpose, axes, bytes of one, how often): gathers forward and for each recomputation, sums back.
+    # Gathered and summed in the forward pass, gathered again for what is recomputed (with whole layers, attention's
+    # output summed again too), and in the backward pass gradients likewise. The head and the embedding: their tokens'
+    # gather and sum, and gradients. Heads: queries, keys, values one way, the result the other.
+    experts = (4 + recomputed, 2 + layers_again) if train else (2, 2)
+    attention = (4 + recomputed + layers_again, 2 + 2 * layers_again) if train else (2, 2)
+    ends = 4 if train else 2
+    heads = 2 * (1 + m.num_kv_heads / m.num_heads)
+    # (purpose, axes, bytes of one, how often, how often waited for).
     counted = [
-        ("tokens to the experts and back", group, gathered_tokens(setup) * hidden, layers * (5 if train else 2)),
-        ("time gathered for attention", ("tensor",), tokens * hidden, layers * (6 if train else 2)),
-        ("expert weights", ("fsdp",), expert_bytes(setup), weights),
-        ("other weights", CUT, attention_bytes(setup), weights),
-        ("embedding and head", CUT if words_are_cut else COLUMNS, head_bytes(setup), 4 if train else 0.5),
-        ("heads for time", ("sequence",), tokens * inner, softmax * (8 if train else 2)),
-        ("gradients", ("data",), 2 * elements(setup)[0] + 4 * elements(setup)[1], 2 if train else 0),
+        ("tokens to the experts and back", group, gathered_tokens(setup) * hidden, *(layers * n for n in experts)),
+        ("tokens gathered for attention", ("tensor",), tokens * hidden, *(layers * n + ends for n in attention)),
+        ("expert weights", ("fsdp",), expert_bytes(setup), weights, 0),
+        ("other weights", CUT, attention_bytes(setup), weights, 0),
+        # A float32 head; embedding and gradients in 16 bits.
+        ("embedding and head", CUT if words_are_cut else COLUMNS, head_bytes(setup), 2.5 if train else 0, 0),
+        ("heads for time", ("sequence",), tokens * inner, *[softmax * heads * (2 if train else 1)] * 2),
+        ("gradients", ("data", "sequence"), 2 * sum(elements(setup)), 2 if train else 0, 0),
+        ("scores of words", ("tensor",), 4 * setup.rows_per_device * words(setup), 0 if train else 1, 0),
     ]
     found = [
-        Exchange(purpose, axes, steps * times * size)
-        for purpose, axes, size, times in counted
+        Exchange(purpose, axes, steps * times * size, steps * (waited if train else times) * size)
+        for purpose, axes, size, times, waited in counted
         if math.prod(mesh[a] for a in axes) > 1 and times
     ]
     return sorted(found, key=lambda e: -e.bytes)
@@ -97,7 +110,7 @@ def speed(setup: Setup, chip: Chip, price: float) -> Speed:
         states = 4 * setup.rows_per_device * m.num_heads / setup.mesh["tensor"] * m.head_dim**2
         # Few tokens need few of the experts: each choice reads at most one more.
         used = min(1.0, gathered_tokens(setup) * m.experts_per_token / m.num_experts * setup.mesh["expert"])
-        moe = m.num_layers * expert_bytes(setup) / setup.mesh["fsdp"]
+        moe = m.num_layers * expert_bytes(setup)
         traffic = 2 * count - moe * (1 - used) + kv + 2 * states * (m.num_layers - softmax)
     else:
         again = setup.remat == "layers"

@@ -1,10 +1,15 @@
 """What a GPU does differently where it decodes: weights stay in their stacks, and few layers are written out."""
 
+import math
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from m1jax.inference.runner import prepared
 from m1jax.model import transformer
+from m1jax.sharding import make_mesh, parameter_shardings, parse_mesh
 from tests.model.conftest import random_tokens, small_model
 
 
@@ -24,6 +29,23 @@ def test_decodes_the_same(monkeypatch, batch, few_layers, changes):
     for place in range(3, 6):
         logits, cache = model(tokens[:, place : place + 1], cache)
         np.testing.assert_allclose(logits[:, 0], want[:, place], atol=2e-5)
+
+
+@pytest.mark.parametrize("spec", ["expert=2,tensor=2", "data=2,tensor=4"])
+def test_decodes_the_same_on_a_mesh(monkeypatch, spec):
+    """Every kernel for few tokens has its part of the rows, heads, experts and words."""
+    model, tokens = small_model("LLS", num_heads=8, num_kv_heads=4), random_tokens(1, 8, 5)
+    want = model(tokens)
+    _, cache = model(tokens[:, :3], model.init_cache(8, 8))
+    for name in ("transformer", "parallel"):
+        monkeypatch.setattr(f"m1jax.model.{name}.target_platform", lambda: "gpu")
+    mesh = make_mesh(spec, jax.devices()[: math.prod(parse_mesh(spec).values())])
+    with jax.set_mesh(mesh):
+        model = prepared(model)
+        model = jax.device_put(model, parameter_shardings(model, mesh, whole=True))
+        for place in range(3, 5):
+            logits, cache = model(tokens[:, place : place + 1], cache)
+            np.testing.assert_allclose(logits[:, 0], want[:, place], atol=2e-5)
 
 
 def test_routes_are_replayed(monkeypatch):

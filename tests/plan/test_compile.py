@@ -15,7 +15,7 @@ def check(name):
     require_libtpu()
     setup, topology = case(name)
     program = compile_step(setup, tpu_mesh(topology, CASES[name][1]))
-    assert sum(memory(setup).values()) == pytest.approx(required_bytes(program), rel=0.1)
+    assert sum(memory(setup, "tpu").values()) == pytest.approx(required_bytes(program), rel=0.1)
 
 
 def test_decoding():
@@ -55,6 +55,6 @@ def test_the_rl_update_has_all_its_parts():
     assert found["all-gather"][0] > 0
     assert found["reduce-scatter"][0] > 0
     assert "tpu_custom_call" in program.as_text()  # lightning attention is the kernel, not its portable form
-    state = memory(setup)["parameters"] + memory(setup)["optimizer"]
+    state = sum(memory(setup, "tpu")[kind] for kind in ("parameters", "optimizer"))
     assert program.memory_analysis().argument_size_in_bytes == pytest.approx(state, rel=0.05)
     assert required_bytes(program) > state
