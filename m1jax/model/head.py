@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from m1jax.model import parallel
 from m1jax.model.layers import apart, linear
 from m1jax.sharding import ambient_mesh, vocabulary_is_cut
-from pallas_kernels import target, vocabulary_statistics
+from pallas_kernels import target, vocabulary_scores, vocabulary_statistics
 from pallas_kernels._compat import vary_over, varying_axes
 from pallas_kernels.vocabulary.chunks import Chunks
 from pallas_kernels.vocabulary.split import SCALE, dot, product, split
@@ -27,12 +27,20 @@ GRADIENT_SCALE = 2.0**15  # what is at most 1 then fills float16, from 2^-39 on
 
 def logits(hidden: Float[Array, "... hidden"], lm_head: Float[Array, "vocab hidden"]) -> Float[Array, "... vocab"]:
     """Float32 logits."""
-    on_gpu = target.target_platform() == "gpu"
     mesh = ambient_mesh()
-    if on_gpu and hidden.dtype == jnp.bfloat16 and (mesh is None or vocabulary_is_cut(len(lm_head), mesh.shape)):
-        return parallel.vocabulary_scores(hidden, lm_head)
+    if mesh is None or vocabulary_is_cut(len(lm_head), mesh.shape):
+        on_matrix_units = hidden.dtype == jnp.bfloat16 and target.target_platform() == "gpu"
+        return parallel.over_words(_scores if on_matrix_units else _products, hidden, lm_head)
+    return _products(hidden, lm_head)
+
+
+def _scores(hidden: Float[Array, "... hidden"], lm_head: Float[Array, "vocab hidden"]) -> Float[Array, "... vocab"]:
+    return vocabulary_scores(hidden.reshape(-1, hidden.shape[-1]), lm_head).reshape(*hidden.shape[:-1], len(lm_head))
+
+
+def _products(hidden: Float[Array, "... hidden"], lm_head: Float[Array, "vocab hidden"]) -> Float[Array, "... vocab"]:
     # "highest" keeps to a GPU's CUDA cores; six bfloat16 products on its matrix units are as accurate.
-    precision = "BF16_BF16_F32_X6" if on_gpu else "highest"
+    precision = "BF16_BF16_F32_X6" if target.target_platform() == "gpu" else "highest"
     return linear(hidden.astype(jnp.float32), lm_head.astype(jnp.float32), precision)
 
 

@@ -7,8 +7,9 @@ Without an ambient mesh each is the plain operation. With one:
     softmax               heads over tensor, time over sequence: exchanged for heads and back
     experts               tokens gathered over expert and tensor, each device does its experts, sums scattered back
     log_probs             vocabulary over tensor, time over sequence (time over both, where tensor does not divide it)
-    project, project_back, expert_routes, vocabulary_scores
+    project, project_back, expert_routes
                           decoding's products of few tokens: outputs, or inputs, over tensor
+    over_words            vocabulary over tensor
     by_row                rows over tensor too
 
 Everything else in the model is left to the compiler, held in place by ``sharding.constrain``.
@@ -319,19 +320,16 @@ def expert_routes(
     return jax.shard_map(local, in_specs=(rows, P(), P()), out_specs=rows, check_vma=False)(x, gate, jnp.asarray(layer))
 
 
-def vocabulary_scores(
-    hidden: Float[Array, "*tokens hidden"], lm_head: Float[Array, "vocab hidden"]
+def over_words(
+    function: Any, hidden: Float[Array, "*tokens hidden"], lm_head: Float[Array, "vocab hidden"]
 ) -> Float[Array, "*tokens vocab"]:
-    """``pallas_kernels.vocabulary_scores``, tokens over rows, vocabulary over tensor, which must divide it."""
-
-    def local(hidden: jax.Array, lm_head: jax.Array) -> jax.Array:
-        return pallas_kernels.vocabulary_scores(_tokens(hidden), lm_head).reshape(*hidden.shape[:-1], -1)
-
+    """``function(hidden, lm_head)``, scores of words: tokens [batch] or [batch, time] over rows and sequence, the
+    vocabulary over tensor, which must divide it. Left to itself XLA gathers the head where scores are wanted by row."""
     if ambient_mesh() is None:
-        return local(hidden, lm_head)
-    rows = activation_axes("batch", len(hidden))
-    out = P(rows, *[None] * (hidden.ndim - 2), "tensor")
-    return jax.shard_map(local, in_specs=(P(rows), P("tensor")), out_specs=out, check_vma=False)(hidden, lm_head)
+        return function(hidden, lm_head)
+    tokens = [activation_axes(name, size) for name, size in zip(("batch", "time"), hidden.shape[:-1])]
+    specs = P(*tokens), P("tensor")
+    return jax.shard_map(function, in_specs=specs, out_specs=P(*tokens, "tensor"), check_vma=False)(hidden, lm_head)
 
 
 def experts(

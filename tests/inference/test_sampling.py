@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from m1jax.collectives import collectives
 from m1jax.inference.sampling import sample
+from m1jax.sharding import make_mesh
 
 LOGITS = jnp.log(jnp.array([0.3, 0.5, 0.05, 0.15]))
 ROWS = 20_000
@@ -112,3 +114,18 @@ def test_rows_do_not_depend_on_one_another():
         same = np.full(8, i)
         alone = draw(logits[same], keys[same], temperature=temperature[same], top_p=top_p[same])
         assert jax.tree.map(lambda x: x[7].item(), alone) == jax.tree.map(lambda x, i=i: x[i].item(), together)
+
+
+def test_a_vocabulary_cut_over_a_mesh():
+    """Each device draws for some rows, of which it has all words: nothing goes along a vocabulary that is cut."""
+    rows, mesh = 8, make_mesh("data=2,tensor=2", jax.devices()[:4])
+    logits = jax.random.normal(jax.random.key(0), (rows, 64))
+    arguments = dict(keys=jax.random.split(jax.random.key(1), rows), temperature=jnp.ones(rows), top_p=jnp.ones(rows))
+    want = draw(logits, **arguments)
+    with jax.set_mesh(mesh):
+        cut = jax.device_put(logits, jax.NamedSharding(mesh, jax.P("data", "tensor")))
+        program = jax.jit(sample).lower(cut, **arguments).compile()
+        got = program(cut, **arguments)
+    np.testing.assert_array_equal(got.tokens, want.tokens)
+    np.testing.assert_allclose(got.logp, want.logp, rtol=1e-6)
+    assert sum(c.bytes for c in collectives(program)) <= logits.nbytes // 2
