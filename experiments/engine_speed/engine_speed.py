@@ -35,7 +35,6 @@ from m1jax import MiniMaxM1, ModelConfig
 from m1jax.inference import Engine, Finished, Request, Sampling, Ticket, Wrote
 from m1jax.inference.capacity import Capacity
 from m1jax.inference.memory import capacity_for
-from m1jax.train.placement import use_mesh
 
 HERE = Path(__file__).parent
 
@@ -59,9 +58,7 @@ class Config:
     long: int = 1024
     """Tokens of the prompt that others must not wait for."""
     rows: int | None = None
-    """Sequences in work at once; None: what the devices have room for."""
-    mesh: str = ""
-    """Of the engine's devices, as in data=2 or tensor=2; empty: one. Shares of a bound are still of one device's."""
+    """Sequences in work at once; None: what the device has room for."""
     peer: tuple[int, ...] = (32, 8)
     """Numbers of requests beside Transformers, which runs on a CPU; none on a GPU."""
     threads: int = 2
@@ -72,11 +69,6 @@ class Config:
 
 def main(config: Config) -> None:
     """Runs every part, prints and writes the table."""
-    with use_mesh(config.mesh):
-        measure(config)
-
-
-def measure(config: Config) -> None:
     cpu = jax.default_backend() == "cpu"
     model_config = ModelConfig.preset(config.preset) if config.preset else MAIN
     dtype = jnp.float32 if cpu else jnp.bfloat16
@@ -87,7 +79,6 @@ def measure(config: Config) -> None:
         "cores": os.cpu_count(),
         "jax": jax.__version__,
         "model": config.preset or "94 M",
-        "mesh": config.mesh,
         "dtype": jnp.dtype(dtype).name,
         "bandwidth_gb_s": bandwidth / 1e9,
     }
@@ -185,7 +176,7 @@ def long_tail(
     rng, vocab, count = np.random.default_rng(0), model.config.vocab_size, config.requests
     lengths = tail(rng, count, config.mean, config.max)
     requests = [asked(rng, number, vocab, prompt=64, new=int(new), keep=False) for number, new in enumerate(lengths)]
-    rows = min(runner.capacity.parts * runner.capacity.rows, count)
+    rows = min(runner.capacity.rows, count)
     steady = steady_rate(engine, runner, rows, vocab)
 
     runner.record = Record()
@@ -205,8 +196,7 @@ def long_tail(
     bound = sum(step_bytes(model.config, model.dtype, *step) for step in record.alive) / bandwidth
     # What decoding takes beyond the device's own time for as many steps is the engine's: scheduling, starting calls,
     # bringing results home, steps in which the device waits.
-    fewest = runner.program_rows(1)
-    step_s = {rows: runner.step_s(rows) for rows in {*record.programs, fewest}}
+    step_s = {rows: runner.step_s(rows) for rows in {*record.programs, runner.capacity.decode[0]}}
     waited = 0.0 if runner.capacity.ahead else record.prefill_s + record.copy_s
     overhead = seconds - waited - runner.started_s(record)
     overhead -= sum(steps * step_s[rows] for rows, (steps, _) in record.programs.items())
@@ -221,7 +211,7 @@ def long_tail(
         "of_steady_full": full[1] / full[0] / steady,
         "full_s": full[0],
         # All at the steady rate, but the longest cannot take less than its steps.
-        "limit": min(1.0, int(lengths.sum()) / steady / (int(lengths.max()) * step_s[fewest])),
+        "limit": min(1.0, int(lengths.sum()) / steady / (int(lengths.max()) * step_s[runner.capacity.decode[0]])),
         "decode_tokens_s": int(lengths.sum()) / record.decode_s,
         "mean_rows_alive": float(np.mean([alive for alive, _ in record.alive])),
         "steps": len(record.alive),
