@@ -129,12 +129,10 @@ class MeasuredRunner(ModelRunner):
         capacity, rng = self.capacity, np.random.default_rng(0)
         packed = self._at_rest[rows].copy()
         view, pages = Rows.of(packed), capacity.pages_for(length + capacity.steps)
-        part, row = np.divmod(np.arange(rows), rows // capacity.parts)
         view.tokens[:], view.lengths[:] = rng.integers(0, self.vocab_size, rows), length
-        view.slots[:] = part * capacity.slots + row
+        view.slots[:] = np.arange(rows)
         view.top_p[:], view.patience[:], view.allowances[:] = 0.95, NEVER, capacity.steps
-        own = (row[:, None] * pages + np.arange(pages)) % capacity.pages
-        view.pages[:, :pages] = part[:, None] * capacity.pages + own
+        view.pages[:, :pages] = np.arange(rows * pages).reshape(rows, pages) % capacity.pages
 
         def seconds(calls: int) -> float:
             times = []
