@@ -20,7 +20,7 @@ from m1jax.rl.evaluation import Marks, examine, marks, summary, write_samples
 from m1jax.rl.generator import EngineGenerator
 from m1jax.rl.rewards import RewardRecipe, get_judge
 from m1jax.rl.rollout import Draw, GenerationRecipe, Prompts, Rollout
-from m1jax.rl.tasks import Problem, ProblemFile, Split, Task, UserProblems, get_task, read_problems
+from m1jax.rl.tasks import AllProblems, Problem, ProblemFile, Split, Task, get_task, read_problems
 from m1jax.rl.types import Scored
 from m1jax.train.data import load_tokenizer
 from m1jax.weights.directory import locate, read_config
@@ -222,5 +222,5 @@ def _problems(config: Config, prompts: Prompts) -> tuple[Task, list[Problem]]:
         return prompts.first([{"role": "user", "content": prompt}])
 
     files = [ProblemFile(path, read_problems(path, encode, config.max_prompt_tokens)) for path in config.data]
-    task = UserProblems(files)
-    return task, task.everything()
+    task = AllProblems(files)
+    return task, task.problems
