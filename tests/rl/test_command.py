@@ -137,7 +137,7 @@ def test_what_is_refused_at_once(files, tmp_path, capsys, options, says):
 def test_a_dry_run_makes_nothing(files, tmp_path, capsys):
     cli.main(["train", "rl", f"{files}/model", "--task", "sums", *PLAIN, "--runs", str(tmp_path), "--dry-run"])
     said = capsys.readouterr().out
-    assert "1 generation batches of 4 problems x 4 responses, 2 updates each (2 problems an update): 2 updates" in said
+    assert "1 generation batches of 4 problems x 4 responses, at most 2 updates each (2 problems an update)" in said
     assert "tokens: at most 128 written and 256 trained on a batch" in said
     for what in ("loss: objective cispo", "memory of all devices together", "time: at most"):
         assert what in said
