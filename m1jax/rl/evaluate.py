@@ -168,7 +168,7 @@ def table(scored: Sequence[Scored]) -> list[str]:
             continue
         found, figures = marks(part), summary(part)
         lines += [
-            f"{name}: {found.problems} problems, {found.k} attempts at each (intervals: 95 %, bootstrap over problems)",
+            f"{name}: {found.problems} problems, {found.k} attempts at each (intervals: 95 % over problems)",
             f"  avg@{found.k} {found.average}   majority {found.majority}",
             f"  {_passed(found)}",
             f"  length {figures['length']:.0f} tokens on average, median {figures['length_p50']:.0f}, "

@@ -19,6 +19,8 @@ from m1jax.rl.types import Ended, Episode, Scored
 
 RESAMPLES = 2000
 """of the bootstrap"""
+NORMAL = 1.959964
+"""the normal distribution lies within so many deviations with 95 %"""
 
 
 def summary(scored: Sequence[Scored]) -> dict[str, float]:
@@ -94,13 +96,28 @@ class Interval:
 
     @classmethod
     def of(cls, values: Float[np.ndarray, " problems"]) -> "Interval":
-        """By bootstrap over problems: attempts at one problem depend on each other."""
+        """By bootstrap over problems: attempts at one problem depend on each other. Where all problems have the same
+        value (none right, all right, a single problem), which a bootstrap would be certain of, Wilson's score interval.
+
+        Args:
+            values: of each problem, in [0, 1].
+        """
+        if (values == values[0]).all():
+            return cls(float(values[0]), *_wilson(float(values[0]), len(values)))
         drawn = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
         low, high = np.percentile(values[drawn].mean(axis=1), [2.5, 97.5])
         return cls(float(values.mean()), float(low), float(high))
 
     def __str__(self) -> str:
         return f"{self.mean:.1%} [{self.low:.1%}, {self.high:.1%}]"
+
+
+def _wilson(share: float, count: int) -> tuple[float, float]:
+    """Where a share lies that was seen in so many independent trials (Wilson 1927, JASA 22, 209)."""
+    weight = NORMAL**2 / count
+    middle = (share + weight / 2) / (1 + weight)
+    half = math.sqrt(weight * (share * (1 - share) + weight / 4)) / (1 + weight)
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -38,7 +38,15 @@ def test_intervals():
     # A bootstrap of 100 coins: 1.96 * 0.05 either way.
     assert found.low == pytest.approx(0.402, abs=0.02)
     assert found.high == pytest.approx(0.598, abs=0.02)
-    assert str(Interval.of(np.ones(3))) == "100.0% [100.0%, 100.0%]"
+
+
+def test_intervals_of_problems_that_are_all_alike():
+    """Wilson's: from 0 to z^2 / (n + z^2) where none is right."""
+    assert str(Interval.of(np.zeros(30))) == "0.0% [0.0%, 11.4%]"
+    assert str(Interval.of(np.ones(30))) == "100.0% [88.6%, 100.0%]"
+    assert str(Interval.of(np.zeros(1))) == "0.0% [0.0%, 79.3%]"
+    half = Interval.of(np.array([0.5]))  # of the attempts at a single problem
+    assert (half.low, half.high) == pytest.approx((0.0546, 0.9454), abs=1e-3)
 
 
 def test_marks():
