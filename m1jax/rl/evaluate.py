@@ -21,6 +21,7 @@ from m1jax.rl.generator import EngineGenerator
 from m1jax.rl.rewards import RewardRecipe, get_judge
 from m1jax.rl.rollout import Draw, GenerationRecipe, Prompts, Rollout
 from m1jax.rl.tasks import AllProblems, Problem, ProblemFile, Split, Task, get_task, read_problems
+from m1jax.rl.tasks.base import Same, same_of, same_text
 from m1jax.rl.types import Scored
 from m1jax.train.data import load_tokenizer
 from m1jax.weights.directory import locate, read_config
@@ -102,9 +103,10 @@ def main(config: Config) -> None:
     scored = evaluate(from_pretrained(directory), tokenizer, task, problems, config)
     if not processes.writes():
         return
-    print("\n".join(table(scored)))
+    same = same_of(task)
+    print("\n".join(table(scored, same)))
     if config.output is not None:
-        write_atomically(config.output, json.dumps(measured(scored), indent=1) + "\n")
+        write_atomically(config.output, json.dumps(measured(scored, same), indent=1) + "\n")
         write_samples(scored, config.output.with_suffix(".md"))
 
 
@@ -142,11 +144,11 @@ def evaluate(
     return scored[: len(problems)]  # the last round is filled up
 
 
-def measured(scored: Sequence[Scored]) -> dict[str, Any]:
+def measured(scored: Sequence[Scored], same: Same = same_text) -> dict[str, Any]:
     """Everything, as JSON can hold it: `all`, and by family; None where nothing could be judged."""
 
     def of(part: Sequence[Scored]) -> dict[str, Any] | None:
-        return None if not _judged(part) else {**dataclasses.asdict(marks(part)), **summary(part)}
+        return None if not _judged(part) else {**dataclasses.asdict(marks(part, same)), **summary(part)}
 
     return {"all": of(scored)} | {family: of(part) for family, part in by_family(scored).items()}
 
@@ -159,14 +161,14 @@ def by_family(scored: Sequence[Scored]) -> Mapping[str, list[Scored]]:
     return {family: [group for group in scored if group.group.problem.family == family] for family in families}
 
 
-def table(scored: Sequence[Scored]) -> list[str]:
+def table(scored: Sequence[Scored], same: Same = same_text) -> list[str]:
     """Lines for a person."""
     lines = []
     for name, part in ({"all": scored} | dict(by_family(scored))).items():
         if not _judged(part):
             lines.append(f"{name}: nothing measured: no response to its {len(part)} problems could be judged")
             continue
-        found, figures = marks(part), summary(part)
+        found, figures = marks(part, same), summary(part)
         lines += [
             f"{name}: {found.problems} problems, {found.k} attempts at each (intervals: 95 % over problems)",
             f"  avg@{found.k} {found.average}   majority {found.majority}",

@@ -14,7 +14,7 @@ from m1jax.disk import write_atomically
 from m1jax.rl.advantages import informative
 from m1jax.rl.rewards import Judge, RewardRecipe, score
 from m1jax.rl.rollout import Draw, Rollout
-from m1jax.rl.tasks import split_response
+from m1jax.rl.tasks.base import Same, same_text, split_response
 from m1jax.rl.types import Ended, Episode, Scored
 
 RESAMPLES = 2000
@@ -143,8 +143,8 @@ class Marks:
         }
 
 
-def marks(scored: Sequence[Scored]) -> Marks:
-    """Of groups of which each has at least one episode."""
+def marks(scored: Sequence[Scored], same: Same = same_text) -> Marks:
+    """Of groups of which at least one has an episode; `same` says which answers vote for the same."""
     scored = [group for group in scored if len(group.correct)]
     attempts = np.array([len(group.correct) for group in scored])
     right = np.array([int(group.correct.sum()) for group in scored])
@@ -155,7 +155,7 @@ def marks(scored: Sequence[Scored]) -> Marks:
         k=k,
         average=Interval.of(right / attempts),
         passed={n: Interval.of(pass_at(n, attempts, right)) for n in steps},
-        majority=Interval.of(np.array([majority(group) for group in scored])),
+        majority=Interval.of(np.array([majority(group, same) for group in scored])),
     )
 
 
@@ -167,19 +167,25 @@ def pass_at(
     return np.array([1 - math.comb(int(a - r), n) / math.comb(int(a), n) for a, r in zip(attempts, right)])
 
 
-def majority(group: Scored) -> float:
+def majority(group: Scored, same: Same = same_text) -> float:
     """1 where the commonest answer is right, 0 where it is not; of several as common, their mean."""
-    votes: Counter[str] = Counter()
+    spelt: Counter[str] = Counter()
     is_right: dict[str, bool] = {}
     for episode, correct in zip(group.group.episodes, group.correct):
         parts = split_response(episode.turns[-1])
         answer = parts[1] if parts else episode.turns[-1].strip()
         if episode.finish == "stop" and answer:
-            votes[answer] += 1
+            spelt[answer] += 1
             is_right[answer] = bool(correct)
-    most = max(votes.values(), default=0)
+    if len(set(is_right.values())) < 2:
+        return float(any(is_right.values()))  # whichever is the commonest
+    votes: Counter[str] = Counter()  # by one spelling of each answer
+    for answer, count in spelt.items():
+        known = (one for one in votes if is_right[one] == is_right[answer])
+        votes[next((one for one in known if same(group.group.problem, one, answer)), answer)] += count
+    most = max(votes.values())
     leading = [is_right[answer] for answer, count in votes.items() if count == most]
-    return sum(leading) / len(leading) if leading else 0.0
+    return sum(leading) / len(leading)
 
 
 def write_samples(scored: Sequence[Scored], path: Path) -> None:

@@ -7,6 +7,7 @@ import pytest
 
 from m1jax.rl.evaluation import Interval, majority, marks, pass_at, summary
 from m1jax.rl.tasks import Problem
+from m1jax.rl.tasks.verification import Verifier
 from tests.rl.episodes import episode, scored
 
 
@@ -29,6 +30,21 @@ def test_majority():
     assert majority(answers("3", "4", "4", right="3")) == 0
     assert majority(answers("3", "4", "4", "3", "5", right="3")) == 0.5  # two as common as each other
     assert majority(answers("3", "3", right="3", finish="length")) == 0  # nobody has answered
+
+
+def test_spellings_of_one_answer_vote_together():
+    texts, verifier = ("1/2", "0.5", r"\frac{1}{2}", "3", "3"), Verifier()
+    halves = Problem("q", "0.5")
+    group = scored(
+        [float(verifier.correct(halves, text)) for text in texts],
+        problem=halves,
+        episodes=[episode(f"<think>x</think>{text}") for text in texts],
+    )
+    assert group.correct.tolist() == [True] * 3 + [False] * 2
+    assert majority(group) == 0
+    assert majority(group, verifier.same) == 1
+    assert marks([group], verifier.same).majority.mean == 1
+    assert not verifier.same(Problem("q", "0.5", verification="exact"), "1/2", "0.5")
 
 
 def test_intervals():

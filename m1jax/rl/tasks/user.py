@@ -68,6 +68,9 @@ class UserProblems:
     def correct(self, problem: Problem, answer: str) -> bool:
         return self._verifier.correct(problem, answer)
 
+    def same(self, problem: Problem, one: str, other: str) -> bool:
+        return self._verifier.same(problem, one, other)
+
 
 class AllProblems:
     """Every problem of files once, in their order; none is held out. What an evaluation asks."""
@@ -82,3 +85,6 @@ class AllProblems:
 
     def correct(self, problem: Problem, answer: str) -> bool:
         return self._verifier.correct(problem, answer)
+
+    def same(self, problem: Problem, one: str, other: str) -> bool:
+        return self._verifier.same(problem, one, other)
