@@ -10,7 +10,7 @@ from m1jax.flops import forward_flops, peak_flops, training_flops
 from m1jax.inference.memory import batch_capacity
 from m1jax.model.cache import key_value_bytes, state_bytes
 from m1jax.model.transformer import default_dtype
-from m1jax.rl.recipe import RLRecipe
+from m1jax.rl.recipe import GenerationRecipe, RLRecipe
 from m1jax.train.estimate import CORE, cores, spelt
 
 REACHED = 0.3
@@ -21,31 +21,46 @@ DECODING = 0.1
 
 def described(config: ModelConfig, recipe: RLRecipe) -> list[str]:
     """Lines for a person: updates, tokens, memory, time. Responses are taken to be as long as they may be."""
-    asked = recipe.generation
+    asked, evaluation = recipe.generation, recipe.evaluation
     problems, longest = asked.prompts * asked.rounds, asked.longest
-    written = asked.prompts * asked.samples * asked.max_new_tokens
+    # A batch of windowed FIFO also begins what the next ones take, and reads again what the last one began.
+    begun = asked.fifo_window
+    response = asked.samples * asked.max_new_tokens  # tokens, of a problem
     trained = asked.prompts * asked.samples * longest
-    reading = asked.prompts * forward_flops(config, asked.max_prompt_tokens)
-    writing = asked.prompts * asked.samples * forward_flops(config, asked.max_new_tokens, start=asked.max_prompt_tokens)
-    training = training_flops(config, trained, trained * (longest + 1) / 2)
+    updates = min(recipe.update.updates, asked.prompts)  # one has a problem at least
+    evaluations = 1 + math.ceil(recipe.iterations / evaluation.evaluate_every)
+    heldout = evaluation.evaluate_rounds * asked.prompts
+    again = begun * asked.samples * forward_flops(config, longest)
     speed = _speed()
-    generation, updates = (reading + writing / DECODING) / speed, training / speed
-    batch = max(generation, updates) if recipe.staleness else generation + updates
-    per_update = math.ceil(asked.prompts / recipe.update.updates)
+    generating = (_answering(config, asked, problems + begun) + again) / speed
+    updating = training_flops(config, trained, trained * (longest + 1) / 2) / speed
+    evaluating = evaluations * _answering(config, asked, heldout) / speed
+    shorter, longer = sorted((generating, updating))
+    # Beside each other, but for the first batch and the last updates.
+    batches = recipe.iterations * longer + (1 if recipe.staleness else recipe.iterations) * shorter
     return [
         f"loss: {recipe.loss.chosen}",
-        f"{recipe.iterations} generation batches of {asked.prompts} problems x {asked.samples} responses, "
-        f"{recipe.update.updates} updates each ({per_update} problems an update): {recipe.planned_updates} updates",
+        f"{recipe.iterations} generation batches of {asked.prompts} problems x {asked.samples} responses, at most "
+        f"{updates} updates each ({math.ceil(asked.prompts / updates)} problems an update): "
+        f"{recipe.iterations * updates:,} updates",
         f"asked: at most {problems} problems a batch, as those that teach nothing are replaced",
-        f"tokens: at most {written:,} written and {trained:,} trained on a batch, "
-        f"{written * recipe.iterations:,} and {trained * recipe.iterations:,} in all",
+        f"tokens: at most {(problems + begun) * response:,} written and {trained:,} trained on a batch, "
+        f"{(recipe.iterations * problems + begun) * response:,} and {recipe.iterations * trained:,} in all, held-out "
+        "problems apart",
         *_memory(config, recipe),
-        f"time: at most {spelt(generation)} to generate and {spelt(updates)} to update a batch, "
-        f"{spelt(batch * recipe.iterations)} in all ({speed:.1e} operations a second are taken for granted, and "
-        "responses of full length)",
-        f"held-out problems: {recipe.evaluation.evaluate_rounds * asked.prompts} before, after, and every "
-        f"{recipe.evaluation.evaluate_every} batches",
+        f"time: at most {spelt(generating)} to generate and {spelt(updating)} to update a batch, "
+        f"{spelt(evaluating)} for held-out problems, {spelt(batches + evaluating)} in all "
+        f"({speed:.1e} operations a second are taken for granted, and responses of full length)",
+        f"held-out problems: {heldout} before, after, and every {evaluation.evaluate_every} batches: "
+        f"{evaluations} times",
     ]
+
+
+def _answering(config: ModelConfig, asked: GenerationRecipe, problems: int) -> float:
+    """Operations, in units of training's speed, of all responses to so many problems."""
+    reading = forward_flops(config, asked.max_prompt_tokens)
+    writing = asked.samples * forward_flops(config, asked.max_new_tokens, start=asked.max_prompt_tokens)
+    return problems * (reading + writing / DECODING)
 
 
 def _memory(config: ModelConfig, recipe: RLRecipe) -> list[str]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,18 +12,19 @@ from flax import nnx
 
 from m1jax import processes
 from m1jax.chat import Tokenizer
-from m1jax.disk import write_atomically
+from m1jax.disk import write_atomically, writing
 from m1jax.errors import UserError, require_positive, require_seed
 from m1jax.model import MiniMaxM1
-from m1jax.rl.environment import environment_of
+from m1jax.rl.environment import SingleTurn, environment_of
 from m1jax.rl.evaluation import Marks, examine, marks, summary, write_samples
 from m1jax.rl.generator import EngineGenerator
 from m1jax.rl.rewards import RewardRecipe, get_judge
 from m1jax.rl.rollout import Draw, GenerationRecipe, Prompts, Rollout
-from m1jax.rl.tasks import Problem, ProblemFile, Split, Task, UserProblems, get_task, read_problems
+from m1jax.rl.tasks import AllProblems, Problem, ProblemFile, Split, Task, get_task, read_problems
+from m1jax.rl.tasks.base import Same, same_of, same_text
 from m1jax.rl.types import Scored
 from m1jax.train.data import load_tokenizer
-from m1jax.weights.directory import locate
+from m1jax.weights.directory import locate, read_config
 from m1jax.weights.pretrained import from_pretrained
 
 AT_ONCE = 64
@@ -85,20 +87,26 @@ def main(config: Config) -> None:
     """Prints what was measured.
 
     Raises:
-        UserError: no model, no problems, or a prompt that is too long.
+        UserError: no model, no problems, a prompt that is too long, or an output that cannot be written; before
+            anything is measured.
     """
     if bool(config.data) == (config.task is not None):
         raise UserError("eval: give either --data FILE.jsonl or --task NAME")
     require_seed(config.seed)
+    if config.output is not None:
+        _check_output(config.output)
     directory = locate(config.model)
     tokenizer = load_tokenizer(directory)
-    task, problems = _problems(config, tokenizer)
+    prompts = Prompts(tokenizer, config.chat)
+    task, problems = _problems(config, prompts)
+    _check_lengths(config, read_config(directory).max_position_embeddings, task, problems, prompts)
     scored = evaluate(from_pretrained(directory), tokenizer, task, problems, config)
     if not processes.writes():
         return
-    print("\n".join(table(scored)))
+    same = same_of(task)
+    print("\n".join(table(scored, same)))
     if config.output is not None:
-        write_atomically(config.output, json.dumps(measured(scored), indent=1) + "\n")
+        write_atomically(config.output, json.dumps(measured(scored, same), indent=1) + "\n")
         write_samples(scored, config.output.with_suffix(".md"))
 
 
@@ -136,11 +144,11 @@ def evaluate(
     return scored[: len(problems)]  # the last round is filled up
 
 
-def measured(scored: Sequence[Scored]) -> dict[str, Any]:
-    """Everything, as JSON can hold it: `all`, and by family."""
+def measured(scored: Sequence[Scored], same: Same = same_text) -> dict[str, Any]:
+    """Everything, as JSON can hold it: `all`, and by family; None where nothing could be judged."""
 
-    def of(part: Sequence[Scored]) -> dict[str, Any]:
-        return {**dataclasses.asdict(marks(part)), **summary(part)}
+    def of(part: Sequence[Scored]) -> dict[str, Any] | None:
+        return None if not _judged(part) else {**dataclasses.asdict(marks(part, same)), **summary(part)}
 
     return {"all": of(scored)} | {family: of(part) for family, part in by_family(scored).items()}
 
@@ -153,13 +161,16 @@ def by_family(scored: Sequence[Scored]) -> Mapping[str, list[Scored]]:
     return {family: [group for group in scored if group.group.problem.family == family] for family in families}
 
 
-def table(scored: Sequence[Scored]) -> list[str]:
+def table(scored: Sequence[Scored], same: Same = same_text) -> list[str]:
     """Lines for a person."""
     lines = []
     for name, part in ({"all": scored} | dict(by_family(scored))).items():
-        found, figures = marks(part), summary(part)
+        if not _judged(part):
+            lines.append(f"{name}: nothing measured: no response to its {len(part)} problems could be judged")
+            continue
+        found, figures = marks(part, same), summary(part)
         lines += [
-            f"{name}: {found.problems} problems, {found.k} attempts at each (intervals: 95 %, bootstrap over problems)",
+            f"{name}: {found.problems} problems, {found.k} attempts at each (intervals: 95 % over problems)",
             f"  avg@{found.k} {found.average}   majority {found.majority}",
             f"  {_passed(found)}",
             f"  length {figures['length']:.0f} tokens on average, median {figures['length_p50']:.0f}, "
@@ -173,16 +184,45 @@ def _passed(found: Marks) -> str:
     return "   ".join(f"pass@{n} {interval}" for n, interval in found.passed.items())
 
 
-def _problems(config: Config, tokenizer: Tokenizer) -> tuple[Task, list[Problem]]:
+def _judged(scored: Sequence[Scored]) -> bool:
+    """Whether there is anything to measure."""
+    return any(len(group.correct) for group in scored)
+
+
+def _check_output(path: Path) -> None:
+    """Makes the folder of a file that is to be written."""
+    if path.is_dir():
+        raise UserError(f"--output {path} is a directory; give a file, for example {path / 'marks.json'}")
+    if path.suffix.lower() == ".md":
+        raise UserError(f"--output {path}: figures are JSON, and .md is for the samples beside them; give a .json file")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"--output {path}: nothing may be written to {path.parent}; choose another place")
+
+
+def _check_lengths(config: Config, positions: int, task: Task, problems: Sequence[Problem], prompts: Prompts) -> None:
+    """Whether the model has positions for a prompt and its response; an environment's prompts are known later."""
+    longest = 1
+    if environment_of(task) is SingleTurn:
+        texts = [[{"role": "user", "content": problem.prompt}] for problem in problems]
+        longest = max(len(prompts.first(messages)) for messages in texts)
+    if longest + config.max_new_tokens > positions:
+        raise UserError(
+            f"eval: a prompt of {longest} tokens and max_new_tokens = {config.max_new_tokens} exceed the model's "
+            f"{positions} positions; lower max_new_tokens"
+        )
+
+
+def _problems(config: Config, prompts: Prompts) -> tuple[Task, list[Problem]]:
     if config.task is not None:
         task = get_task(config.task)
         found = (task.problem("heldout", config.seed, index) for index in range(config.problems))
         return task, list(dict.fromkeys(found))  # small families repeat themselves
-    prompts = Prompts(tokenizer, config.chat)
 
     def encode(prompt: str) -> list[int]:
         return prompts.first([{"role": "user", "content": prompt}])
 
     files = [ProblemFile(path, read_problems(path, encode, config.max_prompt_tokens)) for path in config.data]
-    task = UserProblems(files)
-    return task, task.everything()
+    task = AllProblems(files)
+    return task, task.problems

@@ -14,11 +14,13 @@ from m1jax.disk import write_atomically
 from m1jax.rl.advantages import informative
 from m1jax.rl.rewards import Judge, RewardRecipe, score
 from m1jax.rl.rollout import Draw, Rollout
-from m1jax.rl.tasks import split_response
+from m1jax.rl.tasks.base import Same, same_text, split_response
 from m1jax.rl.types import Ended, Episode, Scored
 
 RESAMPLES = 2000
 """of the bootstrap"""
+NORMAL = 1.959964
+"""the normal distribution lies within so many deviations with 95 %"""
 
 
 def summary(scored: Sequence[Scored]) -> dict[str, float]:
@@ -94,13 +96,28 @@ class Interval:
 
     @classmethod
     def of(cls, values: Float[np.ndarray, " problems"]) -> "Interval":
-        """By bootstrap over problems: attempts at one problem depend on each other."""
+        """By bootstrap over problems: attempts at one problem depend on each other. Where all problems have the same
+        value (none right, all right, a single problem), which a bootstrap would be certain of, Wilson's score interval.
+
+        Args:
+            values: of each problem, in [0, 1].
+        """
+        if (values == values[0]).all():
+            return cls(float(values[0]), *_wilson(float(values[0]), len(values)))
         drawn = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
         low, high = np.percentile(values[drawn].mean(axis=1), [2.5, 97.5])
         return cls(float(values.mean()), float(low), float(high))
 
     def __str__(self) -> str:
         return f"{self.mean:.1%} [{self.low:.1%}, {self.high:.1%}]"
+
+
+def _wilson(share: float, count: int) -> tuple[float, float]:
+    """Where a share lies that was seen in so many independent trials (Wilson 1927, JASA 22, 209)."""
+    weight = NORMAL**2 / count
+    middle = (share + weight / 2) / (1 + weight)
+    half = math.sqrt(weight * (share * (1 - share) + weight / 4)) / (1 + weight)
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,8 +143,8 @@ class Marks:
         }
 
 
-def marks(scored: Sequence[Scored]) -> Marks:
-    """Of groups of which each has at least one episode."""
+def marks(scored: Sequence[Scored], same: Same = same_text) -> Marks:
+    """Of groups of which at least one has an episode; `same` says which answers vote for the same."""
     scored = [group for group in scored if len(group.correct)]
     attempts = np.array([len(group.correct) for group in scored])
     right = np.array([int(group.correct.sum()) for group in scored])
@@ -138,7 +155,7 @@ def marks(scored: Sequence[Scored]) -> Marks:
         k=k,
         average=Interval.of(right / attempts),
         passed={n: Interval.of(pass_at(n, attempts, right)) for n in steps},
-        majority=Interval.of(np.array([majority(group) for group in scored])),
+        majority=Interval.of(np.array([majority(group, same) for group in scored])),
     )
 
 
@@ -150,19 +167,25 @@ def pass_at(
     return np.array([1 - math.comb(int(a - r), n) / math.comb(int(a), n) for a, r in zip(attempts, right)])
 
 
-def majority(group: Scored) -> float:
+def majority(group: Scored, same: Same = same_text) -> float:
     """1 where the commonest answer is right, 0 where it is not; of several as common, their mean."""
-    votes: Counter[str] = Counter()
+    spelt: Counter[str] = Counter()
     is_right: dict[str, bool] = {}
     for episode, correct in zip(group.group.episodes, group.correct):
         parts = split_response(episode.turns[-1])
         answer = parts[1] if parts else episode.turns[-1].strip()
         if episode.finish == "stop" and answer:
-            votes[answer] += 1
+            spelt[answer] += 1
             is_right[answer] = bool(correct)
-    most = max(votes.values(), default=0)
+    if len(set(is_right.values())) < 2:
+        return float(any(is_right.values()))  # whichever is the commonest
+    votes: Counter[str] = Counter()  # by one spelling of each answer
+    for answer, count in spelt.items():
+        known = (one for one in votes if is_right[one] == is_right[answer])
+        votes[next((one for one in known if same(group.group.problem, one, answer)), answer)] += count
+    most = max(votes.values())
     leading = [is_right[answer] for answer, count in votes.items() if count == most]
-    return sum(leading) / len(leading) if leading else 0.0
+    return sum(leading) / len(leading)
 
 
 def write_samples(scored: Sequence[Scored], path: Path) -> None:

@@ -25,11 +25,13 @@ def expanded(arguments: Sequence[str]) -> list[str]:
     """Arguments of `train rl`, with the options that their `--recipe FILE` stands for.
 
     Raises:
-        UserError: there is no such recipe, or it is no TOML or has a key that is no option.
+        UserError: there is no such recipe, or there are two, or it is no TOML or has a key that is no option.
     """
     names = [argument.partition("=")[0].replace("_", "-") for argument in arguments]
     if OPTION not in names:
         return list(arguments)
+    if names.count(OPTION) > 1:
+        raise UserError(f"{OPTION} is given {names.count(OPTION)} times; put the options into one file")
     at = names.index(OPTION)
     _, equals, name = arguments[at].partition("=")
     if not equals:
@@ -52,18 +54,26 @@ def read(name: str) -> dict[str, Any]:
     Raises:
         UserError: as in `expanded`.
     """
-    path = Path(name)
     if name in known():
-        text = (_shipped() / f"{name}.toml").read_text()
-    elif path.is_file():
-        text = path.read_text()
+        content = (_shipped() / f"{name}.toml").read_bytes()
+    elif Path(name).is_file():
+        content = _content(Path(name))
     else:
         raise UserError(f"{OPTION} {name}: no such file; recipes that come along: {', '.join(known())}")
     try:
-        found = tomllib.loads(text)
+        found = tomllib.loads(content.decode())
+    except UnicodeDecodeError as error:
+        raise UserError(f"{OPTION} {name}: it is not text in UTF-8 (byte {error.start}); save it as such") from error
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{OPTION} {name}: {error}") from error
     return _flat(found, RLRecipe, name, "")
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{OPTION} {path}: {error.strerror}") from error
 
 
 def _flat(table: Mapping[str, Any], recipe: type, name: str, at: str) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from m1jax.rl.recipe import LossRecipe, RLRecipe
 from m1jax.rl.rewards import Judge, RuleJudge
 from m1jax.rl.rollout import Rollout
 from m1jax.rl.stream import Stream, split
-from m1jax.rl.tasks import Task
+from m1jax.rl.tasks.base import Task, same_of
 from m1jax.rl.types import RLBatch, Scored, Updates
 from m1jax.train import placement, statistics
 from m1jax.train.optimizer import OptimizerConfig, updates_made
@@ -157,6 +157,7 @@ class Trainer:
         )
         rollout = Rollout(task, tokenizer, generator, generation, environment, record_routes=replay)
         judge = judge or RuleJudge(task, recipe.reward.format_reward)
+        self._same = same_of(task)
         self._stream = Stream(
             Experience(rollout, generator, judge, recipe, seed, model.config),
             staleness=recipe.staleness,
@@ -289,7 +290,7 @@ class Trainer:
         )
         if samples is not None and processes.writes():
             write_samples(scored, self._run.directory / f"samples_{samples}.md")
-        figures = summary(scored) | marks(scored).figures()
+        figures = summary(scored) | marks(scored, self._same).figures()
         return {f"heldout_{name}": value for name, value in figures.items()}
 
     def _restored(self) -> Updates | None:

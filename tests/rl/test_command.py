@@ -137,7 +137,7 @@ def test_what_is_refused_at_once(files, tmp_path, capsys, options, says):
 def test_a_dry_run_makes_nothing(files, tmp_path, capsys):
     cli.main(["train", "rl", f"{files}/model", "--task", "sums", *PLAIN, "--runs", str(tmp_path), "--dry-run"])
     said = capsys.readouterr().out
-    assert "1 generation batches of 4 problems x 4 responses, 2 updates each (2 problems an update): 2 updates" in said
+    assert "1 generation batches of 4 problems x 4 responses, at most 2 updates each (2 problems an update)" in said
     assert "tokens: at most 128 written and 256 trained on a batch" in said
     for what in ("loss: objective cispo", "memory of all devices together", "time: at most"):
         assert what in said
@@ -173,11 +173,36 @@ def test_eval(files, tmp_path, capsys):
     assert (tmp_path / "marks.md").exists()
 
 
+def test_eval_of_a_family_that_nobody_can_judge(files, tmp_path, capsys):
+    """It is told as such; the other family has its marks."""
+    reward = tmp_path / "mine.py"
+    reward.write_text("def reward(prompt): return 1.0 if prompt[0] == 'e' else 1 / 0\n")
+    command = ["eval", f"{files}/model", "--data", f"{files}/easy.jsonl", f"{files}/hard.jsonl", "--no-chat"]
+    command += ["--samples", "2", "--max-new-tokens", "8", "--reward", f"{reward}:reward"]
+    output = tmp_path / "new/folder/marks.json"
+    cli.main([*command, "--output", str(output)])
+    said = capsys.readouterr().out
+    assert "easy: 10 problems" in said
+    assert "hard: nothing measured: no response to its 10 problems could be judged" in said
+    found = json.loads(output.read_text())
+    assert found["hard"] is None
+    assert found["easy"]["average"]["mean"] == 1.0
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
-    [([], "either --data FILE.jsonl or --task"), (["--task", "sums", "--top-p", "2"], "top_p = 2.0")],
+    [
+        ([], "either --data FILE.jsonl or --task"),
+        (["--task", "sums", "--top-p", "2"], "top_p = 2.0"),
+        (["--task", "sums", "--output", "."], "--output . is a directory"),
+        (["--task", "sums", "--output", "marks.md"], ".md is for the samples"),
+        (["--task", "sums", "--output", __file__ + "/marks.json"], "test_command.py"),
+        (["--task", "sums", "--no-chat", "--max-new-tokens", "99999999"], "12 tokens and max_new_tokens = 99999999"),
+    ],
 )
-def test_eval_refuses(files, capsys, options, says):
+def test_eval_refuses(files, capsys, monkeypatch, options, says):
+    """Before anything is measured."""
+    monkeypatch.setattr("m1jax.rl.evaluate.evaluate", None)
     with pytest.raises(SystemExit):
         cli.main(["eval", f"{files}/model", *options])
     assert says in capsys.readouterr().err

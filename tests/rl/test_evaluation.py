@@ -7,6 +7,7 @@ import pytest
 
 from m1jax.rl.evaluation import Interval, majority, marks, pass_at, summary
 from m1jax.rl.tasks import Problem
+from m1jax.rl.tasks.verification import Verifier
 from tests.rl.episodes import episode, scored
 
 
@@ -31,6 +32,21 @@ def test_majority():
     assert majority(answers("3", "3", right="3", finish="length")) == 0  # nobody has answered
 
 
+def test_spellings_of_one_answer_vote_together():
+    texts, verifier = ("1/2", "0.5", r"\frac{1}{2}", "3", "3"), Verifier()
+    halves = Problem("q", "0.5")
+    group = scored(
+        [float(verifier.correct(halves, text)) for text in texts],
+        problem=halves,
+        episodes=[episode(f"<think>x</think>{text}") for text in texts],
+    )
+    assert group.correct.tolist() == [True] * 3 + [False] * 2
+    assert majority(group) == 0
+    assert majority(group, verifier.same) == 1
+    assert marks([group], verifier.same).majority.mean == 1
+    assert not verifier.same(Problem("q", "0.5", verification="exact"), "1/2", "0.5")
+
+
 def test_intervals():
     values = np.array([0.0, 1.0] * 50)
     found = Interval.of(values)
@@ -38,7 +54,15 @@ def test_intervals():
     # A bootstrap of 100 coins: 1.96 * 0.05 either way.
     assert found.low == pytest.approx(0.402, abs=0.02)
     assert found.high == pytest.approx(0.598, abs=0.02)
-    assert str(Interval.of(np.ones(3))) == "100.0% [100.0%, 100.0%]"
+
+
+def test_intervals_of_problems_that_are_all_alike():
+    """Wilson's: from 0 to z^2 / (n + z^2) where none is right."""
+    assert str(Interval.of(np.zeros(30))) == "0.0% [0.0%, 11.4%]"
+    assert str(Interval.of(np.ones(30))) == "100.0% [88.6%, 100.0%]"
+    assert str(Interval.of(np.zeros(1))) == "0.0% [0.0%, 79.3%]"
+    half = Interval.of(np.array([0.5]))  # of the attempts at a single problem
+    assert (half.low, half.high) == pytest.approx((0.0546, 0.9454), abs=1e-3)
 
 
 def test_marks():

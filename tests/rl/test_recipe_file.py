@@ -55,6 +55,20 @@ def test_what_is_refused(tmp_path, text, says):
         recipe_file.expanded(["--recipe", str(path)])
 
 
+def test_no_text(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_bytes("iterations = 7 # é".encode("latin-1"))
+    with pytest.raises(UserError, match=r"mine\.toml: it is not text in UTF-8 \(byte 17\)"):
+        recipe_file.read(str(path))
+    path.write_text("iterations = 7 # é", encoding="utf-8")
+    assert recipe_file.read(str(path)) == {"iterations": 7}
+
+
+def test_two_recipes():
+    with pytest.raises(UserError, match="--recipe is given 2 times"):
+        recipe_file.expanded(["--recipe", "scalerl", "--recipe=m1-report"])
+
+
 def test_no_such_recipe():
     with pytest.raises(UserError, match="recipes that come along: m1-report, scalerl"):
         recipe_file.read("nowhere.toml")

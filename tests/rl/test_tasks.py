@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from m1jax.errors import UserError
-from m1jax.rl.tasks import BUILT_IN, Problem, ProblemFile, UserProblems, get_task, split_response
+from m1jax.rl.tasks import BUILT_IN, AllProblems, Problem, ProblemFile, UserProblems, get_task, split_response
 from m1jax.rl.tasks.base import Turns
 
 
@@ -132,6 +132,16 @@ def test_several_files_are_mixed_by_weight():
     heldout = {task.problem("heldout", 1, index).prompt for index in range(20)}
     assert len(heldout) == 40 // 8
     assert not heldout & {p.prompt for p in train}
+
+
+def test_an_evaluation_asks_everything():
+    """However few they are: nothing is held out."""
+    files = [ProblemFile("x.jsonl", [Problem("a", "0.5")]), ProblemFile("y.jsonl", [Problem("c", "d")])]
+    for some in (files[:1], files[1:], files):
+        assert AllProblems(some).problems == [problem for file in some for problem in file.problems]
+    task = AllProblems([*files, files[0]])
+    assert [task.problem("heldout", 0, index).prompt for index in range(3)] == ["a", "c", "a"]
+    assert task.correct(task.problems[0], "1/2")
 
 
 def test_files_with_too_little_are_refused():

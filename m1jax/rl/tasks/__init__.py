@@ -11,7 +11,7 @@ from m1jax.rl.tasks.reasoning_gym import LEVELS, ReasoningGym
 from m1jax.rl.tasks.records import read_problems
 from m1jax.rl.tasks.shop import Shop
 from m1jax.rl.tasks.sums import DigitSums
-from m1jax.rl.tasks.user import ProblemFile, UserProblems
+from m1jax.rl.tasks.user import AllProblems, ProblemFile, UserProblems
 from m1jax.rl.weights import Combination, parse
 
 BUILT_IN = {"sums": DigitSums, "board": BoardMoves, "shop": Shop, "guess": Guess}
@@ -51,6 +51,7 @@ def _named(name: str) -> Task:
 __all__ = [
     "BUILT_IN",
     "LEVELS",
+    "AllProblems",
     "BoardMoves",
     "DigitSums",
     "Guarded",

@@ -4,7 +4,7 @@ import math
 import re
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Literal, Protocol
 
@@ -27,7 +27,8 @@ class Unjudged(Exception):
 class Task(Protocol):
     """A source of problems and their judge.
 
-    A task in which the policy speaks more than once has an attribute `environment`, too (`m1jax.rl.environment`).
+    A task in which the policy speaks more than once has an attribute `environment`, too (`m1jax.rl.environment`); one
+    in which several spellings are the same answer has a method `same` (`Same`).
     """
 
     name: str
@@ -43,6 +44,20 @@ class Task(Protocol):
             Unjudged: that cannot be said.
         """
         ...
+
+
+Same = Callable[[Problem, str, str], bool]
+"""whether two answers to a problem are the same one"""
+
+
+def same_text(problem: Problem, one: str, other: str) -> bool:
+    """Where nothing else is known: the same text."""
+    return one == other
+
+
+def same_of(task: Task) -> Same:
+    """Which answers are the same in a task."""
+    return getattr(task, "same", same_text)
 
 
 class Family:

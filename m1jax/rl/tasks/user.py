@@ -65,10 +65,26 @@ class UserProblems:
             self._orders[source, seed] = known
         return problems[known[1][place]]
 
-    def everything(self) -> list[Problem]:
-        """All problems, held out or not, each once."""
-        found = {problem.prompt: problem for problems in (self._heldout, *self._train) for problem in problems}
-        return list(found.values())
+    def correct(self, problem: Problem, answer: str) -> bool:
+        return self._verifier.correct(problem, answer)
+
+    def same(self, problem: Problem, one: str, other: str) -> bool:
+        return self._verifier.same(problem, one, other)
+
+
+class AllProblems:
+    """Every problem of files once, in their order; none is held out. What an evaluation asks."""
+
+    def __init__(self, files: Sequence[ProblemFile]):
+        self.name = "+".join(file.path for file in files)
+        self.problems = list({problem.prompt: problem for file in files for problem in file.problems}.values())
+        self._verifier = Verifier()
+
+    def problem(self, split: Split, seed: int, index: int) -> Problem:
+        return self.problems[index % len(self.problems)]
 
     def correct(self, problem: Problem, answer: str) -> bool:
         return self._verifier.correct(problem, answer)
+
+    def same(self, problem: Problem, one: str, other: str) -> bool:
+        return self._verifier.same(problem, one, other)

@@ -1,5 +1,6 @@
 """The judges that records of data files name."""
 
+import dataclasses
 import functools
 import weakref
 
@@ -40,6 +41,16 @@ class Verifier:
                 # math-verify reads LaTeX between dollars alone, and data files have it without.
                 bare = "\\" in problem.answer and "$" not in problem.answer
                 return self._math.equal(f"${problem.answer}$" if bare else problem.answer, answer)
+
+    def same(self, problem: Problem, one: str, other: str) -> bool:
+        """Whether two answers to a problem say the same: as mathematics, where that is how it is judged, else as text.
+
+        Raises:
+            UserError: as `correct`.
+        """
+        return one == other or (
+            problem.verification == "math" and self.correct(dataclasses.replace(problem, answer=one), other)
+        )
 
     @functools.cached_property
     def _pool(self) -> Pool:
