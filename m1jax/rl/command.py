@@ -140,7 +140,17 @@ def main(config: Config) -> None:
                 attempt = pass_rate.attempts(model, task, tokenizer, recipe.generation, config.seed, environment)
                 return pass_rate.estimate(attempt, rated, config.pass_rate_problems)
 
-            chosen = pass_rate.select(task, rates, directory / "pass_rates.jsonl")
+            measured_for = {
+                "model": config.model.resolve(),
+                "data": [(Path(path).resolve(), weight) for path, weight in files],
+                "task": config.task,
+                "reward": [config.reward, recipe.reward.format_reward],
+                "environment": config.environment,
+                "seed": config.seed,
+                "problems": config.pass_rate_problems,
+                "generation": recipe.generation,
+            }
+            chosen = pass_rate.select(task, rates, directory / "pass_rates.jsonl", measured_for)
         else:
             chosen = task
         trainer = Trainer(

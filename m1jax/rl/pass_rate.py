@@ -2,7 +2,8 @@
 (MiniMax-M1 report, section 4.1.1: 0 < pass rate < 0.9 was kept)."""
 
 import json
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +21,9 @@ from m1jax.rl.rewards import Judge, RewardRecipe, score
 from m1jax.rl.rollout import GenerationRecipe, Rollout
 from m1jax.rl.tasks import Problem, Split, Task
 from m1jax.rl.types import Group
+from m1jax.train.run import plain
+
+log = logging.getLogger(__name__)
 
 BELOW = 0.9
 """a rate that is kept is above zero and below this"""
@@ -111,20 +115,30 @@ class Selected:
         return self._task.correct(problem, answer)
 
 
-def select(task: Task, rates: Callable[[], dict[Problem, PassRate]], record: Path) -> Selected:
-    """The task with the problems whose rates are kept, and a record of all rates, one line of JSON for each problem.
+def select(
+    task: Task, rates: Callable[[], dict[Problem, PassRate]], record: Path, measured_for: Mapping[str, object]
+) -> Selected:
+    """The task with the problems whose rates are kept, and a record of all rates: a line of JSON that says what they
+    were measured for, then one for each problem.
 
     Args:
         task: where they are from.
-        rates: estimates them; not called where there is a record, so that a run that goes on has the same problems.
+        rates: estimates them; not called where there is a record of the same, so that a run that goes on has the same
+            problems.
         record: a file, made if missing.
+        measured_for: all that the rates depend on, as dataclasses, dicts and numbers.
     """
+    wanted = plain(measured_for)
     if record.exists():
         lines = [json.loads(line) for line in record.read_text().splitlines()]
-        kept = [Problem(**line["problem"]) for line in lines if line["kept"]]
-        return Selected(task, kept)
+        there = lines[0].get("measured_for", {}) if lines else {}
+        if there == wanted:
+            return Selected(task, [Problem(**line["problem"]) for line in lines[1:] if line["kept"]])
+        differing = ", ".join(sorted(key for key in wanted.keys() | there.keys() if wanted.get(key) != there.get(key)))
+        log.warning("%s was measured for another %s: it is measured again", record, differing)
     found = rates()
     if processes.writes():
         lines = [{**rate._asdict(), "kept": rate.kept, "problem": vars(problem)} for problem, rate in found.items()]
+        lines = [{"measured_for": wanted}, *lines]
         write_atomically(record, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     return Selected(task, [problem for problem, rate in found.items() if rate.kept])

@@ -83,7 +83,9 @@ def test_problems_by_pass_rate(files, tmp_path):
     command += ["--pass-rate-problems", "9", "--runs", str(tmp_path)]
     cli.main(command)
     record = tmp_path / "rl/pass_rates.jsonl"
-    lines = [json.loads(line) for line in record.read_text().splitlines()]
+    said, *lines = [json.loads(line) for line in record.read_text().splitlines()]
+    assert said["measured_for"]["reward"][0] == f"{reward}:reward"
+    assert said["measured_for"]["generation"]["max_new_tokens"] == 8
     assert len(lines) == 9
     assert {line["attempts"] for line in lines} == {4, 8}  # twelve were asked, three of them a second time
     assert all(line["kept"] == (0 < line["correct"] < 0.9 * line["attempts"]) for line in lines)

@@ -1,12 +1,14 @@
 """Pass rates: what is counted, what is kept, and that a run which goes on keeps the same."""
 
 import collections
+import json
 
 import pytest
 
 from m1jax.errors import UserError
 from m1jax.rl.pass_rate import PassRate, Selected, estimate, select
 from m1jax.rl.rewards import Verdict
+from m1jax.rl.rollout import GenerationRecipe
 from m1jax.rl.tasks import Problem, get_task
 from m1jax.rl.types import Group
 from tests.rl.episodes import episode
@@ -37,14 +39,37 @@ def test_rates_are_counted():
 
 def test_what_is_kept_is_asked(tmp_path):
     sums, record = get_task("sums"), tmp_path / "pass_rates.jsonl"
-    task = select(sums, lambda: estimate(attempt, judge, 11), record)
+    task = select(
+        sums, lambda: estimate(attempt, judge, 11), record, {"task": "sums", "generation": GenerationRecipe()}
+    )
     asked = collections.Counter(task.problem("train", 0, index) for index in range(80))
     assert asked == dict.fromkeys(PROBLEMS[1:9], 10)
     assert task.problem("heldout", 0, 4) == sums.problem("heldout", 0, 4)
     assert task.correct(PROBLEMS[1], "1")
-    assert len(record.read_text().splitlines()) == 11
-    again = select(sums, lambda: pytest.fail("estimated again"), record)
+    assert len(record.read_text().splitlines()) == 1 + 11
+    same = {"task": "sums", "generation": GenerationRecipe()}
+    again = select(sums, lambda: pytest.fail("estimated again"), record, same)
     assert [again.problem("train", 0, i) for i in range(80)] == [task.problem("train", 0, i) for i in range(80)]
+
+
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [
+        ({"task": "board", "seed": 0}, "another task:"),
+        ({"task": "sums", "seed": 1}, "another seed:"),
+        (None, "another"),
+    ],
+)
+def test_what_was_measured_for_something_else(tmp_path, caplog, other, says):
+    """It is measured again, and so is a record that does not say what it is of."""
+    record, wanted = tmp_path / "pass_rates.jsonl", {"task": "sums", "seed": 0}
+    select(get_task("sums"), lambda: estimate(attempt, judge, 3), record, other or {})
+    if other is None:
+        record.write_text("".join(record.read_text().splitlines(keepends=True)[1:]))
+    task = select(get_task("sums"), lambda: {PROBLEMS[8]: PassRate("p8", 8, 10)}, record, wanted)
+    assert {task.problem("train", 0, index) for index in range(9)} == {PROBLEMS[8]}
+    assert says in caplog.text
+    assert json.loads(record.read_text().splitlines()[0]) == {"measured_for": wanted}
 
 
 def test_nothing_left():
