@@ -109,7 +109,7 @@ def main(config: Config) -> None:
         files = weighted(config.data) if config.data else []
         task = _problems(files, tokenizer, recipe) if files else get_task(config.task or "")
         judge = None if config.reward is None else get_judge(config.reward, task, recipe.reward.format_reward)
-        curriculum.follow(task, recipe.curriculum)
+        stages = curriculum.stages_of(task, recipe.curriculum)
         shapes = [(recipe.update.rows, recipe.update.row_length)]
         if config.dry_run:
             model_config = read_config(config.model)
@@ -150,8 +150,10 @@ def main(config: Config) -> None:
                 "problems": config.pass_rate_problems,
                 "generation": recipe.generation,
             }
-            chosen = pass_rate.select(task, rates, directory / "pass_rates.jsonl", measured_for)
+            # The task's own weights are measured with: of what a later stage begins with there must be problems, too.
+            chosen = pass_rate.select(task, rates, directory / "pass_rates.jsonl", measured_for, stages)
         else:
+            curriculum.follow(task, stages)
             chosen = task
         trainer = Trainer(
             run,
