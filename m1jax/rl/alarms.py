@@ -26,6 +26,8 @@ def equal_rewards(newest: Record, before: Sequence[Record]) -> str | None:
     share = newest.get("zero_variance")
     if share is None or share < 0.9 or not newest.get("updates"):  # without an update it has been said
         return None
+    if newest.get("kept", 0) >= newest.get("asked", 1):  # about a batch's baseline they teach
+        return None
     return (
         f"{share:.0%} of the groups have rewards that are all equal and teach nothing: try problems of another "
         "difficulty (a pass-rate filter, --retire-above), more --samples or more --rounds"

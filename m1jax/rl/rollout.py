@@ -31,7 +31,8 @@ class GenerationRecipe:
     """G, responses to each problem"""
     rounds: int = 3
     """dynamic sampling: problems whose responses are all rewarded alike teach nothing; they are dropped, and others are
-    asked in up to so many rounds of P (1: dropped without refill)"""
+    asked in up to so many rounds of P (1: dropped without refill). A convention with the baseline of a batch keeps
+    them"""
     fifo_window: int = 0
     """windowed FIFO (arXiv 2605.26494): so many problems are in work, and a generation batch takes those first whose
     responses have all ended; long ones go on with the next, under its parameters (0: a batch waits for its own)"""

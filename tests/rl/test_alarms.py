@@ -52,6 +52,11 @@ def test_each(wrong, says, try_):
     assert try_ in said.partition("try")[2]
 
 
+def test_equal_rewards_are_no_sign_where_all_groups_are_kept():
+    assert alarms([WELL | {"zero_variance": 0.95, "asked": 64, "kept": 64}]) == []
+    assert alarms([WELL | {"zero_variance": 0.95, "asked": 64, "kept": 4}]) != []
+
+
 def test_every_alarm_is_tested():
     assert len(WRONG) == len(ALARMS)
 
