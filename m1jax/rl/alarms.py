@@ -48,10 +48,13 @@ def numerics(newest: Record, before: Sequence[Record]) -> str | None:
     now = newest.get("pearson")
     if now is None or now >= 0.99:
         return None
-    return (
-        f"trainer and sampler agree on token probabilities to a correlation of {now:.4f} only: try --old-policy "
-        "trainer --correction truncated, --replay-routes, a smaller --staleness; the head must be float32 in both"
-    )
+    said = f"trainer and sampler agree on token probabilities to a correlation of {now:.4f} only"
+    if any(newest.get(name) for name in ("staleness", "older_tokens", "waited")):
+        return (
+            f"{said}: it was older parameters that wrote, and the policy has moved since; try a lower --learning-rate, "
+            "fewer --updates, a smaller --staleness or --fifo-window"
+        )
+    return f"{said}: try --old-policy trainer --correction truncated, --replay-routes; the head must be float32 in both"
 
 
 def no_entropy(newest: Record, before: Sequence[Record]) -> str | None:
