@@ -243,6 +243,12 @@ class Trainer:
             "staleness": position.iteration - made.version,
             "waiting_seconds": waited,
         }
+        planned = max(position.iteration - self._recipe.staleness, 0)
+        if made.version > planned:
+            session.message(
+                f"generation batch {position.iteration + 1}: written by version {made.version} of the parameters "
+                f"instead of {planned}, because the run had ended before it and was extended"
+            )
         if not trained_on(made.scored, self._recipe):
             session.message(f"generation batch {position.iteration + 1}: {nothing_learnt(made.scored)}")
         return made.scored

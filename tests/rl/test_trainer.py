@@ -132,6 +132,18 @@ def test_a_skipped_update_spoils_no_record(tmp_path, monkeypatch, capsys):
     assert "sampler_gap" not in records[1]  # of the first update, which there is not
 
 
+def test_an_extended_run_says_what_it_did_not_make_ahead(tmp_path, capsys):
+    recipe = dataclasses.replace(RECIPE, staleness=1, iterations=1)
+    train(tmp_path / "run", recipe, judge_of(*range(9)))
+    assert "was extended" not in capsys.readouterr().out
+    _, records = train(tmp_path / "run", dataclasses.replace(recipe, iterations=3), judge_of(*range(9)))
+    assert [r["staleness"] for r in records[1:]] == [0, 0, 1]
+    said = "generation batch 2: written by version 1 of the parameters instead of 0, because the run had ended before"
+    out = capsys.readouterr().out
+    assert said in out
+    assert out.count("was extended") == 1
+
+
 def test_a_longer_run_with_other_rows_goes_on(tmp_path):
     """From the middle of a generation batch too; the rows of its micro-batches were cut before."""
     want, records = train(tmp_path / "whole", dataclasses.replace(RECIPE, iterations=2), judge_of(*range(9)))
