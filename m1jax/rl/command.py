@@ -8,7 +8,7 @@ import tyro
 
 from m1jax import processes
 from m1jax.chat import Tokenizer
-from m1jax.errors import UserError, require_seed
+from m1jax.errors import UserError, require_positive, require_seed
 from m1jax.model import MiniMaxM1
 from m1jax.rl import curriculum, pass_rate
 from m1jax.rl.dry_run import described
@@ -101,6 +101,7 @@ def main(config: Config) -> None:
     if bool(config.data) == (config.task is not None):
         raise UserError("train rl: give either --data FILE.jsonl or --task NAME")
     require_seed(config.seed)
+    require_positive(config, "pass_rate_problems", zero=True)
     directory, recipe = run_directory(config.runs, config.name), config.recipe
     branch = None if config.branch is None else Branch.parse(config.branch)
     environment = None if config.environment is None else load_environment(config.environment)

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Key, UInt32
 
 from m1jax.chat import Tokenizer, encode_chat, encode_prompt
-from m1jax.errors import UserError, require_positive
+from m1jax.errors import UserError, require_finite, require_positive
 from m1jax.inference.types import Completion, RepetitionStop, Request, Sampling
 from m1jax.rl import plugins
 from m1jax.rl.attempt import Attempt, key_of_turn
@@ -61,6 +61,7 @@ class GenerationRecipe:
 
     def __post_init__(self) -> None:
         require_positive(self, "prompts", "samples", "rounds", "temperature")
+        require_finite(self, "temperature")
         require_positive(self, "max_prompt_tokens", "max_new_tokens", "max_turns", "answer_seconds")
         if self.max_turn_tokens is not None:
             require_positive(self, "max_turn_tokens")

@@ -129,6 +129,7 @@ def test_nothing_learnt_has_a_status_of_its_own(files, tmp_path, capsys):
         (["--from", "nowhere"], "nowhere holds no checkpoints"),
         (["--max-weight", "0.28"], "did you mean 1.28?"),
         (["--format-reward", "1"], "format_reward = 1.0"),
+        (["--pass-rate-problems", "-1"], "pass_rate_problems = -1 must be zero or more"),
     ],
 )
 def test_what_is_refused_at_once(files, tmp_path, capsys, options, says):
