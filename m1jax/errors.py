@@ -1,5 +1,6 @@
 """The one exception for what a user can put right, checks that raise it, its wording, and an exit status."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,6 +32,13 @@ def require_positive(options: Any, *names: str, zero: bool = False) -> None:
         value = getattr(options, name)
         if not (value > 0 or (zero and value == 0)):  # so that NaN is refused
             raise UserError(f"{name} = {value} must be {'zero or more' if zero else 'more than zero'}")
+
+
+def require_finite(options: Any, *names: str) -> None:
+    """Raises UserError naming the first of these fields of `options` that is infinite or no number."""
+    for name in names:
+        if not math.isfinite(value := getattr(options, name)):
+            raise UserError(f"{name} = {value} must be a finite number")
 
 
 def shortened(problems: Sequence[str], most: int = 3) -> str:

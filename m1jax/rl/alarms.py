@@ -26,6 +26,8 @@ def equal_rewards(newest: Record, before: Sequence[Record]) -> str | None:
     share = newest.get("zero_variance")
     if share is None or share < 0.9 or not newest.get("updates"):  # without an update it has been said
         return None
+    if newest.get("kept", 0) >= newest.get("asked", 1):  # about a batch's baseline they teach
+        return None
     return (
         f"{share:.0%} of the groups have rewards that are all equal and teach nothing: try problems of another "
         "difficulty (a pass-rate filter, --retire-above), more --samples or more --rounds"
@@ -46,10 +48,13 @@ def numerics(newest: Record, before: Sequence[Record]) -> str | None:
     now = newest.get("pearson")
     if now is None or now >= 0.99:
         return None
-    return (
-        f"trainer and sampler agree on token probabilities to a correlation of {now:.4f} only: try --old-policy "
-        "trainer --correction truncated, --replay-routes, a smaller --staleness; the head must be float32 in both"
-    )
+    said = f"trainer and sampler agree on token probabilities to a correlation of {now:.4f} only"
+    if any(newest.get(name) for name in ("staleness", "older_tokens", "waited")):
+        return (
+            f"{said}: it was older parameters that wrote, and the policy has moved since; try a lower --learning-rate, "
+            "fewer --updates, a smaller --staleness or --fifo-window"
+        )
+    return f"{said}: try --old-policy trainer --correction truncated, --replay-routes; the head must be float32 in both"
 
 
 def no_entropy(newest: Record, before: Sequence[Record]) -> str | None:

@@ -8,7 +8,7 @@ import tyro
 
 from m1jax import processes
 from m1jax.chat import Tokenizer
-from m1jax.errors import UserError, require_seed
+from m1jax.errors import UserError, require_positive, require_seed
 from m1jax.model import MiniMaxM1
 from m1jax.rl import curriculum, pass_rate
 from m1jax.rl.dry_run import described
@@ -101,6 +101,7 @@ def main(config: Config) -> None:
     if bool(config.data) == (config.task is not None):
         raise UserError("train rl: give either --data FILE.jsonl or --task NAME")
     require_seed(config.seed)
+    require_positive(config, "pass_rate_problems", zero=True)
     directory, recipe = run_directory(config.runs, config.name), config.recipe
     branch = None if config.branch is None else Branch.parse(config.branch)
     environment = None if config.environment is None else load_environment(config.environment)
@@ -109,7 +110,7 @@ def main(config: Config) -> None:
         files = weighted(config.data) if config.data else []
         task = _problems(files, tokenizer, recipe) if files else get_task(config.task or "")
         judge = None if config.reward is None else get_judge(config.reward, task, recipe.reward.format_reward)
-        curriculum.follow(task, recipe.curriculum)
+        stages = curriculum.stages_of(task, recipe.curriculum)
         shapes = [(recipe.update.rows, recipe.update.row_length)]
         if config.dry_run:
             model_config = read_config(config.model)
@@ -140,8 +141,20 @@ def main(config: Config) -> None:
                 attempt = pass_rate.attempts(model, task, tokenizer, recipe.generation, config.seed, environment)
                 return pass_rate.estimate(attempt, rated, config.pass_rate_problems)
 
-            chosen = pass_rate.select(task, rates, directory / "pass_rates.jsonl")
+            measured_for = {
+                "model": config.model.resolve(),
+                "data": [(Path(path).resolve(), weight) for path, weight in files],
+                "task": config.task,
+                "reward": [config.reward, recipe.reward.format_reward],
+                "environment": config.environment,
+                "seed": config.seed,
+                "problems": config.pass_rate_problems,
+                "generation": recipe.generation,
+            }
+            # The task's own weights are measured with: of what a later stage begins with there must be problems, too.
+            chosen = pass_rate.select(task, rates, directory / "pass_rates.jsonl", measured_for, stages)
         else:
+            curriculum.follow(task, stages)
             chosen = task
         trainer = Trainer(
             run,

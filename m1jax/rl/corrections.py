@@ -78,6 +78,7 @@ CORRECTIONS: dict[str, Correction] = {
 
 
 def _gap(trainer_logp: jax.Array, sampler_logp: jax.Array, mask: jax.Array) -> jax.Array:
-    """log rho, clamped; zero outside the mask."""
-    gap = jnp.where(mask, trainer_logp, 0.0) - jnp.where(mask, sampler_logp, 0.0)
+    """log rho, clamped; zero outside the mask, and where both say the same: -inf too."""
+    same = ~mask | (trainer_logp == sampler_logp)
+    gap = jnp.where(same, 0.0, trainer_logp) - jnp.where(same, 0.0, sampler_logp)
     return jax.lax.stop_gradient(jnp.clip(gap, -LIMIT, LIMIT))

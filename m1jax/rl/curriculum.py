@@ -59,14 +59,22 @@ class Curriculum:
         return wanted[place], before[wanted[place]] + count
 
 
-def follow(task: Task, stages: Sequence[str]) -> None:
-    """Lets a task of several sources go through the stages.
+def stages_of(task: Task, texts: Sequence[str]) -> list[Stage]:
+    """The stages that a task of several sources goes through; without any, the only one, of its own weights.
 
     Raises:
-        UserError: it has a single source, or what `Curriculum` raises.
+        UserError: stages for a single source, or what `Curriculum` raises.
     """
-    if not stages:
-        return
     if not isinstance(task, Mixture | UserProblems):
-        raise UserError(f"curriculum: {task.name} is a single source; give several files or tasks")
-    task.turns = Curriculum([stage(text) for text in stages], task.parts)
+        if texts:
+            raise UserError(f"curriculum: {task.name} is a single source; give several files or tasks")
+        return [(0, [1.0])]
+    stages = [stage(text) for text in texts] or [(0, task.weights)]
+    Curriculum(stages, len(task.parts))
+    return stages
+
+
+def follow(task: Task, stages: Sequence[Stage]) -> None:
+    """Lets a task of several sources go through its stages; a single one has none."""
+    if isinstance(task, Mixture | UserProblems):
+        task.turns = Curriculum(stages, len(task.parts))

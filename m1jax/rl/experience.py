@@ -87,14 +87,17 @@ class Experience:
         tokens = flops = 0
         source = self._rounds if self._fifo is None else self._windowed
         with contextlib.closing(source(params, version, window)) as coming:
-            while len(useful(scored)) < recipe.prompts and len(scored) - waited < recipe.rounds * recipe.prompts:
+            while (
+                len(useful(scored, self._recipe)) < recipe.prompts
+                and len(scored) - waited < recipe.rounds * recipe.prompts
+            ):
                 groups = next(coming)
                 scored += score(groups, self._judge, self._recipe.reward, max_tokens=window)
                 written, took = work(self._config, groups)
                 tokens, flops = tokens + written, flops + took
         new = scored[waited:]
         self._retire(new)
-        kept = useful(scored)
+        kept = useful(scored, self._recipe)
         if recipe.keep_surplus and len(kept) > recipe.prompts:
             self._carried = kept[recipe.prompts :]
         figures: dict[str, float] = {"asked": len(new), "kept": len(kept), "waited": waited, "window": window}

@@ -229,7 +229,7 @@ def dppo(
         distance = jnp.abs(now - old)
     else:
         others = jnp.log((1 - old + 1e-8) / (1 - now + 1e-8))
-        distance = old * (t.old_logp - sg(t.logp)) + (1 - old) * others
+        distance = jnp.where(old == 0, 0.0, old * (t.old_logp - sg(t.logp))) + (1 - old) * others  # 0 log 0 is 0
     rises = (t.advantage > 0) & (now > old) & (distance > high)
     falls = (t.advantage < 0) & (now < old) & (distance > low)
     left = rises | falls

@@ -2,7 +2,8 @@
 (MiniMax-M1 report, section 4.1.1: 0 < pass rate < 0.9 was kept)."""
 
 import json
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,15 +15,21 @@ from m1jax.chat import Tokenizer
 from m1jax.disk import write_atomically
 from m1jax.errors import UserError
 from m1jax.model import MiniMaxM1
+from m1jax.rl.curriculum import Curriculum, Stage
 from m1jax.rl.environment import MakeEnvironment, environment_of
 from m1jax.rl.generator import EngineGenerator
 from m1jax.rl.rewards import Judge, RewardRecipe, score
 from m1jax.rl.rollout import GenerationRecipe, Rollout
-from m1jax.rl.tasks import Problem, Split, Task
+from m1jax.rl.tasks import Mixture, Problem, Split, Task, UserProblems
+from m1jax.rl.tasks.base import same_of
 from m1jax.rl.types import Group
+from m1jax.train.run import plain
+
+log = logging.getLogger(__name__)
 
 BELOW = 0.9
 """a rate that is kept is above zero and below this"""
+_ADVICE = "take easier or harder ones, more --samples"
 
 
 class PassRate(NamedTuple):
@@ -86,45 +93,82 @@ def estimate(attempt: Callable[[int], Sequence[Group]], judge: Judge, problems: 
 
 
 class Selected:
-    """A task whose training problems are only these, in an order shuffled anew for every pass; held-out problems stay.
+    """A task whose training problems are only these, those of each source in an order shuffled anew for every pass;
+    held-out problems stay.
+
+    Args:
+        task: where they are from.
+        problems: at least one.
+        stages: when each of its sources weighs how much (`curriculum.stages_of`); one that none of the problems is from
+            is left out.
 
     Raises:
-        UserError: there are none.
+        UserError: there are none, or none in a stage.
     """
 
-    def __init__(self, task: Task, problems: Sequence[Problem]):
+    def __init__(self, task: Task, problems: Sequence[Problem], stages: Sequence[Stage]):
         if not problems:
             raise UserError(
-                f"{task.name}: none of its problems has a pass rate above 0 and below {BELOW}; take easier or harder "
-                "ones, more --samples, or train without the filter"
+                f"{task.name}: none of its problems has a pass rate above 0 and below {BELOW}; {_ADVICE}, or train "
+                "without the filter"
             )
-        self.name, self.environment = task.name, environment_of(task)
-        self._task, self._problems = task, problems
+        self.name, self.environment, self.same = task.name, environment_of(task), same_of(task)
+        several = isinstance(task, Mixture | UserProblems)
+        self._task, self._problems = task, task.by_part(problems) if several else [problems]
+        names = task.parts if several else [task.name]
+        if empty := [name for name, mine in zip(names, self._problems) if not mine]:
+            log.warning("%s: left out, not one problem has a pass rate above 0 and below %s", ", ".join(empty), BELOW)
+        left = [(start, [w if mine else 0.0 for w, mine in zip(weights, self._problems)]) for start, weights in stages]
+        for start, weights in left:
+            if not any(weights):
+                raise UserError(
+                    f"curriculum: from problem {start} on no problem has a pass rate above 0 and below {BELOW}; "
+                    f"{_ADVICE}, more --pass-rate-problems, or other weights"
+                )
+        self._turns = Curriculum(left, len(names))
 
     def problem(self, split: Split, seed: int, index: int) -> Problem:
         if split == "heldout":
             return self._task.problem(split, seed, index)
-        epoch, place = divmod(index, len(self._problems))
-        return self._problems[np.random.default_rng([seed, epoch]).permutation(len(self._problems))[place]]
+        source, number = self._turns[index]
+        problems = self._problems[source]
+        epoch, place = divmod(number, len(problems))
+        entropy = [seed, epoch] if source < 1 else [seed, epoch, source]
+        return problems[np.random.default_rng(entropy).permutation(len(problems))[place]]
 
     def correct(self, problem: Problem, answer: str) -> bool:
         return self._task.correct(problem, answer)
 
 
-def select(task: Task, rates: Callable[[], dict[Problem, PassRate]], record: Path) -> Selected:
-    """The task with the problems whose rates are kept, and a record of all rates, one line of JSON for each problem.
+def select(
+    task: Task,
+    rates: Callable[[], dict[Problem, PassRate]],
+    record: Path,
+    measured_for: Mapping[str, object],
+    stages: Sequence[Stage],
+) -> Selected:
+    """The task with the problems whose rates are kept, and a record of all rates: a line of JSON that says what they
+    were measured for, then one for each problem.
 
     Args:
         task: where they are from.
-        rates: estimates them; not called where there is a record, so that a run that goes on has the same problems.
+        rates: estimates them; not called where there is a record of the same, so that a run that goes on has the same
+            problems.
         record: a file, made if missing.
+        measured_for: all that the rates depend on, as dataclasses, dicts and numbers.
+        stages: as `Selected` has them.
     """
+    wanted = plain(measured_for)
     if record.exists():
         lines = [json.loads(line) for line in record.read_text().splitlines()]
-        kept = [Problem(**line["problem"]) for line in lines if line["kept"]]
-        return Selected(task, kept)
+        there = lines[0].get("measured_for", {}) if lines else {}
+        if there == wanted:
+            return Selected(task, [Problem(**line["problem"]) for line in lines[1:] if line["kept"]], stages)
+        differing = ", ".join(sorted(key for key in wanted.keys() | there.keys() if wanted.get(key) != there.get(key)))
+        log.warning("%s was measured for another %s: it is measured again", record, differing)
     found = rates()
     if processes.writes():
         lines = [{**rate._asdict(), "kept": rate.kept, "problem": vars(problem)} for problem, rate in found.items()]
+        lines = [{"measured_for": wanted}, *lines]
         write_atomically(record, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    return Selected(task, [problem for problem, rate in found.items() if rate.kept])
+    return Selected(task, [problem for problem, rate in found.items() if rate.kept], stages)

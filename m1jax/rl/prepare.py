@@ -13,9 +13,17 @@ from m1jax.rl.types import Episode, RLBatch, Scored, Updates, stacked
 from m1jax.train import packing
 
 
-def useful(scored: Sequence[Scored]) -> list[Scored]:
-    """Groups that teach something: whose raw rewards differ. Penalties alone make no difference worth learning."""
-    return [group for group in scored if informative(group.raw)]
+def useful(scored: Sequence[Scored], recipe: RLRecipe) -> list[Scored]:
+    """Groups that may teach something: whose raw rewards differ; about the baseline of a batch, all that were judged.
+    Penalties alone make no difference worth learning."""
+    by_batch = recipe.loss.chosen.advantages.baseline == "batch"
+    return [group for group in scored if (len(group.raw) > 0 if by_batch else informative(group.raw))]
+
+
+def trained_on(scored: Sequence[Scored], recipe: RLRecipe) -> list[Scored]:
+    """The first P useful groups; none where all their raw rewards are equal, as a batch's may be."""
+    kept = useful(scored, recipe)[: recipe.generation.prompts]
+    return kept if kept and informative(np.concatenate([group.raw for group in kept])) else []
 
 
 def prepare(scored: Sequence[Scored], recipe: RLRecipe) -> Updates:
@@ -24,7 +32,7 @@ def prepare(scored: Sequence[Scored], recipe: RLRecipe) -> Updates:
     Whole groups go to one update, as evenly as possible, so that a loss's mean within a prompt stays within one update.
     With fewer groups than updates there is one update per group; with none there is none.
     """
-    kept = useful(scored)[: recipe.generation.prompts]
+    kept = trained_on(scored, recipe)
     replay = recipe.update.replay_routes
     rows, row_length, count = recipe.update.rows, recipe.update.row_length, recipe.micro_batches
     if not kept:

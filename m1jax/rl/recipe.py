@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from typing import Literal
 
-from m1jax.errors import UserError, require_positive
+from m1jax.errors import UserError, require_finite, require_positive
 from m1jax.model import Remat
 from m1jax.rl import curriculum
 from m1jax.rl.conventions import CONVENTIONS, Convention, cispo, is_cispo
@@ -57,6 +57,7 @@ class LossRecipe:
 
     def __post_init__(self) -> None:
         require_positive(self, "kl_coefficient", zero=True)
+        require_finite(self, "kl_coefficient")
         if self.correction != "none" and self.old_policy == "sampler":
             raise UserError(
                 f"correction = {self.correction} compares the trainer's log-probabilities with the sampler's: set "
@@ -143,6 +144,7 @@ class EvaluationRecipe:
 
     def __post_init__(self) -> None:
         require_positive(self, "evaluate_every", "evaluate_rounds", "evaluate_temperature", "evaluate_top_p")
+        require_finite(self, "evaluate_temperature")
         if self.evaluate_top_p > 1:
             raise UserError(f"evaluate_top_p = {self.evaluate_top_p} must not exceed 1")
 
@@ -186,6 +188,12 @@ class RLRecipe(SessionRecipe):
         windows, longest = self.window.windows, self.generation.max_new_tokens
         if windows and windows[-1] != longest:
             raise UserError(f"windows end with {windows[-1]}: the last must be max_new_tokens = {longest}")
+        shortest, buffer = min(windows, default=longest), self.reward.overlong_buffer
+        if buffer > shortest:
+            raise UserError(
+                f"overlong_buffer = {buffer} would punish every response: it must not exceed "
+                f"{'the first of windows' if windows else 'max_new_tokens'} = {shortest}"
+            )
         if self.update.row_length < self.generation.longest:
             raise UserError(
                 f"rl: row_length = {self.update.row_length} must hold a prompt and its response: max_prompt_tokens + "

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Key, UInt32
 
 from m1jax.chat import Tokenizer, encode_chat, encode_prompt
-from m1jax.errors import UserError, require_positive
+from m1jax.errors import UserError, require_finite, require_positive
 from m1jax.inference.types import Completion, RepetitionStop, Request, Sampling
 from m1jax.rl import plugins
 from m1jax.rl.attempt import Attempt, key_of_turn
@@ -31,7 +31,8 @@ class GenerationRecipe:
     """G, responses to each problem"""
     rounds: int = 3
     """dynamic sampling: problems whose responses are all rewarded alike teach nothing; they are dropped, and others are
-    asked in up to so many rounds of P (1: dropped without refill)"""
+    asked in up to so many rounds of P (1: dropped without refill). A convention with the baseline of a batch keeps
+    them"""
     fifo_window: int = 0
     """windowed FIFO (arXiv 2605.26494): so many problems are in work, and a generation batch takes those first whose
     responses have all ended; long ones go on with the next, under its parameters (0: a batch waits for its own)"""
@@ -60,6 +61,7 @@ class GenerationRecipe:
 
     def __post_init__(self) -> None:
         require_positive(self, "prompts", "samples", "rounds", "temperature")
+        require_finite(self, "temperature")
         require_positive(self, "max_prompt_tokens", "max_new_tokens", "max_turns", "answer_seconds")
         if self.max_turn_tokens is not None:
             require_positive(self, "max_turn_tokens")

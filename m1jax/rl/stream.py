@@ -3,7 +3,8 @@
 Version v is what v generation batches of updates have made of the parameters; k is the staleness. With k = 0 a batch is
 made when it is asked for, by the caller's own thread; with more, one further thread makes batches in their order while
 the caller trains: on the same devices, or on some that do nothing else and receive every version that they write with.
-What is made depends on versions alone, never on which of the two was faster.
+What is made depends on versions alone, never on which of the two was faster. A run makes no batches beyond its last: of
+one that had ended and is extended, the first k further batches are made by the version that it had ended with.
 """
 
 import collections

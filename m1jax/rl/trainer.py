@@ -21,7 +21,7 @@ from m1jax.rl.experience import Experience
 from m1jax.rl.generator import EngineGenerator
 from m1jax.rl.losses import Objective, kl_penalty, policy_loss, sg
 from m1jax.rl.policies import Policies, hidden_of
-from m1jax.rl.prepare import prepare, useful
+from m1jax.rl.prepare import prepare, trained_on
 from m1jax.rl.recipe import LossRecipe, RLRecipe
 from m1jax.rl.rewards import Judge, RuleJudge
 from m1jax.rl.rollout import Rollout
@@ -104,8 +104,8 @@ class Trainer:
 
     1. *Generate*: P problems, G attempts at each, with the log-probabilities under the policy that made them.
     2. *Reward*: a judge says what each attempt is worth; overlong ones lose some. Groups whose raw rewards are all
-       equal teach nothing: for up to `rounds` rounds, others are asked (dynamic sampling). Both phases are
-       `Experience`'s; `Stream` runs them before the others, or beside them with a staleness.
+       equal teach nothing, but about a batch's baseline: for up to `rounds` rounds, others are asked (dynamic
+       sampling). Both phases are `Experience`'s; `Stream` runs them before the others, or beside them with a staleness.
     3. *Prepare*: rewards become advantages within each group, and what teaches something is dealt out to the updates
        and packed into rows; log-probabilities under the trainer's own old policy and the reference, where asked for.
     4. *Update*: `updates` steps of AdamW on the loss (CISPO, or another of `conventions`), each on its own part of the
@@ -244,7 +244,13 @@ class Trainer:
             "staleness": position.iteration - made.version,
             "waiting_seconds": waited,
         }
-        if not useful(made.scored):
+        planned = max(position.iteration - self._recipe.staleness, 0)
+        if made.version > planned:
+            session.message(
+                f"generation batch {position.iteration + 1}: written by version {made.version} of the parameters "
+                f"instead of {planned}, because the run had ended before it and was extended"
+            )
+        if not trained_on(made.scored, self._recipe):
             session.message(f"generation batch {position.iteration + 1}: {nothing_learnt(made.scored)}")
         return made.scored
 

@@ -25,6 +25,8 @@ class WindowRecipe:
 
     def __post_init__(self) -> None:
         require_positive(self, "window_batches", "window_tolerance", "window_nearness")
+        if self.window_nearness > 1:
+            raise UserError(f"window_nearness = {self.window_nearness} is never reached: it must not exceed 1")
         if list(self.windows) != sorted(set(self.windows)) or any(window < 1 for window in self.windows):
             raise UserError(f"windows = {self.windows} must grow from stage to stage")
 

@@ -82,7 +82,7 @@ class Run:
             try:
                 self._lock = self._open(settings)
                 if wandb is not None:
-                    self._wandb = WandB(wandb, self.directory, _plain(settings))
+                    self._wandb = WandB(wandb, self.directory, plain(settings))
             except UserError as error:
                 failure = error
             except OSError as error:
@@ -107,7 +107,7 @@ class Run:
         # Before its first checkpoint a run has nothing to go on with: it may be started anew, with other settings.
         if there is not None and any((self.directory / "checkpoints").glob("*/*")):
             _compare(there, settings, file)
-        write_atomically(file, json.dumps(_plain(settings), indent=2) + "\n")
+        write_atomically(file, json.dumps(plain(settings), indent=2) + "\n")
         return lock
 
     def record(self, phase: str, step: int, values: Mapping[str, object]) -> None:
@@ -132,14 +132,14 @@ class Run:
         return directory
 
 
-def _plain(value: object) -> Any:
+def plain(value: object) -> Any:
     """As JSON can hold it; paths as they are found from anywhere."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {key: _plain(v) for key, v in value.items()}
+        return {key: plain(v) for key, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     return os.path.abspath(value) if isinstance(value, os.PathLike) else value
 
 
@@ -166,5 +166,5 @@ def _differences(old: object, new: object, at: str) -> Iterator[str]:
     elif isinstance(old, str) and isinstance(new, os.PathLike):
         if Path(old).resolve() != Path(new).resolve():
             yield f"{at} is {old!r} there and {os.fspath(new)!r} now"
-    elif old != _plain(new):
-        yield f"{at} is {old!r} there and {_plain(new)!r} now"
+    elif old != plain(new):
+        yield f"{at} is {old!r} there and {plain(new)!r} now"

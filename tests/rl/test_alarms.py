@@ -52,6 +52,20 @@ def test_each(wrong, says, try_):
     assert try_ in said.partition("try")[2]
 
 
+@pytest.mark.parametrize("stale", [{"staleness": 1}, {"older_tokens": 0.1}, {"waited": 2}])
+def test_a_stale_batch_is_no_matter_of_numerics(stale):
+    (said,) = alarms([WELL | {"pearson": 0.97} | stale])
+    assert "it was older parameters that wrote" in said
+    assert "head" not in said
+    (said,) = alarms([WELL | {"pearson": 0.97} | dict.fromkeys(stale, 0)])
+    assert "head" in said
+
+
+def test_equal_rewards_are_no_sign_where_all_groups_are_kept():
+    assert alarms([WELL | {"zero_variance": 0.95, "asked": 64, "kept": 64}]) == []
+    assert alarms([WELL | {"zero_variance": 0.95, "asked": 64, "kept": 4}]) != []
+
+
 def test_every_alarm_is_tested():
     assert len(WRONG) == len(ALARMS)
 

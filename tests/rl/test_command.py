@@ -83,7 +83,9 @@ def test_problems_by_pass_rate(files, tmp_path):
     command += ["--pass-rate-problems", "9", "--runs", str(tmp_path)]
     cli.main(command)
     record = tmp_path / "rl/pass_rates.jsonl"
-    lines = [json.loads(line) for line in record.read_text().splitlines()]
+    said, *lines = [json.loads(line) for line in record.read_text().splitlines()]
+    assert said["measured_for"]["reward"][0] == f"{reward}:reward"
+    assert said["measured_for"]["generation"]["max_new_tokens"] == 8
     assert len(lines) == 9
     assert {line["attempts"] for line in lines} == {4, 8}  # twelve were asked, three of them a second time
     assert all(line["kept"] == (0 < line["correct"] < 0.9 * line["attempts"]) for line in lines)
@@ -127,6 +129,7 @@ def test_nothing_learnt_has_a_status_of_its_own(files, tmp_path, capsys):
         (["--from", "nowhere"], "nowhere holds no checkpoints"),
         (["--max-weight", "0.28"], "did you mean 1.28?"),
         (["--format-reward", "1"], "format_reward = 1.0"),
+        (["--pass-rate-problems", "-1"], "pass_rate_problems = -1 must be zero or more"),
     ],
 )
 def test_what_is_refused_at_once(files, tmp_path, capsys, options, says):

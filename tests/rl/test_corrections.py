@@ -46,6 +46,16 @@ def test_of_one_program_they_are_one(pair):
         check(found, [1, 1, 1, 1, 1])
 
 
+def test_what_neither_can_write_is_no_gap(pair):
+    trainer, sampler = (x.at[0, 1].set(-jnp.inf) for x in pair)
+    mask, segments = jnp.asarray(MASK), jnp.asarray(SEGMENTS)
+    check(corrections.truncated(trainer, sampler, mask), [2, 1, 2, 0.9, 1.2])
+    check(corrections.icepop(trainer, sampler, mask), [4, 1, 3, 0.9, 1.2])
+    check(corrections.truncated_sequence(trainer, sampler, mask, segments, cap=20.0), [12, 12, 12, 1.08, 1.08])
+    # The third root of 12 is 2.289.
+    check(corrections.geometric_rejection(trainer, sampler, mask, segments, low=2.2, high=2.3), [1, 1, 1, 0, 0])
+
+
 def test_what_float32_cannot_hold():
     trainer, sampler = jnp.array([[-80.0, -1e-3, -jnp.inf, -1.0]]), jnp.array([[-1e-3, -80.0, -1.0, -jnp.inf]])
     mask, segments = jnp.ones((1, 4), bool), jnp.zeros((1, 4), jnp.int32)

@@ -24,7 +24,7 @@ def test_stages_in_their_proportions():
 
 def test_a_mixture_follows():
     task = get_task("sums+board")
-    curriculum.follow(task, ["0:1,0", "4:0,1"])
+    curriculum.follow(task, curriculum.stages_of(task, ["0:1,0", "4:0,1"]))
     assert [task.problem("train", 0, index).source for index in range(8)] == ["sums"] * 4 + ["board"] * 4
 
 
@@ -41,9 +41,18 @@ def test_a_mixture_follows():
 )
 def test_what_is_refused(stages, says):
     with pytest.raises(UserError, match=says):
-        curriculum.follow(get_task("sums+board"), stages)
+        curriculum.stages_of(get_task("sums+board"), stages)
+
+
+def test_without_stages_weights_are_the_tasks_own():
+    task = get_task("sums=3+board")
+    drawn = [task.problem("train", 0, index) for index in range(12)]
+    stages = curriculum.stages_of(task, [])
+    assert stages == [(0, [3.0, 1.0])]
+    curriculum.follow(task, stages)
+    assert [task.problem("train", 0, index) for index in range(12)] == drawn
 
 
 def test_a_single_source_has_no_curriculum():
     with pytest.raises(UserError, match="a single source"):
-        curriculum.follow(get_task("sums"), ["0:1"])
+        curriculum.stages_of(get_task("sums"), ["0:1"])

@@ -7,7 +7,7 @@ import pytest
 
 from m1jax.errors import UserError
 from m1jax.rl.experience import Experience, Made
-from m1jax.rl.recipe import GenerationRecipe, RLRecipe, UpdateRecipe
+from m1jax.rl.recipe import GenerationRecipe, LossRecipe, RLRecipe, UpdateRecipe
 from m1jax.rl.rewards import Verdict
 from m1jax.rl.rollout import GIVE_UP, Rollout
 from m1jax.rl.tasks import Problem
@@ -77,6 +77,13 @@ def test_surplus_waits_for_the_next_batch():
     assert numbers(third) == [5, 6, 7]
     assert policy.asked == [(0, 0), (1, 0), (2, 0), (3, 0), (4, 1), (5, 1), (6, 2), (7, 2)]
     assert second.scored[0].group.episodes[0].version[0] == 0  # and says by whom it was written
+
+
+def test_about_a_batchs_baseline_nothing_is_refilled():
+    source = experience(
+        Policy(), dataclasses.replace(RECIPE, loss=LossRecipe(convention="ppo")), teaches=lambda number: number != 1
+    )
+    assert [numbers(source.batch(None, version)) for version in range(2)] == [[0, 1], [2, 3]]
 
 
 def test_mastered_problems_retire():

@@ -268,6 +268,15 @@ def test_what_float32_cannot_hold(batch, name):
     assert np.isnan(policy_loss(objective, spoilt, *rest)[0])
 
 
+@pytest.mark.parametrize("divergence", ["tv", "kl"])
+@pytest.mark.parametrize("old", [-60.0, -np.inf])
+def test_dppo_cuts_what_the_old_policy_could_not_write(divergence, old):
+    """From nothing to 0.9 is far, by either measure."""
+    objective = partial(losses.dppo, divergence=divergence, low=0.2, high=0.2)
+    rest = (jnp.full((1, 1), old), jnp.ones((1, 1)), jnp.ones((1, 1), bool), jnp.ones((1, 1)))
+    assert jax.grad(lambda x: policy_loss(objective, x, *rest)[0])(jnp.log(jnp.full((1, 1), 0.9)))[0, 0] == 0
+
+
 def test_sequences_that_share_a_row(batch):
     """GSPO's ratios are of sequences, not of rows; and what stands between them has no say."""
     logp, old_logp, advantage, mask, weight = arrays(batch)

@@ -10,7 +10,7 @@ from flax import nnx
 from m1jax.rl.advantages import Advantages
 from m1jax.rl.conventions import CONVENTIONS
 from m1jax.rl.prepare import _rounded, example, prepare, useful
-from m1jax.rl.recipe import GenerationRecipe, RLRecipe, UpdateRecipe
+from m1jax.rl.recipe import GenerationRecipe, LossRecipe, RLRecipe, UpdateRecipe
 from m1jax.rl.trainer import rl_loss
 from m1jax.rl.types import RLBatch, Updates
 from m1jax.train import statistics
@@ -43,7 +43,21 @@ def test_fields_are_aligned_to_the_position_that_predicts():
 def test_penalties_make_no_group_useful():
     """Dynamic sampling looks at raw rewards: groups that differ in length alone teach nothing (DAPO)."""
     groups = [scored([1, 1, 1], rewards=[1, 0.5, 0]), scored([1, 0, 1]), scored([0, 0, 0]), scored([])]
-    assert useful(groups) == [groups[1]]
+    assert useful(groups, RECIPE) == [groups[1]]
+
+
+@pytest.mark.parametrize("convention", ["ppo", "reinforce"])
+def test_about_a_batchs_baseline_groups_of_equal_rewards_teach(convention):
+    recipe = dataclasses.replace(RECIPE, loss=LossRecipe(convention=convention))
+    groups = [scored([1, 1, 1]), scored([]), scored([1, 0, 0]), scored([0, 0, 0])]
+    assert useful(groups, recipe) == [groups[0], *groups[2:]]
+    batch = prepare(groups, recipe).batch
+    # Rewards have a mean of 4/9 and a variance of 20/81; no response has an advantage of zero.
+    right, wrong = (1 - 4 / 9) / (20 / 81) ** 0.5, -(4 / 9) / (20 / 81) ** 0.5
+    values, counts = np.unique(batch.advantage[batch.mask], return_counts=True)
+    np.testing.assert_allclose(values, [wrong, right], rtol=1e-6)
+    assert counts.tolist() == [5 * 3, 4 * 3]
+    assert len(prepare([groups[0], scored([1, 1, 1], rewards=[1, 0.5, 0])], recipe)) == 0  # here all are alike
 
 
 def groups(count):

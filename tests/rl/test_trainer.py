@@ -15,6 +15,7 @@ from m1jax.rl.recipe import EvaluationRecipe, GenerationRecipe, LossRecipe, Rewa
 from m1jax.rl.rewards import Verdict
 from m1jax.rl.tasks import Problem
 from m1jax.rl.trainer import Trainer
+from m1jax.rl.window import WindowRecipe
 from m1jax.train import guards
 from m1jax.train.meter import MEASURED
 from m1jax.train.optimizer import OptimizerConfig
@@ -132,6 +133,18 @@ def test_a_skipped_update_spoils_no_record(tmp_path, monkeypatch, capsys):
     assert "sampler_gap" not in records[1]  # of the first update, which there is not
 
 
+def test_an_extended_run_says_what_it_did_not_make_ahead(tmp_path, capsys):
+    recipe = dataclasses.replace(RECIPE, staleness=1, iterations=1)
+    train(tmp_path / "run", recipe, judge_of(*range(9)))
+    assert "was extended" not in capsys.readouterr().out
+    _, records = train(tmp_path / "run", dataclasses.replace(recipe, iterations=3), judge_of(*range(9)))
+    assert [r["staleness"] for r in records[1:]] == [0, 0, 1]
+    said = "generation batch 2: written by version 1 of the parameters instead of 0, because the run had ended before"
+    out = capsys.readouterr().out
+    assert said in out
+    assert out.count("was extended") == 1
+
+
 def test_a_longer_run_with_other_rows_goes_on(tmp_path):
     """From the middle of a generation batch too; the rows of its micro-batches were cut before."""
     want, records = train(tmp_path / "whole", dataclasses.replace(RECIPE, iterations=2), judge_of(*range(9)))
@@ -162,6 +175,18 @@ def test_a_longer_run_with_other_rows_goes_on(tmp_path):
         (lambda: LossRecipe(max_weight=float("nan")), "max_weight = nan"),
         (lambda: RLRecipe(generation=GenerationRecipe(samples=1)), "samples = 1"),
         (lambda: RewardRecipe(overlong_buffer=-1), "overlong_buffer = -1"),
+        (
+            lambda: RLRecipe(reward=RewardRecipe(overlong_buffer=1025)),
+            "overlong_buffer = 1025 would punish every response: it must not exceed max_new_tokens = 1024",
+        ),
+        (
+            lambda: RLRecipe(reward=RewardRecipe(overlong_buffer=600), window=WindowRecipe(windows=(512, 1024))),
+            "it must not exceed the first of windows = 512",
+        ),
+        (lambda: WindowRecipe(window_nearness=1.5), r"window_nearness = 1\.5 is never reached"),
+        (lambda: LossRecipe(kl_coefficient=float("inf")), "kl_coefficient = inf must be a finite number"),
+        (lambda: GenerationRecipe(temperature=float("inf")), "temperature = inf must be a finite number"),
+        (lambda: EvaluationRecipe(evaluate_temperature=float("inf")), "evaluate_temperature = inf must be"),
         (lambda: UpdateRecipe(rows=0), "rows = 0"),
         (lambda: EvaluationRecipe(evaluate_every=0), "evaluate_every = 0"),
         (lambda: RLRecipe(iterations=0), "iterations = 0"),

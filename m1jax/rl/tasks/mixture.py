@@ -21,9 +21,10 @@ class Mixture:
 
     def __init__(self, tasks: Sequence[Task], weights: Sequence[float] | None = None):
         self.name = "+".join(task.name for task in tasks)
-        self.parts = len(tasks)
+        self.parts = [task.name for task in tasks]
+        self.weights = list(weights or [1.0] * len(tasks))
         self._tasks = {task.name: task for task in tasks}
-        self.turns: Order = Turns(weights or [1.0] * len(tasks))
+        self.turns: Order = Turns(self.weights)
         places = {name: environment_of(task) for name, task in self._tasks.items()}
         self.environment: MakeEnvironment = SingleTurn
         if any(place is not SingleTurn for place in places.values()):
@@ -33,6 +34,10 @@ class Mixture:
         source, number = self.turns[index]
         task = list(self._tasks.values())[source]
         return dataclasses.replace(task.problem(split, seed, number), source=task.name)
+
+    def by_part(self, problems: Sequence[Problem]) -> list[list[Problem]]:
+        """Those of each task."""
+        return [[problem for problem in problems if problem.source == name] for name in self.parts]
 
     def correct(self, problem: Problem, answer: str) -> bool:
         return self._tasks[problem.source].correct(problem, answer)

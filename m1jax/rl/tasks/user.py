@@ -49,8 +49,9 @@ class UserProblems:
             if not self._train[-1]:
                 raise UserError(f"{file.path}: all its {len(problems)} prompts are held out; it needs more")
         self._heldout = [heldout[prompt] for prompt in ranked[:last]]
-        self.parts = len(files)
-        self.turns: Order = Turns([file.weight for file in files])
+        self.parts = [file.path for file in files]
+        self.weights = [file.weight for file in files]
+        self.turns: Order = Turns(self.weights)
         self._verifier = Verifier()
         self._orders: dict[tuple[int, int], tuple[int, np.ndarray]] = {}
 
@@ -64,6 +65,10 @@ class UserProblems:
             known = epoch, np.random.default_rng(entropy).permutation(len(problems))
             self._orders[source, seed] = known
         return problems[known[1][place]]
+
+    def by_part(self, problems: Sequence[Problem]) -> list[list[Problem]]:
+        """Those to train on of each file."""
+        return [[problem for problem in problems if problem in mine] for mine in map(set, self._train)]
 
     def correct(self, problem: Problem, answer: str) -> bool:
         return self._verifier.correct(problem, answer)
