@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from experiments.cispo_vs_rivals.policy import portable
-from experiments.precision_mismatch import amplification, at_size, figure3, rl, run
+from experiments.precision_mismatch import amplification, at_size, figure3, rl, run, switches
 from experiments.precision_mismatch.switches import precision
 from m1jax import demo
 from m1jax.model import head
@@ -77,14 +77,14 @@ def test_a_head_in_bfloat16_has_bfloat16_logits_in_sampler_and_trainer():
 def test_states_in_bfloat16_are_rounded_where_they_are_written():
     rng = np.random.default_rng(0)
     q, k, v = (jnp.array(rng.normal(size=(1, 1, 2, 4)), jnp.float32) for _ in range(3))
-    cache = LightningCache(jnp.array(rng.normal(size=(2, 1, 2, 4, 4)), jnp.float32))
+    cache = LightningCache(switches.rounded(jnp.array(rng.normal(size=(2, 1, 2, 4, 4)), jnp.float32)))
     given = (0, q, k, v, jnp.zeros(2), None, None)
     _, exact = cache.attend(*given)
     with precision("float32", "bfloat16"):
-        _, rounded = cache.attend(*given)
-    assert not np.any(np.asarray(rounded.state[0]).view(np.uint32) & 0xFFFF)
-    np.testing.assert_allclose(rounded.state[0], exact.state[0], rtol=2**-8)
-    np.testing.assert_array_equal(rounded.state[1], cache.state[1])
+        _, written = cache.attend(*given)
+    assert not np.any(np.asarray(written.state[0]).view(np.uint32) & 0xFFFF)
+    np.testing.assert_allclose(written.state[0], exact.state[0], rtol=2**-8)
+    np.testing.assert_array_equal(written.state[1], cache.state[1])
 
 
 def test_lines_are_read_back(tmp_path):
