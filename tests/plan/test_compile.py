@@ -23,15 +23,7 @@ def test_decoding():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name",
-    [
-        "m1-prefill",
-        "small-sft",
-        "small-no-remat",
-        pytest.param("m1-rl", marks=pytest.mark.xfail(strict=True, reason="the planner computes 43 % too much")),
-    ],
-)
+@pytest.mark.parametrize("name", ["m1-prefill", "small-sft", "small-no-remat", "m1-rl"])
 def test_other_tasks(name):
     check(name)
 
