@@ -108,15 +108,13 @@ def cases(cards: int, sizes: Sizes) -> list[Case]:
         found.append(long(name=mesh, mesh=mesh, rows=n, beside="one long", same=same_long))
         mixed = [f"fsdp={n // 2},tensor=2", f"fsdp={n // 2},expert=2"] if n > 2 else []
         found += [wide(name=mesh, mesh=mesh, rows=n * rows, beside="one", same=same) for mesh in mixed]
-    if cards >= 4:
-        meshes = [f"fsdp={cards}", f"fsdp={cards // 2},expert=2", f"fsdp={cards // 2},tensor=2"]
-        found += [large(name=f"7 B, {mesh}", mesh=mesh) for mesh in meshes]
-        mesh = f"sequence={cards}"
-        million = Case(
-            name="a million tokens", preset=sizes.preset, tokens=sizes.longest, mesh=mesh, rows=1, sequences=1,
-            remat="layers", updates=2,
-        )  # fmt: skip
-        found.insert(len(found) - 2, million)
+    million = Case(
+        name="a million tokens", preset=sizes.preset, tokens=sizes.longest, mesh=f"sequence={cards}", rows=1, sequences=1,
+        remat="layers", updates=2,
+    )  # fmt: skip
+    meshes = [f"fsdp={cards}", f"fsdp={cards // 2},expert=2", f"fsdp={cards // 2},tensor=2"] if cards > 2 else []
+    seven = [large(name=f"7 B, {mesh}", mesh=mesh) for mesh in meshes]
+    found += [*seven[:1], million, *seven[1:]]
     found.append(
         wide(name="fsdp=2, 2 processes", mesh="fsdp=2", processes=2, rows=2 * rows, beside="one", same="one, 2 times")
     )
