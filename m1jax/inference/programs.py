@@ -25,6 +25,7 @@ from m1jax.inference.stopping import NEVER, Stops, ended
 from m1jax.model import Cache, MiniMaxM1, head
 from m1jax.sharding import ambient_mesh
 from pallas_kernels import target_platform
+from pallas_kernels.mailbox import Layout, ask, tell
 
 T = TypeVar("T")
 
@@ -256,27 +257,47 @@ def decode(
     return cache, None if last is None else Last.of(written.out, len(last.tokens)), written.told
 
 
+class Mail(NamedTuple):
+    """How a program asks its host what rows may draw."""
+
+    address: Any
+    """uint32 [2], of a mailbox of so many rows"""
+    first: Any
+    """int32, the number of its first message"""
+    asks: Any
+    """bool [rows]: who is constrained"""
+
+
 @functools.partial(jit, static_argnames=("capacity", "record_routes", "steps", "cuts"), donate_argnames="cache")
 def decode_on(
     weights: Weights,
     cache: Cache,
     packed: Int[Array, "rows width"],
     last: Last[jax.Array],
+    mail: Mail | None,
     capacity: Capacity,
     record_routes: bool,
     steps: int,
     cuts: bool,
 ) -> tuple[Cache, Last[jax.Array], Out]:
     """`decode` with just so many steps, whoever ends in them: where the host need not look whether there is another, it
-    can start what comes next meanwhile. Tells no likeliest tokens; `cuts`: see `sample`."""
+    can start what comes next meanwhile. Tells no likeliest tokens; `cuts`: see `sample`. With mail the host hears of
+    every token while the model reads it, and says what may follow."""
     model, rows = weights.model, Rows.of(packed).going_on(last, jnp.int32(steps))
+    layout = Layout(len(packed), -(-model.config.vocab_size // 32))
 
     def advance(_: jax.Array, carry: tuple[Cache, Written]) -> tuple[Cache, Written]:
         cache, written = carry
         cache, seen = read(model, cache, rows, written.next, record_routes)
-        return cache, draw(rows, written, seen, None, NEVER, False, 0, cuts)
+        if mail is None:
+            return cache, draw(rows, written, seen, None, NEVER, False, 0, cuts)
+        number = mail.first + written.step
+        allowed = ask(mail.address, number, mail.asks, seen.logits, layout)
+        written = draw(rows, written, seen, allowed, NEVER, False, 0, cuts)
+        told = tell(mail.address, number, jnp.where(written.going, written.tokens, -1), layout)
+        return cache, written._replace(tokens=jnp.maximum(told, 0))
 
-    nothing = Written.nothing(rows, model.config, capacity.steps, record_routes, 0)
+    nothing = Written.nothing(rows, model.config, max(steps, capacity.steps), record_routes, 0)
     cache, written = jax.lax.fori_loop(0, steps, advance, (cache, nothing))
     return cache, Last.of(written.out, len(last.tokens)), written.told
 

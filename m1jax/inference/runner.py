@@ -15,7 +15,7 @@ import functools
 import math
 from collections.abc import Iterator
 from collections.abc import Sequence as Several
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from time import monotonic
 from typing import Any, NamedTuple
 
@@ -30,7 +30,8 @@ from m1jax.inference import programs
 from m1jax.inference.capacity import Capacity
 from m1jax.inference.device import Call, Decoded
 from m1jax.inference.guides import Guides
-from m1jax.inference.programs import Out, Weights, Work, Written
+from m1jax.inference.mail import Mailbox
+from m1jax.inference.programs import Mail, Out, Weights, Work, Written
 from m1jax.inference.rows import Last, Prompts, Rows, advance, settle, unpack_decoded
 from m1jax.inference.scheduler import Chunk, Copy
 from m1jax.inference.sequence import Sequence
@@ -42,7 +43,7 @@ COPIES = (1, 4, 16)
 """Copies that one call carries out, as many as there are or the next number of these; nobody waits for a loop that is
 counted beforehand."""
 
-GUIDED_SECONDS = 0.03
+GUIDED_SECONDS = 0.05
 """After which a call of constrained rows is no longer than others."""
 
 
@@ -83,6 +84,12 @@ class ModelRunner:
         self._last = Last.nothing(capacity.rows) if capacity.ahead else None
         self._guide = ThreadPoolExecutor(1, thread_name_prefix="guide")
         self.load(params)
+        self._mail: dict[int, Mailbox] = {}
+        if constrains and capacity.ahead:
+            assert self._weights is not None
+            (device,) = self._weights.leaves[0].devices()
+            words = -(-self.vocab_size // 32)
+            self._mail = {rows: Mailbox(rows, words, device) for rows in self._decode_rows}
         self._compile()
 
     def load(self, params: nnx.State) -> int:
@@ -158,15 +165,19 @@ class ModelRunner:
         if isinstance(after, _Started):
             Rows.of(packed).follows[places] = [after.places.get(sequence, -1) for sequence in sequences]
         wants_top = any(sequence.request.top for sequence in sequences)
+        answered = None
         if any(sequence.matcher is not None for sequence in sequences):
             guides = Guides(sequences, places, size, self.vocab_size)
-            out = self._decode_guided(packed, max(allowances), patience, wants_top, guides)
+            if self._mail and steps > 1 and not wants_top:
+                out, answered = self._decode_by_mail(packed, steps, guides)
+            else:
+                out = self._decode_guided(packed, max(allowances), patience, wants_top, guides)
         elif self.capacity.ahead and not wants_top:
             cuts = steps == 1 or any(sequence.request.sampling.top_p < 1 for sequence in sequences)
             out = self._decode_on(packed, steps, cuts)
         else:
             out = self._decode(packed, steps, patience, wants_top)
-        return _Started(dict(zip(sequences, places.tolist())), out, wants_top)
+        return _Started(dict(zip(sequences, places.tolist())), out, wants_top, answered)
 
     def _decode(self, packed: Int32[np.ndarray, "rows width"], steps: int, patience: int, wants_top: bool) -> Out:
         """XLA on a GPU holds the host up until this has ended: it looks whether there is another step."""
@@ -182,15 +193,35 @@ class ModelRunner:
         how = self.capacity, self.records_routes, self.top
         return self._weights, self._cache, packed, self._last, *numbers, *how
 
-    def _decode_on(self, packed: Int32[np.ndarray, "rows width"], steps: int, cuts: bool) -> Out:
-        self._cache, self._last, out = programs.decode_on(*self._decode_on_work(packed, steps, cuts))
+    def _decode_on(
+        self, packed: Int32[np.ndarray, "rows width"], steps: int, cuts: bool, mail: Mail | None = None
+    ) -> Out:
+        self._cache, self._last, out = programs.decode_on(*self._decode_on_work(packed, steps, cuts, mail))
         for x in jax.tree.leaves(out):
             x.copy_to_host_async()
         return out
 
-    def _decode_on_work(self, packed: Int32[np.ndarray, "rows width"], steps: int, cuts: bool) -> tuple[Any, ...]:
+    def _decode_on_work(
+        self, packed: Int32[np.ndarray, "rows width"], steps: int, cuts: bool, mail: Mail | None
+    ) -> tuple[Any, ...]:
         """Arguments of `programs.decode_on`."""
-        return self._weights, self._cache, packed, self._last, self.capacity, self.records_routes, steps, cuts
+        return self._weights, self._cache, packed, self._last, mail, self.capacity, self.records_routes, steps, cuts
+
+    def _decode_by_mail(
+        self, packed: Int32[np.ndarray, "rows width"], steps: int, guides: Guides
+    ) -> tuple[Out, Future[None]]:
+        """A program of many steps, which asks another thread of the host for what may follow."""
+        mailbox = self._mail[len(packed)]
+        if mailbox.pace * steps > GUIDED_SECONDS:
+            steps = self.capacity.steps
+        first = mailbox.numbers(steps)
+        answered = self._guide.submit(guides.answer, mailbox, first, steps)
+        return self._decode_on(packed, steps, True, self._letter(packed, first, guides)), answered
+
+    def _letter(self, packed: Int32[np.ndarray, "rows width"], first: int, guides: Guides) -> Mail:
+        asks = np.zeros(len(packed), np.bool_)
+        asks[guides.rows] = True
+        return Mail(self._mail[len(packed)].address, np.int32(first), asks)
 
     def _decode_guided(
         self, packed: Int32[np.ndarray, "rows width"], steps: int, patience: int, wants_top: bool, guides: Guides
@@ -237,6 +268,11 @@ class ModelRunner:
         steps = self.capacity.steps
         return ((steps, False), (steps, True), (1, True)) if self.capacity.ahead else ()
 
+    @property
+    def _by_mail(self) -> tuple[int, ...]:
+        """Steps of those that ask for what may follow."""
+        return (self.capacity.steps, self.capacity.guided_steps) if self._mail else ()
+
     def _compile(self) -> None:
         """Run every program once, with no work to do, and what makes a request's key; the large ones are compiled side
         by side before."""
@@ -256,6 +292,8 @@ class ModelRunner:
                 self._decode_on(self._at_rest[rows], steps, cuts)
             if self.constrains:
                 nobody = Guides([], np.arange(0), rows, self.vocab_size)
+                for steps in self._by_mail:
+                    self._decode_on(self._at_rest[rows], steps, True, self._letter(self._at_rest[rows], 0, nobody))
                 for wants_top in {False, self.top > 0}:
                     self._decode_guided(self._at_rest[rows], 2, 1, wants_top, nobody)
 
@@ -265,7 +303,7 @@ class ModelRunner:
             if self._decodes:
                 yield programs.decode.lower(*self._decode_work(self._at_rest[rows], 1, 1, False))
             for steps, cuts in self._decodes_on:
-                yield programs.decode_on.lower(*self._decode_on_work(self._at_rest[rows], steps, cuts))
+                yield programs.decode_on.lower(*self._decode_on_work(self._at_rest[rows], steps, cuts, None))
             if self.constrains:
                 yield from self._lowered_guided(rows)
         for rows, time in self.capacity.prefill:
@@ -273,7 +311,11 @@ class ModelRunner:
             yield programs.prefill.lower(self._weights, self._cache, work, time, self.records_routes)
 
     def _lowered_guided(self, rows: int) -> Iterator[Any]:
-        """The halves of guided steps."""
+        """Programs that ask for what may follow, and the halves of guided steps."""
+        nobody = Guides([], np.arange(0), rows, self.vocab_size)
+        for steps in self._by_mail:
+            mail = self._letter(self._at_rest[rows], 0, nobody)
+            yield programs.decode_on.lower(*self._decode_on_work(self._at_rest[rows], steps, True, mail))
         packed, routes = Work(self._at_rest[rows], np.int32(1)), self.records_routes
 
         def begun(work: Work, top: int) -> tuple[Work, Written]:
@@ -296,8 +338,12 @@ class _Started(NamedTuple):
     """rows of its program"""
     out: Out
     wants_top: bool
+    answered: Future[None] | None
+    """whether its questions were"""
 
     def result(self) -> Decoded[np.ndarray]:
+        if self.answered is not None:
+            self.answered.result()
         places = list(self.places.values())
         out = jax.tree.map(lambda x: x[places], programs.home(self.out, self.wants_top))
         return unpack_decoded(out.all)._replace(routes=out.routes, top_tokens=out.top_tokens, top_logp=out.top_logp)

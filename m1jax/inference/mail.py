@@ -1,0 +1,74 @@
+"""The host's side of `pallas_kernels.mailbox`: memory of its own that decode programs read and write while they run."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import jax
+import numpy as np
+from jax.sharding import SingleDeviceSharding
+from jaxtyping import Int32, UInt32
+
+from pallas_kernels import mailbox
+from pallas_kernels.mailbox import Layout
+
+
+class Mailbox:
+    """For programs of so many rows.
+
+    Args:
+        words: of a row of an answer.
+        device: where these programs run.
+    """
+
+    def __init__(self, rows: int, words: int, device: jax.Device) -> None:
+        self.layout = Layout(rows, words)
+        pinned = SingleDeviceSharding(device, memory_kind=_kind(device))
+        # Of JAX's memory only the place is used, which it keeps as long as the array is here.
+        self._array = jax.block_until_ready(jax.device_put(np.zeros(self.layout.size, np.uint32), pinned))
+        place = self._array.unsafe_buffer_pointer()
+        self._memory = mailbox.at(place, self.layout)
+        self.address = np.array([place & 0xFFFFFFFF, place >> 32], np.uint32)
+        self._number = self._heard = 0
+        self._heard_at = 0.0
+        self.pace = math.inf
+        """seconds from one message to the next"""
+
+    @property
+    def answers(self) -> UInt32[np.ndarray, "rows words"]:
+        """To be filled before `answer`."""
+        return self._memory.answers
+
+    def numbers(self, many: int) -> int:
+        """The first of so many messages; one is left out before them."""
+        first = self._number + 2
+        self._number = first + many - 1
+        return first
+
+    def answer(self, number: int) -> None:
+        """What is written there is the answer to the question of this number, and to those before."""
+        self._memory.answered[0] = number
+
+    def hear(self, number: int) -> Int32[np.ndarray, " rows"]:
+        """What the message of this number says of each row, once it has come.
+
+        Raises:
+            RuntimeError: it has not.
+        """
+        until = time.monotonic() + mailbox.SECONDS
+        while not (self._memory.told[:, 1] == number).all():
+            if time.monotonic() > until:
+                raise RuntimeError(f"a decode program has said nothing for {mailbox.SECONDS} s")
+            time.sleep(0)
+        seconds, self._heard_at = time.monotonic() - self._heard_at, time.monotonic()
+        if number == self._heard + 1:
+            self.pace = seconds if self.pace == math.inf else 0.9 * self.pace + 0.1 * seconds
+        self._heard = number
+        return self._memory.told[:, 0].copy()
+
+
+def _kind(device: jax.Device) -> str:
+    """Of memory that lies with the host, where the device may look into it."""
+    kinds = {memory.kind for memory in device.addressable_memories()}
+    return "pinned_host" if "pinned_host" in kinds and device.platform == "gpu" else "unpinned_host"
