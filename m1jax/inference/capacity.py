@@ -40,11 +40,5 @@ class Capacity:
         """Lightning states: those of the rows, then those of kept prefixes."""
         return self.rows + self.snapshots
 
-    @property
-    def guided_steps(self) -> int:
-        """The most decode steps of a call between which the host looks up what may follow. Where others begin ahead it
-        begins and ends more slowly than they do; how many steps it has is then for one host to decide."""
-        return 4 * self.steps if self.ahead else self.steps
-
     def pages_for(self, tokens: int) -> int:
         return math.ceil(tokens / self.page_size)

@@ -71,11 +71,11 @@ class Runner(Protocol):
         self, sequences: Several[Sequence], allowances: Several[int], steps: int, patience: int, after: Call | None
     ) -> Call:
         """Feed each sequence its last token and draw the next, up to so many times, at most `steps`; and no further
-        once `patience` of them have ended or written what they may. `steps` is one or the capacity's, or its
-        `guided_steps` where a sequence has a matcher, of which it may leave as many as it likes.
+        once `patience` of them have ended or written what they may. `steps` is one or the capacity's.
 
         after: a call whose result nobody has seen: sequences that it has too go on from where it leaves them, those
-            that end in it write nothing, and their allowances are of both calls together.
+            that end in it write nothing, and their allowances are of both calls together. Where one has a matcher, none
+            is new.
         """
         ...
 

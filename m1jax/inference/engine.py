@@ -162,11 +162,13 @@ class Engine:
 
     def step(self) -> list[Event]:
         """Run what is to be run next (a piece of prefill, some decode steps) and tell what came of it."""
-        flight = self._flight
         for part in self._parts:
-            part.admit(sends_away=flight is None)
+            part.admit(sends_away=self._flight is None)
         self._prefill()
-        self._flight = self._decode([s for part in self._parts for s in part.decoding()], flight)
+        if self._flight is not None and not self._goes_on(self._flight):
+            self._land()
+        flight = self._flight
+        self._flight = self._decode(self._decoding, flight)
         if flight is not None:
             self._take(flight.sequences, flight.call.result())
         if self._flight is not None and not self._may_follow(self._flight):
@@ -241,10 +243,20 @@ class Engine:
         capacity = self._runner.capacity
         if not (capacity.ahead and self._live):
             return False
-        # The host is held up by a first token's call, and by those for which it looks something up, until they end.
-        if flight.steps < capacity.steps or any(s.matcher is not None or s.request.top for s in self._home):
+        # The host is held up by a first token's call, and by those that tell the likeliest, until they end.
+        if flight.steps < capacity.steps or any(s.request.top for s in self._home):
             return False
         return all(part.go_on(flight.steps + capacity.steps) for part in self._parts)
+
+    @property
+    def _decoding(self) -> list[Sequence]:
+        return [s for part in self._parts for s in part.decoding()]
+
+    def _goes_on(self, flight: _Flight) -> bool:
+        """Whether the next call can begin where this one will end: also constrained rows can, if they and no others were
+        in it."""
+        constrained = any(s.matcher is not None for s in self._decoding)
+        return not constrained or set(self._decoding) <= set(flight.sequences)
 
     def _decode(self, sequences: list[Sequence], flight: _Flight | None) -> _Flight | None:
         """Start the next decode steps, `flight` being on its way."""
@@ -257,20 +269,12 @@ class Engine:
         fresh = sum(not s.new and s not in before for s in sequences)
         capacity = self._runner.capacity
         steps = 1 if fresh * FEW > len(sequences) else capacity.steps
-        if steps > 1 and any(s.matcher is not None for s in sequences) and self._undisturbed(capacity.guided_steps):
-            steps = capacity.guided_steps
         allowances = [s.allowance(before.get(s, 0) + steps) for s in sequences]
         # Rows that fall idle are worth a look only where somebody waits for them.
         waiting = any(part.waiting for part in self._parts)
         patience = max(1, len(allowances) // 8) if waiting else len(allowances)
         after = None if flight is None else flight.call
         return _Flight(sequences, steps, self._runner.decode(sequences, allowances, steps, patience, after))
-
-    def _undisturbed(self, steps: int) -> bool:
-        """Whether all who are here can write for so many decode steps, and nobody waits for a place or is reading."""
-        return not any(part.waiting or any(s.pending for s in part.running) for part in self._parts) and all(
-            part.go_on(steps) for part in self._parts
-        )
 
     def _land(self) -> None:
         """Nothing is on its way any more."""

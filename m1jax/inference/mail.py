@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 
 import jax
@@ -30,10 +29,7 @@ class Mailbox:
         place = self._array.unsafe_buffer_pointer()
         self._memory = mailbox.at(place, self.layout)
         self.address = np.array([place & 0xFFFFFFFF, place >> 32], np.uint32)
-        self._number = self._heard = 0
-        self._heard_at = 0.0
-        self.pace = math.inf
-        """seconds from one message to the next"""
+        self._number = 0
 
     @property
     def answers(self) -> UInt32[np.ndarray, "rows words"]:
@@ -41,9 +37,9 @@ class Mailbox:
         return self._memory.answers
 
     def numbers(self, many: int) -> int:
-        """The first of so many messages; one is left out before them."""
-        first = self._number + 2
-        self._number = first + many - 1
+        """The first of so many messages."""
+        first = self._number + 1
+        self._number += many
         return first
 
     def answer(self, number: int) -> None:
@@ -61,10 +57,6 @@ class Mailbox:
             if time.monotonic() > until:
                 raise RuntimeError(f"a decode program has said nothing for {mailbox.SECONDS} s")
             time.sleep(0)
-        seconds, self._heard_at = time.monotonic() - self._heard_at, time.monotonic()
-        if number == self._heard + 1:
-            self.pace = seconds if self.pace == math.inf else 0.9 * self.pace + 0.1 * seconds
-        self._heard = number
         return self._memory.told[:, 0].copy()
 
 

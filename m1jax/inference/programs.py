@@ -282,7 +282,8 @@ def decode_on(
 ) -> tuple[Cache, Last[jax.Array], Out]:
     """`decode` with just so many steps, whoever ends in them: where the host need not look whether there is another, it
     can start what comes next meanwhile. Tells no likeliest tokens; `cuts`: see `sample`. With mail the host hears of
-    every token while the model reads it, and says what may follow."""
+    every token while the model reads it, and says what may follow: twice the token, and one more if the row has ended;
+    -1 of a row that has written none."""
     model, rows = weights.model, Rows.of(packed).going_on(last, jnp.int32(steps))
     layout = Layout(len(packed), -(-model.config.vocab_size // 32))
 
@@ -292,12 +293,12 @@ def decode_on(
         if mail is None:
             return cache, draw(rows, written, seen, None, NEVER, False, 0, cuts)
         number = mail.first + written.step
-        allowed = ask(mail.address, number, mail.asks, seen.logits, layout)
+        allowed, wrote = ask(mail.address, number, mail.asks, seen.logits, layout), written.going
         written = draw(rows, written, seen, allowed, NEVER, False, 0, cuts)
-        told = tell(mail.address, number, jnp.where(written.going, written.tokens, -1), layout)
-        return cache, written._replace(tokens=jnp.maximum(told, 0))
+        word = jnp.where(wrote, 2 * written.tokens + (written.out.reasons != 0), -1)
+        return cache, written._replace(tokens=tell(mail.address, number, word, layout) >> 1)
 
-    nothing = Written.nothing(rows, model.config, max(steps, capacity.steps), record_routes, 0)
+    nothing = Written.nothing(rows, model.config, capacity.steps, record_routes, 0)
     cache, written = jax.lax.fori_loop(0, steps, advance, (cache, nothing))
     return cache, Last.of(written.out, len(last.tokens)), written.told
 

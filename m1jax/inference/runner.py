@@ -16,7 +16,6 @@ import math
 from collections.abc import Iterator
 from collections.abc import Sequence as Several
 from concurrent.futures import Future, ThreadPoolExecutor
-from time import monotonic
 from typing import Any, NamedTuple
 
 import jax
@@ -42,9 +41,6 @@ from pallas_kernels import target_platform
 COPIES = (1, 4, 16)
 """Copies that one call carries out, as many as there are or the next number of these; nobody waits for a loop that is
 counted beforehand."""
-
-GUIDED_SECONDS = 0.05
-"""After which a call of constrained rows is no longer than others."""
 
 
 class ModelRunner:
@@ -165,19 +161,21 @@ class ModelRunner:
         if isinstance(after, _Started):
             Rows.of(packed).follows[places] = [after.places.get(sequence, -1) for sequence in sequences]
         wants_top = any(sequence.request.top for sequence in sequences)
-        answered = None
+        cuts = steps == 1 or any(sequence.request.sampling.top_p < 1 for sequence in sequences)
+        guides = answered = None
         if any(sequence.matcher is not None for sequence in sequences):
-            guides = Guides(sequences, places, size, self.vocab_size)
+            before = after.guides if isinstance(after, _Started) else None
+            guides = Guides(sequences, allowances, places, size, self.vocab_size, before)
             if self._mail and steps > 1 and not wants_top:
-                out, answered = self._decode_by_mail(packed, steps, guides)
+                out, answered = self._decode_by_mail(packed, cuts, guides)
             else:
+                assert after is None
                 out = self._decode_guided(packed, max(allowances), patience, wants_top, guides)
         elif self.capacity.ahead and not wants_top:
-            cuts = steps == 1 or any(sequence.request.sampling.top_p < 1 for sequence in sequences)
             out = self._decode_on(packed, steps, cuts)
         else:
             out = self._decode(packed, steps, patience, wants_top)
-        return _Started(dict(zip(sequences, places.tolist())), out, wants_top, answered)
+        return _Started(dict(zip(sequences, places.tolist())), out, wants_top, guides, answered)
 
     def _decode(self, packed: Int32[np.ndarray, "rows width"], steps: int, patience: int, wants_top: bool) -> Out:
         """XLA on a GPU holds the host up until this has ended: it looks whether there is another step."""
@@ -208,15 +206,13 @@ class ModelRunner:
         return self._weights, self._cache, packed, self._last, mail, self.capacity, self.records_routes, steps, cuts
 
     def _decode_by_mail(
-        self, packed: Int32[np.ndarray, "rows width"], steps: int, guides: Guides
+        self, packed: Int32[np.ndarray, "rows width"], cuts: bool, guides: Guides
     ) -> tuple[Out, Future[None]]:
-        """A program of many steps, which asks another thread of the host for what may follow."""
-        mailbox = self._mail[len(packed)]
-        if mailbox.pace * steps > GUIDED_SECONDS:
-            steps = self.capacity.steps
+        """As `_decode_on`: another thread of the host answers what the program asks."""
+        mailbox, steps = self._mail[len(packed)], self.capacity.steps
         first = mailbox.numbers(steps)
         answered = self._guide.submit(guides.answer, mailbox, first, steps)
-        return self._decode_on(packed, steps, True, self._letter(packed, first, guides)), answered
+        return self._decode_on(packed, steps, cuts, self._letter(packed, first, guides)), answered
 
     def _letter(self, packed: Int32[np.ndarray, "rows width"], first: int, guides: Guides) -> Mail:
         asks = np.zeros(len(packed), np.bool_)
@@ -227,16 +223,13 @@ class ModelRunner:
         self, packed: Int32[np.ndarray, "rows width"], steps: int, patience: int, wants_top: bool, guides: Guides
     ) -> Out:
         """As the decode program does, a step at a time: while the model's kernels are started and read a token, another
-        thread of the host looks up what may follow it. Of many steps no more than there is time for."""
+        thread of the host looks up what may follow it."""
         heard, top = None, self.top if wants_top else 0
-        until = monotonic() + GUIDED_SECONDS
         with self._on_mesh():
             work = Work(packed, np.int32(patience))
-            most = self.capacity.guided_steps
+            most = self.capacity.steps
             work, written = programs.guided_begin(work, self._config, most, self.records_routes, top)
-            for step in range(steps):
-                if step >= self.capacity.steps and monotonic() > until:
-                    break
+            for _ in range(steps):
                 looking = self._guide.submit(guides.follow, heard)
                 self._cache, seen = programs.guided_read(
                     self._weights, self._cache, work, written.next, self.records_routes
@@ -269,9 +262,12 @@ class ModelRunner:
         return ((steps, False), (steps, True), (1, True)) if self.capacity.ahead else ()
 
     @property
-    def _by_mail(self) -> tuple[int, ...]:
-        """Steps of those that ask for what may follow."""
-        return (self.capacity.steps, self.capacity.guided_steps) if self._mail else ()
+    def _asks_by_mail(self) -> tuple[bool, ...]:
+        """`cuts` of those of them that ask what may follow."""
+        return (False, True) if self._mail else ()
+
+    def _nobody(self, rows: int) -> Guides:
+        return Guides([], [], np.arange(0), rows, self.vocab_size)
 
     def _compile(self) -> None:
         """Run every program once, with no work to do, and what makes a request's key; the large ones are compiled side
@@ -291,9 +287,9 @@ class ModelRunner:
             for steps, cuts in self._decodes_on:
                 self._decode_on(self._at_rest[rows], steps, cuts)
             if self.constrains:
-                nobody = Guides([], np.arange(0), rows, self.vocab_size)
-                for steps in self._by_mail:
-                    self._decode_on(self._at_rest[rows], steps, True, self._letter(self._at_rest[rows], 0, nobody))
+                nobody = self._nobody(rows)
+                for cuts in self._asks_by_mail:
+                    self._decode_by_mail(self._at_rest[rows], cuts, nobody)
                 for wants_top in {False, self.top > 0}:
                     self._decode_guided(self._at_rest[rows], 2, 1, wants_top, nobody)
 
@@ -312,14 +308,14 @@ class ModelRunner:
 
     def _lowered_guided(self, rows: int) -> Iterator[Any]:
         """Programs that ask for what may follow, and the halves of guided steps."""
-        nobody = Guides([], np.arange(0), rows, self.vocab_size)
-        for steps in self._by_mail:
-            mail = self._letter(self._at_rest[rows], 0, nobody)
-            yield programs.decode_on.lower(*self._decode_on_work(self._at_rest[rows], steps, True, mail))
+        mail = self._letter(self._at_rest[rows], 0, self._nobody(rows)) if self._mail else None
+        for cuts in self._asks_by_mail:
+            work = self._decode_on_work(self._at_rest[rows], self.capacity.steps, cuts, mail)
+            yield programs.decode_on.lower(*work)
         packed, routes = Work(self._at_rest[rows], np.int32(1)), self.records_routes
 
         def begun(work: Work, top: int) -> tuple[Work, Written]:
-            return programs.guided_begin(work, self._config, self.capacity.guided_steps, routes, top)
+            return programs.guided_begin(work, self._config, self.capacity.steps, routes, top)
 
         work, written = jax.eval_shape(functools.partial(begun, top=0), packed)
         read = self._weights, self._cache, work, written.next
@@ -338,8 +334,9 @@ class _Started(NamedTuple):
     """rows of its program"""
     out: Out
     wants_top: bool
+    guides: Guides | None
     answered: Future[None] | None
-    """whether its questions were"""
+    """until its questions have been"""
 
     def result(self) -> Decoded[np.ndarray]:
         if self.answered is not None:

@@ -49,8 +49,8 @@ class Sequence:
         budget = request.sampling.thinking_budget
         self.thought = None if budget is None else Thought(budget, self.tokens)
         self.matcher = None if request.constraint is None else request.constraint.begin()
-        self.ahead = 0
-        """tokens that the matcher knows already while they are still being written"""
+        self.shown = 0
+        """tokens beyond the prompt that the matcher knows, some of which may still be on their way"""
 
         self.computed = 0
         """tokens that states and keys have seen"""
@@ -102,15 +102,20 @@ class Sequence:
         self.version += [version] * len(tokens)
         if self.thought is not None:
             self.thought.feed(tokens)
-        if self.matcher is not None:
-            self.matcher.take(tokens[self.ahead :])
-            self.ahead = 0
+        if self.matcher is not None and self.shown < self.new:
+            self.matcher.take(self.tokens[self.prompt + self.shown :])
+            self.shown = self.new
 
     def show(self, token: int) -> None:
         """Let the matcher see a token that is still being written."""
         assert self.matcher is not None
         self.matcher.take([token])
-        self.ahead += 1
+        self.shown += 1
+
+    def allowed(self) -> UInt32[np.ndarray, " words"]:
+        """What the matcher lets it write after what it was shown."""
+        assert self.matcher is not None
+        return self.matcher.allowed(self.request.sampling.max_new_tokens - self.shown)
 
     def forced(self) -> list[int]:
         """What must be written now in the model's place: the end of a thought that has taken all it may."""
@@ -126,6 +131,7 @@ class Sequence:
             child.thought.feed(self.tokens[self.prompt :])
         if child.matcher is not None:
             child.matcher.take(self.tokens[self.prompt :])
+            child.shown = self.new
         child.tokens, child.logp, child.nucleus_logp = self.tokens.copy(), self.logp.copy(), self.nucleus_logp.copy()
         child.written, child.version, child.certain = self.written.copy(), self.version.copy(), self.certain
         return child

@@ -94,8 +94,7 @@ class FakeRunner:
         assert after is None or self.capacity.ahead
         assert self.unseen == ([] if after is None else [after])
         assert 0 < patience <= len(sequences)
-        guided = any(s.matcher is not None for s in sequences)
-        rows, steps = len(sequences), self.capacity.guided_steps if guided else self.capacity.steps
+        rows, steps = len(sequences), self.capacity.steps
         assert 0 < most <= steps
         assert len({s.row for s in sequences}) == rows
         out = Decoded(

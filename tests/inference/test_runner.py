@@ -50,11 +50,11 @@ def model() -> MiniMaxM1:
 @pytest.fixture(scope="module")
 def alone():
     """What a sample of a request writes when nobody else is there, nothing is kept and nothing is scarce."""
-    runner = ModelRunner(*nnx.split(model()), ROOMY)
+    runner = ModelRunner(*nnx.split(model()), ROOMY, constrains=True)
 
     @functools.cache
-    def serve(tokens, seed, samples, new, junctions, keep):
-        request = asked(tokens, seed, samples, new, junctions, keep)
+    def serve(*of_a_request):
+        request = asked(*of_a_request)
         return {completion.sample: completion for _, completion in Engine(runner).run([request])}
 
     return serve
@@ -62,13 +62,39 @@ def alone():
 
 @pytest.fixture(scope="module", params=[False, True], ids=["", "ahead"])
 def scarce(request):
-    return ModelRunner(*nnx.split(model()), dataclasses.replace(SCARCE, ahead=request.param))
+    return ModelRunner(*nnx.split(model()), dataclasses.replace(SCARCE, ahead=request.param), constrains=True)
 
 
-def asked(tokens, seed=0, samples=1, new=12, junctions=(), keep=True):
+def asked(tokens, seed=0, samples=1, new=12, junctions=(), keep=True, every_other=None):
+    constraint = None if every_other is None else Alternating(every_other, new)
+    sampling = Sampling(max_new_tokens=new)
     return Request(
-        np.array(tokens, np.int32), key(seed), Sampling(max_new_tokens=new), samples, junctions=junctions, keep=keep
+        np.array(tokens, np.int32), key(seed), sampling, samples, junctions=junctions, keep=keep, constraint=constraint
     )
+
+
+class Alternating:
+    """A constraint that allows all ids and one of them by turns. Its matchers must be shown each token before they say
+    what may follow."""
+
+    def __init__(self, id, new):
+        self.id, self.new, self.begun = id, new, []
+
+    def begin(self):
+        self.begun.append(AlternatingMatcher(self.id, self.new))
+        return self.begun[-1]
+
+
+class AlternatingMatcher:
+    def __init__(self, id, new):
+        self.id, self.new, self.seen = id, new, []
+
+    def allowed(self, left):
+        assert left == self.new - len(self.seen)
+        return np.array([1 << self.id, 0] if len(self.seen) % 2 else [0xFFFFFFFF] * 2, np.uint32)
+
+    def take(self, tokens):
+        self.seen += tokens
 
 
 def same(completion, expected):
@@ -84,7 +110,13 @@ prompts = st.builds(
     st.lists(st.integers(0, 3), min_size=1, max_size=3),
 )
 requests = st.tuples(
-    prompts, st.integers(0, 2), st.integers(1, 3), st.sampled_from([5, 16]), st.sampled_from([(), (1,)]), st.booleans()
+    prompts,
+    st.integers(0, 2),
+    st.integers(1, 3),
+    st.sampled_from([5, 16]),
+    st.sampled_from([(), (1,)]),
+    st.booleans(),
+    st.sampled_from([None, None, 7]),
 )
 actions = st.one_of(
     requests,
@@ -122,6 +154,8 @@ def test_random_schedules(alone, scarce, actions):
     for (ticket, sample), completion in done.items():
         if completion.finish == "cancelled":
             continue
+        if (id := wanted[ticket][6]) is not None:
+            assert set(completion.tokens[1::2].tolist()) <= {id}
         if ticket not in forked:
             same(completion, alone(*wanted[ticket])[sample])
             continue
@@ -162,7 +196,7 @@ def test_nothing_is_compiled_for_a_request(scarce):
     engine = Engine(scarce)
     list(engine.run([asked([1, 2])]))  # what JAX itself compiles once, for keys
     jax.monitoring.register_event_duration_secs_listener(listen)
-    list(engine.run([asked(range(n, 20), n, 1 + n % 3, 4 + n) for n in range(8)]))
+    list(engine.run([asked(range(n, 20), n, 1 + n % 3, 4 + n, (), True, None if n % 2 else 7) for n in range(8)]))
     watching[0] = False
     assert compiled == []
 
@@ -196,46 +230,27 @@ def test_the_pool_lies_beside_the_weights_again_after_a_rest():
         assert {d for leaf in jax.tree.leaves(engine._runner._cache) for d in leaf.devices()} == {device}
 
 
-class Alternating:
-    """Allows one id, and then all; every token it must be shown before it says what may follow."""
-
-    def __init__(self, odd):
-        self.odd, self.seen = odd, []
-
-    def begin(self):
-        return self
-
-    def allowed(self, left):
-        assert left == 12 - len(self.seen)
-        only = np.array([1 << self.odd, 0], np.uint32)
-        return only if len(self.seen) % 2 else np.full(2, 0xFFFFFFFF, np.uint32)
-
-    def take(self, tokens):
-        self.seen += tokens
-
-
 def test_constrained_rows_are_shown_each_token_and_free_ones_write_as_ever(alone):
     """More requests than rows, so that some begin while others are in the middle of theirs."""
     capacity = dataclasses.replace(SCARCE, pages=40, decode=(1, 3), ahead=True)
     runner = ModelRunner(*nnx.split(model()), capacity, constrains=True, record_routes=True, top=2)
-    guides = [Alternating(7), None, Alternating(9), None, None, Alternating(11)]
+    ids = [7, None, 9, None, None, 11]
     prompts = [(1, 2, 3), (4, 5), (6,), (7, 8), (9, 1), (2, 2)]
     wanted = [
-        dataclasses.replace(asked(prompt, n), constraint=guide, record_routes=True)
-        for n, (prompt, guide) in enumerate(zip(prompts, guides))
+        dataclasses.replace(asked(prompt, n, every_other=id), record_routes=True)
+        for n, (prompt, id) in enumerate(zip(prompts, ids))
     ]
     for number, completion in Engine(runner).run(wanted):
-        guide = guides[number]
         teacher_forced(prompts[number], completion)
         assert len(completion.routes) == len(prompts[number]) + 11
-        if guide is None:
-            same(completion, alone(prompts[number], number, 1, 12, (), True)[0])
-        else:
-            assert guide.seen == completion.tokens.tolist()
-            assert set(guide.seen[1::2]) == {guide.odd}
+        same(completion, alone(prompts[number], number, 1, 12, (), True, ids[number])[0])
+        if ids[number] is not None:
+            (matcher,) = wanted[number].constraint.begun
+            assert matcher.seen == completion.tokens.tolist()
+            assert set(matcher.seen[1::2]) == {ids[number]}
 
     engine = Engine(runner)
-    engine.submit(dataclasses.replace(asked((1, 2, 3), 0), constraint=Alternating(7), top=2))
+    engine.submit(dataclasses.replace(asked((1, 2, 3), 0, every_other=7), top=2))
     told = []
     while engine.busy:
         told += [x for e in engine.step() if isinstance(e, Wrote) for x in zip(e.tokens, e.logp, e.top)]
@@ -251,7 +266,7 @@ def test_programs_take_options_of_the_compiler_as_on_a_gpu(monkeypatch, alone):
             options = {"compiler_options": {"xla_cpu_enable_fast_min_max": False}, **program._options}
             monkeypatch.setitem(vars(program), "_jitted", jax.jit(program._function, **options))
     runner = ModelRunner(*nnx.split(model()), dataclasses.replace(SCARCE, ahead=True), constrains=True, top=2)
-    wanted = [asked((1, 2, 3)), dataclasses.replace(asked((1, 2, 3)), constraint=Alternating(7))]
+    wanted = [asked((1, 2, 3)), asked((1, 2, 3), every_other=7)]
     free, constrained = (completion for _, completion in sorted(Engine(runner).run(wanted), key=lambda told: told[0]))
     same(free, alone((1, 2, 3), 0, 1, 12, (), True)[0])
     assert set(constrained.tokens[1::2].tolist()) == {7}
