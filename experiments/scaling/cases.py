@@ -109,8 +109,8 @@ def cases(cards: int, sizes: Sizes) -> list[Case]:
         mixed = [f"fsdp={n // 2},tensor=2", f"fsdp={n // 2},expert=2"] if n > 2 else []
         found += [wide(name=mesh, mesh=mesh, rows=n * rows, beside="one", same=same) for mesh in mixed]
     million = Case(
-        name="a million tokens", preset=sizes.preset, tokens=sizes.longest, mesh=f"sequence={cards}", rows=1, sequences=1,
-        remat="layers", updates=2,
+        name="a million tokens", preset=sizes.preset, tokens=sizes.longest, mesh=f"sequence={cards}", rows=1,
+        sequences=1, remat="layers", updates=2,
     )  # fmt: skip
     meshes = [f"fsdp={cards}", f"fsdp={cards // 2},expert=2", f"fsdp={cards // 2},tensor=2"] if cards > 2 else []
     seven = [large(name=f"7 B, {mesh}", mesh=mesh) for mesh in meshes]

@@ -253,8 +253,7 @@ class Engine:
         return [s for part in self._parts for s in part.decoding()]
 
     def _goes_on(self, flight: _Flight) -> bool:
-        """Whether the next call can begin where this one will end: also constrained rows can, if they and no others were
-        in it."""
+        """Whether the next call can begin where this one will end; with constrained rows it can if nobody is new."""
         constrained = any(s.matcher is not None for s in self._decoding)
         return not constrained or set(self._decoding) <= set(flight.sequences)
 

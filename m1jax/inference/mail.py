@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 from jaxtyping import Int32, UInt32
@@ -28,7 +29,9 @@ class Mailbox:
         self._array = jax.block_until_ready(jax.device_put(np.zeros(self.layout.size, np.uint32), pinned))
         place = self._array.unsafe_buffer_pointer()
         self._memory = mailbox.at(place, self.layout)
-        self.address = np.array([place & 0xFFFFFFFF, place >> 32], np.uint32)
+        with jax.default_device(device):
+            self.address = jnp.array([place & _WORD, place >> 32], jnp.uint32)
+        """uint32 [2], as `pallas_kernels.mailbox` wants it"""
         self._number = 0
 
     @property
@@ -37,14 +40,14 @@ class Mailbox:
         return self._memory.answers
 
     def numbers(self, many: int) -> int:
-        """The first of so many messages."""
+        """The first of so many messages, an int32. They go on where these end."""
         first = self._number + 1
         self._number += many
-        return first
+        return (first + 2**31) % 2**32 - 2**31
 
     def answer(self, number: int) -> None:
         """What is written there is the answer to the question of this number, and to those before."""
-        self._memory.answered[0] = number
+        self._memory.answered[0] = number & _WORD
 
     def hear(self, number: int) -> Int32[np.ndarray, " rows"]:
         """What the message of this number says of each row, once it has come.
@@ -53,11 +56,14 @@ class Mailbox:
             RuntimeError: it has not.
         """
         until = time.monotonic() + mailbox.SECONDS
-        while not (self._memory.told[:, 1] == number).all():
+        while not (self._memory.numbers == number & _WORD).all():
             if time.monotonic() > until:
                 raise RuntimeError(f"a decode program has said nothing for {mailbox.SECONDS} s")
             time.sleep(0)
-        return self._memory.told[:, 0].copy()
+        return self._memory.told.copy()
+
+
+_WORD = 0xFFFFFFFF
 
 
 def _kind(device: jax.Device) -> str:

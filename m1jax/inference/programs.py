@@ -257,32 +257,22 @@ def decode(
     return cache, None if last is None else Last.of(written.out, len(last.tokens)), written.told
 
 
-class Mail(NamedTuple):
-    """How a program asks its host what rows may draw."""
-
-    address: Any
-    """uint32 [2], of a mailbox of so many rows"""
-    first: Any
-    """int32, the number of its first message"""
-    asks: Any
-    """bool [rows]: who is constrained"""
-
-
 @functools.partial(jit, static_argnames=("capacity", "record_routes", "steps", "cuts"), donate_argnames="cache")
 def decode_on(
     weights: Weights,
     cache: Cache,
     packed: Int[Array, "rows width"],
     last: Last[jax.Array],
-    mail: Mail | None,
+    mail: UInt32[Array, "2"] | None,
     capacity: Capacity,
     record_routes: bool,
     steps: int,
     cuts: bool,
 ) -> tuple[Cache, Last[jax.Array], Out]:
     """`decode` with just so many steps, whoever ends in them: where the host need not look whether there is another, it
-    can start what comes next meanwhile. Tells no likeliest tokens; `cuts`: see `sample`. With mail the host hears of
-    every token while the model reads it, and says what may follow: twice the token, and one more if the row has ended;
+    can start what comes next meanwhile. Tells no likeliest tokens; `cuts`: see `sample`. With mail, the
+    address of a mailbox for so many rows, the host hears of every token while the model reads it, and says what may
+    follow: twice the token, and one more if the row has ended;
     -1 of a row that has written none."""
     model, rows = weights.model, Rows.of(packed).going_on(last, jnp.int32(steps))
     layout = Layout(len(packed), -(-model.config.vocab_size // 32))
@@ -292,11 +282,11 @@ def decode_on(
         cache, seen = read(model, cache, rows, written.next, record_routes)
         if mail is None:
             return cache, draw(rows, written, seen, None, NEVER, False, 0, cuts)
-        number = mail.first + written.step
-        allowed, wrote = ask(mail.address, number, mail.asks, seen.logits, layout), written.going
+        number = rows.message[0] + written.step
+        allowed, wrote = ask(mail, number, rows.asks != 0, seen.logits, layout), written.going
         written = draw(rows, written, seen, allowed, NEVER, False, 0, cuts)
         word = jnp.where(wrote, 2 * written.tokens + (written.out.reasons != 0), -1)
-        return cache, written._replace(tokens=tell(mail.address, number, word, layout) >> 1)
+        return cache, written._replace(tokens=tell(mail, number, word, layout) >> 1)
 
     nothing = Written.nothing(rows, model.config, capacity.steps, record_routes, 0)
     cache, written = jax.lax.fori_loop(0, steps, advance, (cache, nothing))

@@ -50,6 +50,10 @@ class Rows(NamedTuple, Generic[A]):
     follows: A
     """the row in the call before that this one goes on from, whose result the host has not seen: tokens, lengths,
     numbers and run are as before that call, allowances of both together; -1: none"""
+    asks: A
+    """whether the host says what it may draw"""
+    message: A
+    """the number of the call's first, if a row asks; the same in all rows"""
     keys: A
     """[rows, words] uint32"""
     end_ids: A
@@ -60,8 +64,9 @@ class Rows(NamedTuple, Generic[A]):
     @classmethod
     def of(cls, packed: A) -> Rows[A]:
         """The columns of an int32 array [rows, width]."""
-        tokens, lengths, allowances, numbers, samples, slots, patience, run, follows = (packed[:, i] for i in range(9))
-        temperature, top_p, certain = (packed[:, i].view(np.float32) for i in range(9, SCALARS))
+        tokens, lengths, allowances, numbers, samples, slots, patience, run, *others = (packed[:, i] for i in range(11))
+        follows, asks, message = others
+        temperature, top_p, certain = (packed[:, i].view(np.float32) for i in range(11, SCALARS))
         first, second, third = np.cumsum([SCALARS, _key_words(), END_IDS])
         return Rows(
             tokens=tokens,
@@ -76,6 +81,8 @@ class Rows(NamedTuple, Generic[A]):
             top_p=top_p,
             certain=certain,
             follows=follows,
+            asks=asks,
+            message=message,
             keys=packed[:, first:second].view(np.uint32),
             end_ids=packed[:, second:third],
             pages=packed[:, third:],
@@ -105,7 +112,7 @@ class Rows(NamedTuple, Generic[A]):
         )
 
 
-SCALARS = 12
+SCALARS = 14
 """Columns that hold one number."""
 
 

@@ -30,7 +30,7 @@ from m1jax.inference.capacity import Capacity
 from m1jax.inference.device import Call, Decoded
 from m1jax.inference.guides import Guides
 from m1jax.inference.mail import Mailbox
-from m1jax.inference.programs import Mail, Out, Weights, Work, Written
+from m1jax.inference.programs import Out, Weights, Work, Written
 from m1jax.inference.rows import Last, Prompts, Rows, advance, settle, unpack_decoded
 from m1jax.inference.scheduler import Chunk, Copy
 from m1jax.inference.sequence import Sequence
@@ -192,7 +192,7 @@ class ModelRunner:
         return self._weights, self._cache, packed, self._last, *numbers, *how
 
     def _decode_on(
-        self, packed: Int32[np.ndarray, "rows width"], steps: int, cuts: bool, mail: Mail | None = None
+        self, packed: Int32[np.ndarray, "rows width"], steps: int, cuts: bool, mail: jax.Array | None = None
     ) -> Out:
         self._cache, self._last, out = programs.decode_on(*self._decode_on_work(packed, steps, cuts, mail))
         for x in jax.tree.leaves(out):
@@ -200,7 +200,7 @@ class ModelRunner:
         return out
 
     def _decode_on_work(
-        self, packed: Int32[np.ndarray, "rows width"], steps: int, cuts: bool, mail: Mail | None
+        self, packed: Int32[np.ndarray, "rows width"], steps: int, cuts: bool, mail: jax.Array | None
     ) -> tuple[Any, ...]:
         """Arguments of `programs.decode_on`."""
         return self._weights, self._cache, packed, self._last, mail, self.capacity, self.records_routes, steps, cuts
@@ -209,15 +209,11 @@ class ModelRunner:
         self, packed: Int32[np.ndarray, "rows width"], cuts: bool, guides: Guides
     ) -> tuple[Out, Future[None]]:
         """As `_decode_on`: another thread of the host answers what the program asks."""
-        mailbox, steps = self._mail[len(packed)], self.capacity.steps
+        mailbox, steps, rows = self._mail[len(packed)], self.capacity.steps, Rows.of(packed)
         first = mailbox.numbers(steps)
+        rows.asks[guides.rows], rows.message[:] = 1, first
         answered = self._guide.submit(guides.answer, mailbox, first, steps)
-        return self._decode_on(packed, steps, cuts, self._letter(packed, first, guides)), answered
-
-    def _letter(self, packed: Int32[np.ndarray, "rows width"], first: int, guides: Guides) -> Mail:
-        asks = np.zeros(len(packed), np.bool_)
-        asks[guides.rows] = True
-        return Mail(self._mail[len(packed)].address, np.int32(first), asks)
+        return self._decode_on(packed, steps, cuts, mailbox.address), answered
 
     def _decode_guided(
         self, packed: Int32[np.ndarray, "rows width"], steps: int, patience: int, wants_top: bool, guides: Guides
@@ -266,9 +262,6 @@ class ModelRunner:
         """`cuts` of those of them that ask what may follow."""
         return (False, True) if self._mail else ()
 
-    def _nobody(self, rows: int) -> Guides:
-        return Guides([], [], np.arange(0), rows, self.vocab_size)
-
     def _compile(self) -> None:
         """Run every program once, with no work to do, and what makes a request's key; the large ones are compiled side
         by side before."""
@@ -287,9 +280,9 @@ class ModelRunner:
             for steps, cuts in self._decodes_on:
                 self._decode_on(self._at_rest[rows], steps, cuts)
             if self.constrains:
-                nobody = self._nobody(rows)
+                nobody = Guides([], [], np.arange(0), rows, self.vocab_size)
                 for cuts in self._asks_by_mail:
-                    self._decode_by_mail(self._at_rest[rows], cuts, nobody)
+                    self._decode_by_mail(self._at_rest[rows].copy(), cuts, nobody)
                 for wants_top in {False, self.top > 0}:
                     self._decode_guided(self._at_rest[rows], 2, 1, wants_top, nobody)
 
@@ -308,9 +301,8 @@ class ModelRunner:
 
     def _lowered_guided(self, rows: int) -> Iterator[Any]:
         """Programs that ask for what may follow, and the halves of guided steps."""
-        mail = self._letter(self._at_rest[rows], 0, self._nobody(rows)) if self._mail else None
         for cuts in self._asks_by_mail:
-            work = self._decode_on_work(self._at_rest[rows], self.capacity.steps, cuts, mail)
+            work = self._decode_on_work(self._at_rest[rows], self.capacity.steps, cuts, self._mail[rows].address)
             yield programs.decode_on.lower(*work)
         packed, routes = Work(self._at_rest[rows], np.int32(1)), self.records_routes
 
@@ -339,10 +331,10 @@ class _Started(NamedTuple):
     """until its questions have been"""
 
     def result(self) -> Decoded[np.ndarray]:
-        if self.answered is not None:
-            self.answered.result()
         places = list(self.places.values())
         out = jax.tree.map(lambda x: x[places], programs.home(self.out, self.wants_top))
+        if self.answered is not None:
+            self.answered.result()
         return unpack_decoded(out.all)._replace(routes=out.routes, top_tokens=out.top_tokens, top_logp=out.top_logp)
 
 

@@ -20,12 +20,13 @@ LADDER = Ladder(
     portable="callback",
 )
 
+
 def tell(address: jax.Array, number: jax.Array | int, words: jax.Array, layout: Layout) -> jax.Array:
     """Let the host know a word of each row.
 
     Args:
-      address: uint32 [2], the low and the high half of the memory's, which is the host's, within the device's reach, and
-        aligned to 8 bytes.
+      address: uint32 [2], the low and the high half of the memory's, which is the host's, within the device's reach,
+        and aligned to 8 bytes.
       number: int32 scalar, of this message.
       words: int32 [N].
       layout: of that memory.
@@ -36,9 +37,7 @@ def tell(address: jax.Array, number: jax.Array | int, words: jax.Array, layout: 
     return _module().tell(address, jnp.asarray(number, jnp.int32), words, layout)
 
 
-def ask(
-    address: jax.Array, number: jax.Array | int, asks: jax.Array, after: jax.Array, layout: Layout
-) -> jax.Array:
+def ask(address: jax.Array, number: jax.Array | int, asks: jax.Array, after: jax.Array, layout: Layout) -> jax.Array:
     """The host's answer of this number, or of a later one, as soon as it is there.
 
     Args:

@@ -15,9 +15,9 @@ __all__ = ["ask", "tell", "unsupported"]
 
 def tell(address, number, words, layout: Layout):
     def told(address, number, words):
-        pairs = at(_whole(address), layout).told
-        pairs[:, 0] = words
-        pairs[:, 1] = number
+        memory = at(_whole(address), layout)
+        memory.told[:] = words
+        memory.numbers[:] = int(number) % _ROUND
         return np.asarray(words)
 
     return io_callback(told, jax.ShapeDtypeStruct(words.shape, jnp.int32), address, number, words)
@@ -28,7 +28,7 @@ def ask(address, number, asks, after, layout: Layout):
         memory, until = at(_whole(address), layout), time.monotonic() + SECONDS
         answer = np.full((layout.rows, layout.words), 0xFFFFFFFF, np.uint32)
         asks = np.asarray(asks)
-        while asks.any() and memory.answered[0] - int(number) < 0:
+        while asks.any() and (int(memory.answered[0]) - int(number)) % _ROUND >= _ROUND // 2:
             if time.monotonic() > until:
                 answer[asks] = 0
                 return answer
@@ -38,6 +38,9 @@ def ask(address, number, asks, after, layout: Layout):
 
     out = jax.ShapeDtypeStruct((layout.rows, layout.words), jnp.uint32)
     return io_callback(asked, out, address, number, asks, jnp.ravel(after)[0])
+
+
+_ROUND = 2**32
 
 
 def _whole(address) -> int:

@@ -66,7 +66,9 @@ def tell(address, number, words, layout):
 
     padded = jnp.pad(words, (0, rows - len(words)), mode="edge")
     shape = jax.ShapeDtypeStruct((rows,), jnp.int32)
-    return pl.pallas_call(kernel, shape, **_TRITON, name="tell")(address.view(jnp.int32), number[None], padded)[: len(words)]
+    return pl.pallas_call(kernel, shape, **_TRITON, name="tell")(address.view(jnp.int32), number[None], padded)[
+        : len(words)
+    ]
 
 
 def ask(address, number, asks, after, layout):

@@ -11,8 +11,8 @@ SECONDS = 10
 
 
 class Layout(NamedTuple):
-    """Of the memory, in words of 32 bits: the number of the host's last answer; what rows have told, each a word and the
-    number of its message, which are written at once; the host's answers, a row of words each."""
+    """Of the memory, in words of 32 bits: the number of the host's last answer; what rows have told, each a word and
+    the number of its message, which are written at once; the host's answers, a row of words each."""
 
     rows: int
     words: int
@@ -34,12 +34,14 @@ class Layout(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """What lies there."""
+    """What lies there. Numbers are counted round, as integers of 32 bits are."""
 
     answered: np.ndarray
-    """int32 [1]"""
+    """uint32 [1]"""
     told: np.ndarray
-    """int32 [rows,2]"""
+    """int32 [rows], the words"""
+    numbers: np.ndarray
+    """uint32 [rows], of these messages"""
     answers: np.ndarray
     """uint32 [rows,words]"""
 
@@ -47,9 +49,9 @@ class Memory(NamedTuple):
 def at(address: int, layout: Layout) -> Memory:
     """Views of the host's memory from an address on."""
     words = np.ctypeslib.as_array(ctypes.cast(address, ctypes.POINTER(ctypes.c_uint32)), (layout.size,))
-    told = words[layout.told : layout.told + 2 * layout.rows].reshape(layout.rows, 2)
+    pairs = words[layout.told : layout.told + 2 * layout.rows].reshape(layout.rows, 2)
     answers = words[layout.answers :].reshape(layout.rows, layout.words)
-    return Memory(words[:1].view(np.int32), told.view(np.int32), answers)
+    return Memory(words[:1], pairs.view(np.int32)[:, 0], pairs[:, 1], answers)
 
 
 _LINE = 32
