@@ -59,6 +59,11 @@ class Runner(Protocol):
     constrains: bool
     """whether sequences may have a `matcher`"""
 
+    @property
+    def guides_ahead(self) -> bool:
+        """Whether such may be in a call that is started after one whose result nobody has seen."""
+        ...
+
     def copy(self, copies: Several[Copy]) -> None:
         """Copy states and pages, one after the other."""
         ...

@@ -243,8 +243,12 @@ class Engine:
         capacity = self._runner.capacity
         if not (capacity.ahead and self._live):
             return False
-        # The host is held up by a first token's call, and by those that tell the likeliest, until they end.
-        if flight.steps < capacity.steps or any(s.request.top for s in self._home):
+        # The host is held up by a first token's call, and by those that tell the likeliest, until they end; by those
+        # for which it looks something up where they do not ask for it by themselves.
+        guides = self._runner.guides_ahead
+        if flight.steps < capacity.steps or any(
+            s.request.top or (s.matcher is not None and not guides) for s in self._home
+        ):
             return False
         return all(part.go_on(flight.steps + capacity.steps) for part in self._parts)
 

@@ -72,6 +72,7 @@ class Guides:
                 self._hear(mailbox.hear(number))
         finally:  # nobody waits for what will not come
             mailbox.answer(first + steps - 1)
+            mailbox.hear(first + steps - 1)
 
     def _go_on(self) -> None:
         """From where the call before has ended."""

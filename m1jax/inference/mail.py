@@ -2,37 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import SingleDeviceSharding
 from jaxtyping import Int32, UInt32
 
-from pallas_kernels import mailbox
+from pallas_kernels import mailbox, target_platform
 from pallas_kernels.mailbox import Layout
 
 
 class Mailbox:
-    """For programs of so many rows.
+    """For programs of so many rows. Whoever starts one must keep it until its last message has come.
 
     Args:
         words: of a row of an answer.
-        device: where these programs run.
+        beside: an array on the device where these programs run.
     """
 
-    def __init__(self, rows: int, words: int, device: jax.Device) -> None:
+    def __init__(self, rows: int, words: int, beside: jax.Array) -> None:
         self.layout = Layout(rows, words)
-        pinned = SingleDeviceSharding(device, memory_kind=_kind(device))
+        kind = "pinned_host" if target_platform() == "gpu" else "unpinned_host"
+        memory = jax.device_put(np.zeros(self.layout.size, np.uint32), beside.sharding.with_memory_kind(kind))
         # Of JAX's memory only the place is used, which it keeps as long as the array is here.
-        self._array = jax.block_until_ready(jax.device_put(np.zeros(self.layout.size, np.uint32), pinned))
+        self._array = jax.block_until_ready(memory)
         place = self._array.unsafe_buffer_pointer()
         self._memory = mailbox.at(place, self.layout)
-        with jax.default_device(device):
+        with jax.default_device(next(iter(beside.devices()))):
             self.address = jnp.array([place & _WORD, place >> 32], jnp.uint32)
         """uint32 [2], as `pallas_kernels.mailbox` wants it"""
-        self._number = 0
+        self._number, self._closed = 0, False
 
     @property
     def answers(self) -> UInt32[np.ndarray, "rows words"]:
@@ -53,20 +55,22 @@ class Mailbox:
         """What the message of this number says of each row, once it has come.
 
         Raises:
-            RuntimeError: it has not.
+            RuntimeError: it will not, because the mailbox is closed.
         """
-        until = time.monotonic() + mailbox.SECONDS
         while not (self._memory.numbers == number & _WORD).all():
-            if time.monotonic() > until:
-                raise RuntimeError(f"a decode program has said nothing for {mailbox.SECONDS} s")
+            if self._closed:
+                raise RuntimeError("the decode program that asks by mail has failed")
             time.sleep(0)
         return self._memory.told.copy()
 
+    @contextlib.contextmanager
+    def closed_by_failure(self) -> Iterator[None]:
+        """Around whatever starts a program, or waits for it: nobody waits for a message of one that has failed."""
+        try:
+            yield
+        except BaseException:
+            self._closed = True
+            raise
+
 
 _WORD = 0xFFFFFFFF
-
-
-def _kind(device: jax.Device) -> str:
-    """Of memory that lies with the host, where the device may look into it."""
-    kinds = {memory.kind for memory in device.addressable_memories()}
-    return "pinned_host" if "pinned_host" in kinds and device.platform == "gpu" else "unpinned_host"

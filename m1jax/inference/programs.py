@@ -270,10 +270,11 @@ def decode_on(
     cuts: bool,
 ) -> tuple[Cache, Last[jax.Array], Out]:
     """`decode` with just so many steps, whoever ends in them: where the host need not look whether there is another, it
-    can start what comes next meanwhile. Tells no likeliest tokens; `cuts`: see `sample`. With mail, the
-    address of a mailbox for so many rows, the host hears of every token while the model reads it, and says what may
-    follow: twice the token, and one more if the row has ended;
-    -1 of a row that has written none."""
+    can start what comes next meanwhile. Tells no likeliest tokens; `cuts`: see `sample`.
+
+    With mail, the address of a mailbox for so many rows, the host hears of every token while the model reads it (twice
+    the token, and one more if the row has ended with it; -1 of a row that has written none), and says what may follow.
+    """
     model, rows = weights.model, Rows.of(packed).going_on(last, jnp.int32(steps))
     layout = Layout(len(packed), -(-model.config.vocab_size // 32))
 

@@ -81,12 +81,15 @@ class ModelRunner:
         self._guide = ThreadPoolExecutor(1, thread_name_prefix="guide")
         self.load(params)
         self._mail: dict[int, Mailbox] = {}
-        if constrains and capacity.ahead:
+        if constrains and capacity.ahead and self._mesh is None:
             assert self._weights is not None
-            (device,) = self._weights.leaves[0].devices()
-            words = -(-self.vocab_size // 32)
-            self._mail = {rows: Mailbox(rows, words, device) for rows in self._decode_rows}
+            beside, words = self._weights.leaves[0], -(-self.vocab_size // 32)
+            self._mail = {rows: Mailbox(rows, words, beside) for rows in self._decode_rows}
         self._compile()
+
+    @property
+    def guides_ahead(self) -> bool:
+        return bool(self._mail)
 
     def load(self, params: nnx.State) -> int:
         self._wait()
@@ -162,12 +165,12 @@ class ModelRunner:
             Rows.of(packed).follows[places] = [after.places.get(sequence, -1) for sequence in sequences]
         wants_top = any(sequence.request.top for sequence in sequences)
         cuts = steps == 1 or any(sequence.request.sampling.top_p < 1 for sequence in sequences)
-        guides = answered = None
+        guides = asking = None
         if any(sequence.matcher is not None for sequence in sequences):
             before = after.guides if isinstance(after, _Started) else None
             guides = Guides(sequences, allowances, places, size, self.vocab_size, before)
             if self._mail and steps > 1 and not wants_top:
-                out, answered = self._decode_by_mail(packed, cuts, guides)
+                out, asking = self._decode_by_mail(packed, cuts, guides)
             else:
                 assert after is None
                 out = self._decode_guided(packed, max(allowances), patience, wants_top, guides)
@@ -175,7 +178,7 @@ class ModelRunner:
             out = self._decode_on(packed, steps, cuts)
         else:
             out = self._decode(packed, steps, patience, wants_top)
-        return _Started(dict(zip(sequences, places.tolist())), out, wants_top, guides, answered)
+        return _Started(dict(zip(sequences, places.tolist())), out, wants_top, guides, asking)
 
     def _decode(self, packed: Int32[np.ndarray, "rows width"], steps: int, patience: int, wants_top: bool) -> Out:
         """XLA on a GPU holds the host up until this has ended: it looks whether there is another step."""
@@ -207,13 +210,14 @@ class ModelRunner:
 
     def _decode_by_mail(
         self, packed: Int32[np.ndarray, "rows width"], cuts: bool, guides: Guides
-    ) -> tuple[Out, Future[None]]:
+    ) -> tuple[Out, _Asking]:
         """As `_decode_on`: another thread of the host answers what the program asks."""
         mailbox, steps, rows = self._mail[len(packed)], self.capacity.steps, Rows.of(packed)
         first = mailbox.numbers(steps)
         rows.asks[guides.rows], rows.message[:] = 1, first
         answered = self._guide.submit(guides.answer, mailbox, first, steps)
-        return self._decode_on(packed, steps, cuts, mailbox.address), answered
+        with mailbox.closed_by_failure():
+            return self._decode_on(packed, steps, cuts, mailbox.address), _Asking(mailbox, answered)
 
     def _decode_guided(
         self, packed: Int32[np.ndarray, "rows width"], steps: int, patience: int, wants_top: bool, guides: Guides
@@ -319,6 +323,14 @@ class ModelRunner:
             yield programs.guided_draw.lower(work, written, seen, allowed, top)
 
 
+class _Asking(NamedTuple):
+    """By mail."""
+
+    mailbox: Mailbox
+    answered: Future[None]
+    """when all its questions are"""
+
+
 class _Started(NamedTuple):
     """A decode call of a `ModelRunner`."""
 
@@ -327,14 +339,14 @@ class _Started(NamedTuple):
     out: Out
     wants_top: bool
     guides: Guides | None
-    answered: Future[None] | None
-    """until its questions have been"""
+    asks: _Asking | None
 
     def result(self) -> Decoded[np.ndarray]:
         places = list(self.places.values())
-        out = jax.tree.map(lambda x: x[places], programs.home(self.out, self.wants_top))
-        if self.answered is not None:
-            self.answered.result()
+        with contextlib.nullcontext() if self.asks is None else self.asks.mailbox.closed_by_failure():
+            out = jax.tree.map(lambda x: x[places], programs.home(self.out, self.wants_top))
+        if self.asks is not None:
+            self.asks.answered.result()
         return unpack_decoded(out.all)._replace(routes=out.routes, top_tokens=out.top_tokens, top_logp=out.top_logp)
 
 

@@ -51,7 +51,10 @@ ld.relaxed.sys.global.b32 $0, [address];
 
 def unsupported(*_: object) -> str | None:
     platform = target.target_platform()
-    return None if platform == "gpu" else f"it needs a GPU, and this program is for {platform}"
+    if platform != "gpu":
+        return f"it needs an NVIDIA GPU, and this program is for {platform}"
+    kind = target.device_kind()
+    return None if "NVIDIA" in kind else f"it needs an NVIDIA GPU, and this one is {kind!r}"
 
 
 def tell(address, number, words, layout):
@@ -66,9 +69,8 @@ def tell(address, number, words, layout):
 
     padded = jnp.pad(words, (0, rows - len(words)), mode="edge")
     shape = jax.ShapeDtypeStruct((rows,), jnp.int32)
-    return pl.pallas_call(kernel, shape, **_TRITON, name="tell")(address.view(jnp.int32), number[None], padded)[
-        : len(words)
-    ]
+    told = pl.pallas_call(kernel, shape, **_TRITON, name="tell")
+    return told(address.view(jnp.int32), number[None], padded)[: len(words)]
 
 
 def ask(address, number, asks, after, layout):

@@ -42,6 +42,7 @@ class FakeRunner:
     records_routes = True
     top = 0
     constrains = False
+    guides_ahead = True
 
     def __init__(self, capacity: Capacity, weights: int = 0) -> None:
         self.capacity, self.weights = capacity, weights
