@@ -93,7 +93,9 @@ def picture(rows: dict[str, Row], path: Path) -> None:
     for name, row in rows.items():
         if row["mesh"] == name and "," in name and row["times one card"]:
             axis.plot(row["cards"], row["times one card"], marker="D", color="black")
-            axis.annotate(name, (row["cards"], row["times one card"]), textcoords="offset points", xytext=(-8, -4), ha="right")
+            axis.annotate(
+                name, (row["cards"], row["times one card"]), textcoords="offset points", xytext=(-8, -4), ha="right"
+            )
     axis.set_xlabel("cards")
     axis.set_ylabel("tokens/s, times one card's")
     axis.set_xticks([2**i for i in range(most.bit_length())])
