@@ -184,33 +184,34 @@ class Cache(NamedTuple):
         return Cache(jnp.repeat(self.lengths, times), runs)
 
     def copy_state(self, source: Int[Array, " n"], target: Int[Array, " n"]) -> Cache:
-        """States of slots ``source`` written to slots ``target`` in every lightning layer; a negative target: none."""
-
-        def copied(state: jax.Array) -> jax.Array:
-            where = jnp.where(target < 0, state.shape[1], target)
-            return state.at[:, where].set(state[:, jnp.maximum(source, 0)], mode="drop")
-
-        runs = (LightningCache(copied(r.state)) if isinstance(r, LightningCache) else r for r in self.runs)
-        return self._replace(runs=tuple(runs))
+        """States of slots ``source`` written to slots ``target`` in every lightning layer; a negative target: none. On
+        a mesh both lie in the same device's part of the pool, as pages in ``copy_pages``."""
+        return self._with_states(_copied, source, target)
 
     def clear_state(self, slots: Int[Array, " n"]) -> Cache:
         """Zero states, of sequences that have seen nothing; negative slots are left out."""
 
-        def cleared(state: jax.Array) -> jax.Array:
+        def cleared(state: jax.Array, slots: jax.Array) -> jax.Array:
             return state.at[:, jnp.where(slots < 0, state.shape[1], slots)].set(0.0, mode="drop")
 
-        runs = (LightningCache(cleared(r.state)) if isinstance(r, LightningCache) else r for r in self.runs)
-        return self._replace(runs=tuple(runs))
+        return self._with_states(cleared, slots)
 
     def copy_pages(self, source: Int[Array, " n"], target: Int[Array, " n"]) -> Cache:
         """Pages ``source`` written to pages ``target`` in every softmax layer; a negative target: none."""
 
         def copied(x: jax.Array) -> jax.Array:
-            where = jnp.where(target < 0, x.shape[1], target)
-            return x.at[:, where].set(x[:, jnp.maximum(source, 0)], mode="drop")
+            return parallel.in_parts(_copied, x, source, target, heads=3)
 
         runs = (SoftmaxCache(copied(r.keys), copied(r.values)) if isinstance(r, SoftmaxCache) else r for r in self.runs)
         return self._replace(runs=tuple(runs))
+
+    def _with_states(self, function: Any, *slots: Int[Array, " n"]) -> Cache:
+        """``function(states, *slots)`` in every lightning layer."""
+
+        def states(run: LightningCache) -> LightningCache:
+            return LightningCache(parallel.in_parts(function, run.state, *slots, heads=2))
+
+        return self._replace(runs=tuple(states(r) if isinstance(r, LightningCache) else r for r in self.runs))
 
     def specs(self, rows: tuple[str, ...] | None = ROWS) -> Cache:
         """A PartitionSpec for every array: rows, slots and pages over the mesh axes ``rows``, heads over tensor."""
@@ -221,6 +222,13 @@ class Cache(NamedTuple):
             LightningCache(state) if isinstance(r, LightningCache) else SoftmaxCache(kv, kv) for r in self.runs
         )
         return Cache(row, runs, None if self.slots is None else row, None if self.pages is None else row)
+
+
+def _copied(
+    pool: Float[Array, "layers places ..."], source: Int[Array, " n"], target: Int[Array, " n"]
+) -> Float[Array, "layers places ..."]:
+    where = jnp.where(target < 0, pool.shape[1], target)
+    return pool.at[:, where].set(pool[:, jnp.maximum(source, 0)], mode="drop")
 
 
 def _pools(

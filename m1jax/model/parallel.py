@@ -11,6 +11,7 @@ Without an ambient mesh each is the plain operation. With one:
                           decoding's products of few tokens: outputs, or inputs, over tensor
     over_words            vocabulary over tensor
     by_row                rows over tensor too
+    in_parts              slots or pages of a pool over rows, heads over tensor
 
 Everything else in the model is left to the compiler, held in place by ``sharding.constrain``.
 """
@@ -104,6 +105,29 @@ def by_row(function: Any, *arrays: Any) -> Any:
         rows = (*rows, "tensor")
     specs = jax.tree.map(lambda x: P(rows) if jnp.ndim(x) else P(), arrays)
     return jax.shard_map(function, in_specs=specs, out_specs=P(rows), check_vma=False)(*arrays)
+
+
+def in_parts(
+    function: Any, pool: Float[Array, "layers places ..."], *places: Int[Array, " n"], heads: int
+) -> Float[Array, "layers places ..."]:
+    """``function(pool, *places)``, a pool of slots or pages changed in ``places`` of it, where each device has its part
+    of the pool and the numbers that places have in there; a negative one is none, or lies in another part.
+
+    Left to itself XLA gathers the whole pool on every device, for it does not know which places they are. ``heads``:
+    the pool's dimension over tensor.
+    """
+    if ambient_mesh() is None:
+        return function(pool, *places)
+    rows = activation_axes("batch", pool.shape[1])
+
+    def local(pool: jax.Array, *places: jax.Array) -> jax.Array:
+        count = pool.shape[1]
+        first = (jax.lax.axis_index(rows) if rows else 0) * count
+        return function(pool, *(jnp.where((x >= first) & (x < first + count), x - first, -1) for x in places))
+
+    cut = P(None, rows, *[None] * (heads - 2), "tensor")
+    # check_vma: which places they are differs between devices, though every device is told the same.
+    return jax.shard_map(local, in_specs=(cut, *[P()] * len(places)), out_specs=cut, check_vma=False)(pool, *places)
 
 
 def lightning_attention(
