@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Int32, UInt8
 
 from m1jax import parameters
@@ -91,7 +91,7 @@ class ModelRunner:
         with self._on_mesh():
             model = prepared(nnx.merge(self._graph, params))
             if self._mesh is not None:
-                placed = jax.device_put(model, parameter_shardings(model, self._mesh, whole=True))
+                placed = laid_out(model, parameter_shardings(model, self._mesh, whole=True))
                 received, model = received_bytes(model, placed), placed
             self._weights = Weights.of(model)
             if self._cache is None:
@@ -316,6 +316,28 @@ def decoding_mesh() -> Mesh | None:
     mesh = jax.sharding.get_mesh()
     data, fsdp, *others = mesh.devices.shape
     return Mesh(mesh.devices.reshape(data * fsdp, 1, *others), mesh.axis_names, axis_types=mesh.axis_types)
+
+
+def laid_out(model: MiniMaxM1, shardings: Any) -> MiniMaxM1:
+    """A model with these shardings of one mesh. What lies in another way on its devices is laid out anew by one program
+    of theirs: `jax.device_put` takes it to the host and back where no device has what another one needs."""
+    leaves, tree = jax.tree.flatten(model)
+    wanted: list[NamedSharding] = jax.tree.leaves(shardings)
+    anew = [i for i, (x, to) in enumerate(zip(leaves, wanted)) if _is_cut_anew(x, to)]
+    together = jax.jit(_same, out_shardings=[wanted[i] for i in anew])([leaves[i] for i in anew])
+    return jax.device_put(tree.unflatten((dict(enumerate(leaves)) | dict(zip(anew, together))).values()), shardings)
+
+
+def _is_cut_anew(x: Any, to: NamedSharding) -> bool:
+    """Whether an array lies on the devices of a sharding, in the same order, but in another way."""
+    where = getattr(x, "sharding", None)
+    if not isinstance(where, NamedSharding) or where.is_equivalent_to(to, x.ndim):
+        return False
+    return where.mesh.devices.ravel().tolist() == to.mesh.devices.ravel().tolist()
+
+
+def _same(arrays: list[jax.Array]) -> list[jax.Array]:
+    return arrays
 
 
 def received_bytes(before: MiniMaxM1, after: MiniMaxM1) -> int:
