@@ -253,7 +253,7 @@ def decode(
 
     nothing = Written.nothing(rows, model.config, capacity.steps, record_routes, top)
     cache, written = jax.lax.while_loop(unfinished, advance, (cache, nothing))
-    return cache, None if last is None else Last.of(written.out, len(last.tokens)), written.told
+    return cache, None if last is None else _everywhere(Last.of(written.out, len(last.tokens))), written.told
 
 
 @functools.partial(jit, static_argnames=("capacity", "record_routes", "steps", "cuts"), donate_argnames="cache")
@@ -278,7 +278,7 @@ def decode_on(
 
     nothing = Written.nothing(rows, model.config, capacity.steps, record_routes, 0)
     cache, written = jax.lax.fori_loop(0, steps, advance, (cache, nothing))
-    return cache, Last.of(written.out, len(last.tokens)), written.told
+    return cache, _everywhere(Last.of(written.out, len(last.tokens))), written.told
 
 
 @functools.partial(jax.jit, static_argnames=("config", "steps", "record_routes", "top"))

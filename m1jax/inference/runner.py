@@ -17,12 +17,12 @@ from collections.abc import Iterator
 from collections.abc import Sequence as Several
 from concurrent.futures import ThreadPoolExecutor
 from time import monotonic
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int32, UInt8
 
 from m1jax import parameters
@@ -37,6 +37,8 @@ from m1jax.inference.sequence import Sequence
 from m1jax.model import Cache, MiniMaxM1
 from m1jax.sharding import ROWS, ambient_mesh, parameter_shardings
 from pallas_kernels import target_platform
+
+T = TypeVar("T")
 
 COPIES = (1, 4, 16)
 """Copies that one call carries out, as many as there are or the next number of these; nobody waits for a loop that is
@@ -80,7 +82,7 @@ class ModelRunner:
         self._settled: list[tuple[list[int], int] | None] = [None] * len(self._packed)
         self._decode_rows = capacity.decode if capacity.parts == 1 else (len(self._packed),)
         self._at_rest = {rows: Rows.at_rest(rows, capacity) for rows in self._decode_rows}
-        self._last = Last.nothing(capacity.rows) if capacity.ahead else None
+        self._last = self._everywhere(Last.nothing(len(self._packed))) if capacity.ahead else None
         self._guide = ThreadPoolExecutor(1, thread_name_prefix="guide")
         self.load(params)
         self._compile()
@@ -110,6 +112,10 @@ class ModelRunner:
 
     def _on_mesh(self) -> contextlib.AbstractContextManager[object]:
         return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
+
+    def _everywhere(self, x: T) -> T:
+        """Whole on every device of the mesh."""
+        return x if self._mesh is None else jax.device_put(x, NamedSharding(self._mesh, PartitionSpec()))
 
     def _beside(self, model: MiniMaxM1) -> contextlib.AbstractContextManager[object]:
         """Where arrays are made on the device that a model lies on."""
@@ -183,7 +189,8 @@ class ModelRunner:
         return self._weights, self._cache, packed, self._last, *numbers, *how
 
     def _decode_on(self, packed: Int32[np.ndarray, "rows width"], steps: int, cuts: bool) -> Out:
-        self._cache, self._last, out = programs.decode_on(*self._decode_on_work(packed, steps, cuts))
+        with self._on_mesh():
+            self._cache, self._last, out = programs.decode_on(*self._decode_on_work(packed, steps, cuts))
         for x in jax.tree.leaves(out):
             x.copy_to_host_async()
         return out
