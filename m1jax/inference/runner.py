@@ -326,13 +326,18 @@ def decoding_mesh() -> Mesh | None:
 
 
 def laid_out(model: MiniMaxM1, shardings: Any) -> MiniMaxM1:
-    """A model with these shardings of one mesh. What lies in another way on its devices is laid out anew by one program
-    of theirs: `jax.device_put` takes it to the host and back where no device has what another one needs."""
+    """A model with these shardings of one mesh.
+
+    What lies in another way on its devices they lay out anew, in one program: `jax.device_put` takes an array of which
+    no device has what another one needs to the host and back.
+    """
     leaves, tree = jax.tree.flatten(model)
     wanted: list[NamedSharding] = jax.tree.leaves(shardings)
     anew = [i for i, (x, to) in enumerate(zip(leaves, wanted)) if _is_cut_anew(x, to)]
-    together = jax.jit(_same, out_shardings=[wanted[i] for i in anew])([leaves[i] for i in anew])
-    return jax.device_put(tree.unflatten((dict(enumerate(leaves)) | dict(zip(anew, together))).values()), shardings)
+    moved = jax.jit(_same, out_shardings=[wanted[i] for i in anew])([leaves[i] for i in anew])
+    for i, x in zip(anew, moved):
+        leaves[i] = x
+    return jax.device_put(tree.unflatten(leaves), shardings)
 
 
 def _is_cut_anew(x: Any, to: NamedSharding) -> bool:
@@ -340,7 +345,8 @@ def _is_cut_anew(x: Any, to: NamedSharding) -> bool:
     where = getattr(x, "sharding", None)
     if not isinstance(where, NamedSharding) or where.is_equivalent_to(to, x.ndim):
         return False
-    return where.mesh.devices.ravel().tolist() == to.mesh.devices.ravel().tolist()
+    here, there = where.mesh, to.mesh
+    return isinstance(here, Mesh) and isinstance(there, Mesh) and [*here.devices.flat] == [*there.devices.flat]
 
 
 def _same(arrays: list[jax.Array]) -> list[jax.Array]:

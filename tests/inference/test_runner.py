@@ -18,7 +18,7 @@ from m1jax.compiling import jit
 from m1jax.errors import UserError
 from m1jax.inference import Engine, Finished, Request, Sampling, Wrote, programs
 from m1jax.inference.capacity import Capacity
-from m1jax.inference.runner import ModelRunner, parts
+from m1jax.inference.runner import ModelRunner, laid_out, parts
 from m1jax.sharding import make_mesh, parameter_shardings
 
 CONFIG = ModelConfig(
@@ -317,6 +317,27 @@ def test_no_weights_are_gathered_for_a_token(spec, monkeypatch):
         program = programs.decode.lower(*arrays, runner.capacity, False, 0).compile()
     moved = sum(c.bytes for c in collectives(program))  # the loop over steps counts once
     assert moved < 0.1 * sum(leaf.nbytes for leaf in jax.tree.leaves(params))  # activations; gathered weights: 0.3 up
+
+
+@pytest.mark.parametrize("spec", ["fsdp=8", "fsdp=2,tensor=2,expert=2"])
+def test_weights_are_laid_out_by_their_devices(spec, monkeypatch):
+    """`jax.device_put` is left with what lies right already: all else it would take by way of the host."""
+    moved, put = [], jax.device_put
+
+    def watched(x, to):
+        moved.extend(
+            a for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(to)) if not b.is_equivalent_to(a.sharding, a.ndim)
+        )
+        return put(x, to)
+
+    with on(spec):
+        mesh = jax.sharding.get_mesh()
+        there = put(model(), parameter_shardings(model(), mesh))
+        monkeypatch.setattr(jax, "device_put", watched)
+        whole = laid_out(there, parameter_shardings(there, mesh, whole=True))
+    assert moved == []
+    assert held(whole) > held(there)
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(whole), nnx.state(model()))
 
 
 @pytest.mark.parametrize("spec", ["fsdp=8", "data=2,tensor=2,expert=2"])
