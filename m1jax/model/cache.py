@@ -87,24 +87,10 @@ class SoftmaxCache(NamedTuple):
 
         Without pages, PADDING writes behind its row's tokens, where no query looks until real tokens overwrite it.
         """
+        pools, new = (self.keys, self.values), (k, v)
         if pages is None:
-            at = (layer, jnp.arange(len(k))[:, None], positions)
-        else:
-            size = self.keys.shape[2]
-            page = jnp.take_along_axis(pages, positions // size, axis=1, mode="fill", fill_value=-1)
-            there = page >= 0 if segment_ids is None else (page >= 0) & (segment_ids != PADDING)
-            at = (layer, jnp.where(there, page, self.keys.shape[1]), positions % size)
-        if k.shape[:2] == (1, 1) and target_platform() == "cpu":
-            # XLA:CPU makes one token's place a slice, which it writes twice, for who reads the keys now and who does
-            # later, into copies of all. Two places it leaves as they are: the second lies nowhere.
-            layer, first, second = (jnp.broadcast_to(x, (1, 1)) for x in at)
-            nowhere = jnp.full((1, 1), self.keys.shape[1])
-            at = tuple(jnp.concatenate(x) for x in ((layer, layer), (first, nowhere), (second, second)))
-            k, v = jnp.concatenate([k, k]), jnp.concatenate([v, v])
-        return SoftmaxCache(
-            self.keys.at[at].set(k.astype(self.keys.dtype), mode="drop"),
-            self.values.at[at].set(v.astype(self.values.dtype), mode="drop"),
-        )
+            return SoftmaxCache(*_written(pools, new, (layer, jnp.arange(len(k))[:, None], positions)))
+        return SoftmaxCache(*parallel.append_to_pages(_appended, pools, pages, new, positions, segment_ids, layer))
 
     def attend(
         self,
@@ -222,6 +208,32 @@ class Cache(NamedTuple):
             LightningCache(state) if isinstance(r, LightningCache) else SoftmaxCache(kv, kv) for r in self.runs
         )
         return Cache(row, runs, None if self.slots is None else row, None if self.pages is None else row)
+
+
+def _appended(
+    pools: tuple[jax.Array, ...],
+    pages: Int[Array, "batch pages_of_row"],
+    new: tuple[jax.Array, ...],
+    positions: Int[Array, "batch time"],
+    segment_ids: Int[Array, "batch time"] | None,
+    layer: Layer,
+) -> tuple[jax.Array, ...]:
+    _, count, size, *_ = pools[0].shape
+    page = jnp.take_along_axis(pages, positions // size, axis=1, mode="fill", fill_value=-1)
+    there = page >= 0 if segment_ids is None else (page >= 0) & (segment_ids != PADDING)
+    return _written(pools, new, (layer, jnp.where(there, page, count), positions % size))
+
+
+def _written(pools: tuple[jax.Array, ...], new: tuple[jax.Array, ...], at: tuple[Any, ...]) -> tuple[jax.Array, ...]:
+    """Pools with what is new in these places; what lies nowhere in them is dropped."""
+    if new[0].shape[:2] == (1, 1) and target_platform() == "cpu":
+        # XLA:CPU makes one token's place a slice, which it writes twice, for who reads the keys now and who does
+        # later, into copies of all. Two places it leaves as they are: the second lies nowhere.
+        layer, first, second = (jnp.broadcast_to(x, (1, 1)) for x in at)
+        nowhere = jnp.full((1, 1), pools[0].shape[1])
+        at = tuple(jnp.concatenate(x) for x in ((layer, layer), (first, nowhere), (second, second)))
+        new = tuple(jnp.concatenate([x, x]) for x in new)
+    return tuple(pool.at[at].set(x.astype(pool.dtype), mode="drop") for pool, x in zip(pools, new))
 
 
 def _copied(
