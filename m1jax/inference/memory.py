@@ -76,7 +76,7 @@ def capacity_for(
         prefill=((1, 32), (1, 256), (8, 64)) if cpu else ((1, 128), (8, 128), (16, 64), (1, 1024), (4, 1024)),
         stall=32 if cpu else 1024,
         parts=several,
-        ahead=not cpu and mesh is None,
+        ahead=not cpu and jax.process_count() == 1,
     )
 
 

@@ -21,7 +21,7 @@ from m1jax.inference.capacity import Capacity
 from m1jax.inference.device import Decoded
 from m1jax.inference.rows import Last, Prompts, Rows, pack_decoded
 from m1jax.inference.sampling import sample
-from m1jax.inference.stopping import NEVER, Stops, ended
+from m1jax.inference.stopping import Stops, ended
 from m1jax.model import Cache, MiniMaxM1, head
 from m1jax.sharding import ambient_mesh
 from pallas_kernels import target_platform
@@ -183,12 +183,12 @@ def draw(
     written: Written,
     read: Read,
     allowed: UInt32[Array, "rows words"] | None,
-    patience: Int[Array, ""] | int,
+    patience: Int[Array, ""] | None,
     wants_top: Bool[Array, ""] | bool,
     top: int,
     cuts: bool | None = None,
 ) -> Written:
-    """The other half: the next tokens, and who goes on."""
+    """The other half: the next tokens, and who goes on. Without patience, nobody stops for others."""
     fold_in = jax.vmap(jax.random.fold_in)
     keys = fold_in(jax.random.wrap_key_data(rows.keys), rows.samples)
     stops = Stops(rows.end_ids, rows.certain, rows.patience, rows.run)
@@ -220,8 +220,9 @@ def draw(
         top_logp=put(out.top_logp, drawn.top_logp),
     )
     alive = (out.counts < rows.allowances) & (out.reasons == 0)
-    enough = jnp.sum(~alive & (rows.allowances > 0)) >= patience
-    return Written(step + 1, drawn.tokens, alive & ~enough, out)
+    if patience is not None:
+        alive &= jnp.sum(~alive & (rows.allowances > 0)) < patience
+    return Written(step + 1, drawn.tokens, alive, out)
 
 
 @functools.partial(jit, static_argnames=("capacity", "record_routes", "top"), donate_argnames="cache")
@@ -254,7 +255,7 @@ def decode(
 
     nothing = Written.nothing(rows, model.config, capacity.steps, record_routes, top)
     cache, written = jax.lax.while_loop(unfinished, advance, (cache, nothing))
-    return cache, None if last is None else Last.of(written.out, len(last.tokens)), written.told
+    return cache, None if last is None else _everywhere(Last.of(written.out, len(last.tokens))), written.told
 
 
 @functools.partial(jit, static_argnames=("capacity", "record_routes", "steps", "cuts"), donate_argnames="cache")
@@ -282,16 +283,16 @@ def decode_on(
         cache, written = carry
         cache, seen = read(model, cache, rows, written.next, record_routes)
         if mail is None:
-            return cache, draw(rows, written, seen, None, NEVER, False, 0, cuts)
+            return cache, draw(rows, written, seen, None, None, False, 0, cuts)
         number = rows.message[0] + written.step
         allowed, wrote = ask(mail, number, rows.asks != 0, seen.logits, layout), written.going
-        written = draw(rows, written, seen, allowed, NEVER, False, 0, cuts)
+        written = draw(rows, written, seen, allowed, None, False, 0, cuts)
         word = jnp.where(wrote, 2 * written.tokens + (written.out.reasons != 0), -1)
         return cache, written._replace(tokens=tell(mail, number, word, layout) >> 1)
 
     nothing = Written.nothing(rows, model.config, capacity.steps, record_routes, 0)
     cache, written = jax.lax.fori_loop(0, steps, advance, (cache, nothing))
-    return cache, Last.of(written.out, len(last.tokens)), written.told
+    return cache, _everywhere(Last.of(written.out, len(last.tokens))), written.told
 
 
 @functools.partial(jax.jit, static_argnames=("config", "steps", "record_routes", "top"))

@@ -16,12 +16,12 @@ import math
 from collections.abc import Iterator
 from collections.abc import Sequence as Several
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int32, UInt8
 
 from m1jax import parameters
@@ -37,6 +37,8 @@ from m1jax.inference.sequence import Sequence
 from m1jax.model import Cache, MiniMaxM1
 from m1jax.sharding import ROWS, ambient_mesh, parameter_shardings
 from pallas_kernels import target_platform
+
+T = TypeVar("T")
 
 COPIES = (1, 4, 16)
 """Copies that one call carries out, as many as there are or the next number of these; nobody waits for a loop that is
@@ -77,7 +79,7 @@ class ModelRunner:
         self._settled: list[tuple[list[int], int] | None] = [None] * len(self._packed)
         self._decode_rows = capacity.decode if capacity.parts == 1 else (len(self._packed),)
         self._at_rest = {rows: Rows.at_rest(rows, capacity) for rows in self._decode_rows}
-        self._last = Last.nothing(capacity.rows) if capacity.ahead else None
+        self._last = self._everywhere(Last.nothing(len(self._packed))) if capacity.ahead else None
         self._guide = ThreadPoolExecutor(1, thread_name_prefix="guide")
         self.load(params)
         self._mail: dict[int, Mailbox] = {}
@@ -97,7 +99,7 @@ class ModelRunner:
         with self._on_mesh():
             model = prepared(nnx.merge(self._graph, params))
             if self._mesh is not None:
-                placed = jax.device_put(model, parameter_shardings(model, self._mesh, whole=True))
+                placed = laid_out(model, parameter_shardings(model, self._mesh, whole=True))
                 received, model = received_bytes(model, placed), placed
             self._weights = Weights.of(model)
             if self._cache is None:
@@ -116,6 +118,10 @@ class ModelRunner:
 
     def _on_mesh(self) -> contextlib.AbstractContextManager[object]:
         return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
+
+    def _everywhere(self, x: T) -> T:
+        """Whole on every device of the mesh."""
+        return x if self._mesh is None else jax.device_put(x, NamedSharding(self._mesh, PartitionSpec()))
 
     def _beside(self, model: MiniMaxM1) -> contextlib.AbstractContextManager[object]:
         """Where arrays are made on the device that a model lies on."""
@@ -197,7 +203,8 @@ class ModelRunner:
     def _decode_on(
         self, packed: Int32[np.ndarray, "rows width"], steps: int, cuts: bool, mail: jax.Array | None = None
     ) -> Out:
-        self._cache, self._last, out = programs.decode_on(*self._decode_on_work(packed, steps, cuts, mail))
+        with self._on_mesh():
+            self._cache, self._last, out = programs.decode_on(*self._decode_on_work(packed, steps, cuts, mail))
         for x in jax.tree.leaves(out):
             x.copy_to_host_async()
         return out
@@ -363,6 +370,34 @@ def decoding_mesh() -> Mesh | None:
     mesh = jax.sharding.get_mesh()
     data, fsdp, *others = mesh.devices.shape
     return Mesh(mesh.devices.reshape(data * fsdp, 1, *others), mesh.axis_names, axis_types=mesh.axis_types)
+
+
+def laid_out(model: MiniMaxM1, shardings: Any) -> MiniMaxM1:
+    """A model with these shardings of one mesh.
+
+    What lies in another way on its devices they lay out anew, in one program: `jax.device_put` takes an array of which
+    no device has what another one needs to the host and back.
+    """
+    leaves, tree = jax.tree.flatten(model)
+    wanted: list[NamedSharding] = jax.tree.leaves(shardings)
+    anew = [i for i, (x, to) in enumerate(zip(leaves, wanted)) if _is_cut_anew(x, to)]
+    moved = jax.jit(_same, out_shardings=[wanted[i] for i in anew])([leaves[i] for i in anew])
+    for i, x in zip(anew, moved):
+        leaves[i] = x
+    return jax.device_put(tree.unflatten(leaves), shardings)
+
+
+def _is_cut_anew(x: Any, to: NamedSharding) -> bool:
+    """Whether an array lies on the devices of a sharding, in the same order, but in another way."""
+    where = getattr(x, "sharding", None)
+    if not isinstance(where, NamedSharding) or where.is_equivalent_to(to, x.ndim):
+        return False
+    here, there = where.mesh, to.mesh
+    return isinstance(here, Mesh) and isinstance(there, Mesh) and [*here.devices.flat] == [*there.devices.flat]
+
+
+def _same(arrays: list[jax.Array]) -> list[jax.Array]:
+    return arrays
 
 
 def received_bytes(before: MiniMaxM1, after: MiniMaxM1) -> int:

@@ -87,24 +87,10 @@ class SoftmaxCache(NamedTuple):
 
         Without pages, PADDING writes behind its row's tokens, where no query looks until real tokens overwrite it.
         """
+        pools, new = (self.keys, self.values), (k, v)
         if pages is None:
-            at = (layer, jnp.arange(len(k))[:, None], positions)
-        else:
-            size = self.keys.shape[2]
-            page = jnp.take_along_axis(pages, positions // size, axis=1, mode="fill", fill_value=-1)
-            there = page >= 0 if segment_ids is None else (page >= 0) & (segment_ids != PADDING)
-            at = (layer, jnp.where(there, page, self.keys.shape[1]), positions % size)
-        if k.shape[:2] == (1, 1) and target_platform() == "cpu":
-            # XLA:CPU makes one token's place a slice, which it writes twice, for who reads the keys now and who does
-            # later, into copies of all. Two places it leaves as they are: the second lies nowhere.
-            layer, first, second = (jnp.broadcast_to(x, (1, 1)) for x in at)
-            nowhere = jnp.full((1, 1), self.keys.shape[1])
-            at = tuple(jnp.concatenate(x) for x in ((layer, layer), (first, nowhere), (second, second)))
-            k, v = jnp.concatenate([k, k]), jnp.concatenate([v, v])
-        return SoftmaxCache(
-            self.keys.at[at].set(k.astype(self.keys.dtype), mode="drop"),
-            self.values.at[at].set(v.astype(self.values.dtype), mode="drop"),
-        )
+            return SoftmaxCache(*_written(pools, new, (layer, jnp.arange(len(k))[:, None], positions)))
+        return SoftmaxCache(*parallel.append_to_pages(_appended, pools, pages, new, positions, segment_ids, layer))
 
     def attend(
         self,
@@ -184,33 +170,34 @@ class Cache(NamedTuple):
         return Cache(jnp.repeat(self.lengths, times), runs)
 
     def copy_state(self, source: Int[Array, " n"], target: Int[Array, " n"]) -> Cache:
-        """States of slots ``source`` written to slots ``target`` in every lightning layer; a negative target: none."""
-
-        def copied(state: jax.Array) -> jax.Array:
-            where = jnp.where(target < 0, state.shape[1], target)
-            return state.at[:, where].set(state[:, jnp.maximum(source, 0)], mode="drop")
-
-        runs = (LightningCache(copied(r.state)) if isinstance(r, LightningCache) else r for r in self.runs)
-        return self._replace(runs=tuple(runs))
+        """States of slots ``source`` written to slots ``target`` in every lightning layer; a negative target: none. On
+        a mesh both lie in the same device's part of the pool, as pages in ``copy_pages``."""
+        return self._with_states(_copied, source, target)
 
     def clear_state(self, slots: Int[Array, " n"]) -> Cache:
         """Zero states, of sequences that have seen nothing; negative slots are left out."""
 
-        def cleared(state: jax.Array) -> jax.Array:
+        def cleared(state: jax.Array, slots: jax.Array) -> jax.Array:
             return state.at[:, jnp.where(slots < 0, state.shape[1], slots)].set(0.0, mode="drop")
 
-        runs = (LightningCache(cleared(r.state)) if isinstance(r, LightningCache) else r for r in self.runs)
-        return self._replace(runs=tuple(runs))
+        return self._with_states(cleared, slots)
 
     def copy_pages(self, source: Int[Array, " n"], target: Int[Array, " n"]) -> Cache:
         """Pages ``source`` written to pages ``target`` in every softmax layer; a negative target: none."""
 
         def copied(x: jax.Array) -> jax.Array:
-            where = jnp.where(target < 0, x.shape[1], target)
-            return x.at[:, where].set(x[:, jnp.maximum(source, 0)], mode="drop")
+            return parallel.in_parts(_copied, x, source, target, heads=3)
 
         runs = (SoftmaxCache(copied(r.keys), copied(r.values)) if isinstance(r, SoftmaxCache) else r for r in self.runs)
         return self._replace(runs=tuple(runs))
+
+    def _with_states(self, function: Any, *slots: Int[Array, " n"]) -> Cache:
+        """``function(states, *slots)`` in every lightning layer."""
+
+        def states(run: LightningCache) -> LightningCache:
+            return LightningCache(parallel.in_parts(function, run.state, *slots, heads=2))
+
+        return self._replace(runs=tuple(states(r) if isinstance(r, LightningCache) else r for r in self.runs))
 
     def specs(self, rows: tuple[str, ...] | None = ROWS) -> Cache:
         """A PartitionSpec for every array: rows, slots and pages over the mesh axes ``rows``, heads over tensor."""
@@ -221,6 +208,39 @@ class Cache(NamedTuple):
             LightningCache(state) if isinstance(r, LightningCache) else SoftmaxCache(kv, kv) for r in self.runs
         )
         return Cache(row, runs, None if self.slots is None else row, None if self.pages is None else row)
+
+
+def _appended(
+    pools: tuple[jax.Array, ...],
+    pages: Int[Array, "batch pages_of_row"],
+    new: tuple[jax.Array, ...],
+    positions: Int[Array, "batch time"],
+    segment_ids: Int[Array, "batch time"] | None,
+    layer: Layer,
+) -> tuple[jax.Array, ...]:
+    _, count, size, *_ = pools[0].shape
+    page = jnp.take_along_axis(pages, positions // size, axis=1, mode="fill", fill_value=-1)
+    there = page >= 0 if segment_ids is None else (page >= 0) & (segment_ids != PADDING)
+    return _written(pools, new, (layer, jnp.where(there, page, count), positions % size))
+
+
+def _written(pools: tuple[jax.Array, ...], new: tuple[jax.Array, ...], at: tuple[Any, ...]) -> tuple[jax.Array, ...]:
+    """Pools with what is new in these places; what lies nowhere in them is dropped."""
+    if new[0].shape[:2] == (1, 1) and target_platform() == "cpu":
+        # XLA:CPU makes one token's place a slice, which it writes twice, for who reads the keys now and who does
+        # later, into copies of all. Two places it leaves as they are: the second lies nowhere.
+        layer, first, second = (jnp.broadcast_to(x, (1, 1)) for x in at)
+        nowhere = jnp.full((1, 1), pools[0].shape[1])
+        at = tuple(jnp.concatenate(x) for x in ((layer, layer), (first, nowhere), (second, second)))
+        new = tuple(jnp.concatenate([x, x]) for x in new)
+    return tuple(pool.at[at].set(x.astype(pool.dtype), mode="drop") for pool, x in zip(pools, new))
+
+
+def _copied(
+    pool: Float[Array, "layers places ..."], source: Int[Array, " n"], target: Int[Array, " n"]
+) -> Float[Array, "layers places ..."]:
+    where = jnp.where(target < 0, pool.shape[1], target)
+    return pool.at[:, where].set(pool[:, jnp.maximum(source, 0)], mode="drop")
 
 
 def _pools(

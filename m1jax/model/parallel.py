@@ -11,6 +11,8 @@ Without an ambient mesh each is the plain operation. With one:
                           decoding's products of few tokens: outputs, or inputs, over tensor
     over_words            vocabulary over tensor
     by_row                rows over tensor too
+    in_parts, append_to_pages
+                          slots or pages of a pool over rows, heads over tensor
 
 Everything else in the model is left to the compiler, held in place by ``sharding.constrain``.
 """
@@ -104,6 +106,29 @@ def by_row(function: Any, *arrays: Any) -> Any:
         rows = (*rows, "tensor")
     specs = jax.tree.map(lambda x: P(rows) if jnp.ndim(x) else P(), arrays)
     return jax.shard_map(function, in_specs=specs, out_specs=P(rows), check_vma=False)(*arrays)
+
+
+def in_parts(
+    function: Any, pool: Float[Array, "layers places ..."], *places: Int[Array, " n"], heads: int
+) -> Float[Array, "layers places ..."]:
+    """``function(pool, *places)``, a pool of slots or pages changed in ``places`` of it, where each device has its part
+    of the pool and the numbers that places have in there; a negative one is none, or lies in another part.
+
+    Left to itself XLA gathers the whole pool on every device, for it does not know which places they are. ``heads``:
+    the pool's dimension over tensor.
+    """
+    if ambient_mesh() is None:
+        return function(pool, *places)
+    rows = activation_axes("batch", pool.shape[1])
+
+    def local(pool: jax.Array, *places: jax.Array) -> jax.Array:
+        count = pool.shape[1]
+        first = (jax.lax.axis_index(rows) if rows else 0) * count
+        return function(pool, *(jnp.where((x >= first) & (x < first + count), x - first, -1) for x in places))
+
+    cut = P(None, rows, *[None] * (heads - 2), "tensor")
+    # check_vma: which places they are differs between devices, though every device is told the same.
+    return jax.shard_map(local, in_specs=(cut, *[P()] * len(places)), out_specs=cut, check_vma=False)(pool, *places)
 
 
 def lightning_attention(
@@ -232,6 +257,32 @@ def softmax_attention(
     return jax.shard_map(
         local, in_specs=(tokens, cached, cached, P(rows, None), P(rows)), out_specs=tokens, check_vma=False
     )(q, k, v, segment_ids, q_start)  # fmt: skip
+
+
+def append_to_pages(
+    function: Any,
+    pools: tuple[Float[Array, "layers pages page_size kv_heads channels"], ...],
+    pages: Int[Array, "batch pages_of_row"],
+    new: tuple[Float[Array, "batch time kv_heads channels"], ...],
+    positions: Int[Array, "batch time"],
+    segment_ids: Int[Array, "batch time"] | None,
+    layer: int | Int[Array, ""],
+) -> tuple[Float[Array, "layers pages page_size kv_heads channels"], ...]:
+    """``function`` of these, batch and pages over rows, heads over tensor: what is new in a row is written where its
+    pages lie, and pages are numbered from the first of their part. A row's pages must lie in the part of the pool that
+    its device holds. Left to itself XLA has every device look at all rows."""
+    rows = activation_axes("batch", len(pages))
+
+    def local(pools: Any, pages: Any, *rest: Any) -> Any:
+        first = (jax.lax.axis_index(rows) if rows else 0) * pools[0].shape[1]
+        return function(pools, jnp.where(pages < 0, pages, pages - first), *rest)
+
+    if ambient_mesh() is None:
+        return function(pools, pages, new, positions, segment_ids, layer)
+    pool, row = P(None, rows, None, "tensor"), P(rows)
+    return jax.shard_map(
+        local, in_specs=(pool, row, P(rows, None, "tensor"), row, row, P()), out_specs=pool, check_vma=False
+    )(pools, pages, new, positions, segment_ids, jnp.asarray(layer))  # fmt: skip
 
 
 def softmax_attention_decode(

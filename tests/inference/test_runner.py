@@ -18,7 +18,7 @@ from m1jax.compiling import jit
 from m1jax.errors import UserError
 from m1jax.inference import Engine, Finished, Request, Sampling, Wrote, programs
 from m1jax.inference.capacity import Capacity
-from m1jax.inference.runner import ModelRunner, parts
+from m1jax.inference.runner import ModelRunner, laid_out, parts
 from m1jax.sharding import make_mesh, parameter_shardings
 
 CONFIG = ModelConfig(
@@ -288,20 +288,24 @@ def on(spec):
     return contextlib.nullcontext() if spec is None else jax.set_mesh(make_mesh(spec))
 
 
-def mesh_runner(spec):
+def mesh_runner(spec, *, ahead=False):
     """On a mesh, from parameters that lie as training lays them out."""
     graph, params = nnx.split(model())
     with on(spec):
         if spec is not None:
             params = jax.device_put(params, parameter_shardings(params, jax.sharding.get_mesh()))
-        capacity = dataclasses.replace(SCARCE, parts=parts(), rows=2, pages=30, decode=(2,), prefill=((1, 8),), stall=8)
+        sizes = {"rows": 2, "pages": 30, "decode": (2,), "prefill": ((1, 8),), "stall": 8}
+        capacity = dataclasses.replace(SCARCE, parts=parts(), ahead=ahead, **sizes)
         return ModelRunner(graph, params, capacity), params
 
 
-@pytest.mark.parametrize("spec", ["tensor=2,expert=4", "fsdp=4,tensor=2", "data=2,fsdp=2,expert=2"])
-def test_on_a_mesh(alone, spec):
+@pytest.mark.parametrize(
+    ("spec", "ahead"),
+    [("tensor=2,expert=4", False), ("fsdp=4,tensor=2", True), ("data=2,fsdp=2,expert=2", False)],
+)
+def test_on_a_mesh(alone, spec, ahead):
     requests = [(tuple(range(n, n + 5)), n, 2, 8, (), True) for n in range(6)]
-    runner, params = mesh_runner(spec)
+    runner, params = mesh_runner(spec, ahead=ahead)
     with on(spec):
         engine = Engine(runner)
         for number, completion in engine.run([asked(*request) for request in requests]):
@@ -328,3 +332,33 @@ def test_no_weights_are_gathered_for_a_token(spec, monkeypatch):
         program = programs.decode.lower(*arrays, runner.capacity, False, 0).compile()
     moved = sum(c.bytes for c in collectives(program))  # the loop over steps counts once
     assert moved < 0.1 * sum(leaf.nbytes for leaf in jax.tree.leaves(params))  # activations; gathered weights: 0.3 up
+
+
+@pytest.mark.parametrize("spec", ["fsdp=8", "fsdp=2,tensor=2,expert=2"])
+def test_weights_are_laid_out_by_their_devices(spec, monkeypatch):
+    """`jax.device_put` is left with what lies right already: all else it would take by way of the host."""
+    moved, put = [], jax.device_put
+
+    def watched(x, to):
+        moved.extend(
+            a for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(to)) if not b.is_equivalent_to(a.sharding, a.ndim)
+        )
+        return put(x, to)
+
+    with on(spec):
+        mesh = jax.sharding.get_mesh()
+        there = put(model(), parameter_shardings(model(), mesh))
+        monkeypatch.setattr(jax, "device_put", watched)
+        whole = laid_out(there, parameter_shardings(there, mesh, whole=True))
+    assert moved == []
+    assert held(whole) > held(there)
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(whole), nnx.state(model()))
+
+
+@pytest.mark.parametrize("spec", ["fsdp=8", "data=2,tensor=2,expert=2"])
+def test_states_and_pages_are_copied_where_they_lie(spec, monkeypatch):
+    monkeypatch.setattr(ModelRunner, "_compile", lambda self: None)
+    runner, _ = mesh_runner(spec)
+    with on(spec), runner._on_mesh():
+        program = programs.copy.lower(runner._cache, np.zeros((4, 4), np.int32)).compile()
+    assert collectives(program) == []
