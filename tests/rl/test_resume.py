@@ -34,7 +34,6 @@ def start():
     Each is forked from one process that has imported everything and computed nothing.
     """
     environment = {
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",  # spares the later starts all compilations
         "PYTHONPATH": str(ROOT),
         "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1"),
     }
