@@ -204,6 +204,9 @@ def draw(
         cuts=cuts,
     )
 
+    # Where nothing was allowed, the model's own log-probability says nothing of it.
+    drawn = drawn._replace(logp=jnp.where(jnp.isnan(drawn.nucleus_logp), jnp.nan, drawn.logp))
+
     def put(all: jax.Array | None, new: jax.Array | None) -> jax.Array | None:
         return None if all is None or new is None else all.at[:, step].set(new)
 

@@ -259,6 +259,29 @@ def test_constrained_rows_are_shown_each_token_and_free_ones_write_as_ever(alone
         assert max(logp, next_best) <= best and (logp <= next_best or logp == best), token
 
 
+class Nothing:
+    """Allows nothing, from the third token on: as a host that does not answer."""
+
+    def begin(self):
+        return self
+
+    def __init__(self):
+        self.seen = 0
+
+    def allowed(self, left):
+        return np.full(2, 0xFFFFFFFF if self.seen < 2 else 0, np.uint32)
+
+    def take(self, tokens):
+        self.seen += len(tokens)
+
+
+def test_where_nothing_is_allowed_nothing_is_written(scarce):
+    wanted = dataclasses.replace(asked((1, 2, 3)), constraint=Nothing())
+    ((_, completion),) = Engine(scarce).run([wanted])
+    assert completion.finish == "fault"
+    assert len(completion.tokens) == 2
+
+
 def test_programs_take_options_of_the_compiler_as_on_a_gpu(monkeypatch, alone):
     """JAX has them for outermost programs only: none may be traced within another."""
     for program in vars(programs).values():
