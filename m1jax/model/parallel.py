@@ -423,12 +423,14 @@ def experts(
         w1, w3, w2 = gather_in(w1.astype(x.dtype)), gather_in(w3.astype(x.dtype)), gather_out(w2.astype(x.dtype))
         if _size(shared) > 1:
             x, w1, w3, w2 = _gradients_together(x, *(vary_over(w, varying_axes(x, w)) for w in (w1, w3, w2)))
-        first_expert = jax.lax.axis_index("expert") * w1.shape[-3]
+        spread, width = ("expert" if "expert" in shared else None), tuple(axis for axis in shared if axis == "tensor")
 
         def some(x: Any, routes: Any, weights: Any) -> Any:
-            x, routes, weights = (_all_gather(a, shared, 0) for a in (x, routes, weights))
-            out = _expert_mlp(x, routes - first_expert, weights, w1, w3, w2, layer, stacks)
-            return _sum(_sum(out, shared, scatter=0), repeated)
+            x, routes, weights = (_all_gather(a, width, 0) for a in (x, routes, weights))
+            if spread is None:
+                routes = routes - jax.lax.axis_index("expert") * w1.shape[-3]
+            out = _expert_mlp(x, routes, weights, w1, w3, w2, layer, stacks, spread)
+            return _sum(_sum(out, width, scatter=0), repeated)
 
         count = pieces(math.prod(shape[:2]), _size(shared), shape[-1])
         return _in_pieces(some, count, x, routes, weights).reshape(shape)
@@ -500,9 +502,9 @@ def _with_gradient_in(dtype: jax.typing.DTypeLike, function: Any) -> Any:
 
 
 def _expert_mlp(
-    x: Any, routes: Any, weights: Any, w1: Any, w3: Any, w2: Any, layer: Any, stacks: Any = None
+    x: Any, routes: Any, weights: Any, w1: Any, w3: Any, w2: Any, layer: Any, stacks: Any, axis_name: str | None = None
 ) -> jax.Array:
-    return pallas_kernels.expert_mlp(x, w1, w3, w2, routes, weights, layer=layer, stacks=stacks)
+    return pallas_kernels.expert_mlp(x, w1, w3, w2, routes, weights, layer=layer, stacks=stacks, axis_name=axis_name)
 
 
 def pieces(tokens: int, devices: int, hidden: int) -> int:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from pallas_kernels._compat import vary_over, varying_axes
 from pallas_kernels.arguments import is_known
+from pallas_kernels.experts.exchange import worthwhile
 from pallas_kernels.ladder import Ladder
 
 LADDER = Ladder(
@@ -28,6 +29,7 @@ def expert_mlp(
     *,
     layer: jax.Array | int | None = None,
     stacks: tuple[jax.Array, jax.Array, jax.Array] | None = None,
+    axis_name: str | None = None,
     implementation: str = "auto",
 ) -> jax.Array:
     """Every token through its experts: y = sum_k weights_k * (silu(x w1^T) * (x w3^T)) w2^T, no token dropped.
@@ -45,6 +47,9 @@ def expert_mlp(
             lie, the others slice). For inference: gradients are refused, unless
         stacks: (w1, w3, w2) of all layers are given beside this layer's own, w1 == stacks[0][layer] and so on. Kernels
             read the former, so that the latter, if they are slices, need never be made; gradients are the latter's.
+        axis_name: an axis of the enclosing `shard_map` over whose devices the experts are spread: each has the next E
+            of them, routes number them all, and every device gives its own tokens and gets their y. "hopper" sends
+            many tokens to their experts alone (`exchange`); otherwise all go to all devices, and sums come back.
         implementation: "auto" takes "grouped" on CPU, "hopper" where it can run, and "ragged" elsewhere. "reference" is
             the oracle of the tests, "ragged" sorts and uses `jax.lax.ragged_dot`, "grouped" loops over the experts in
             use (any platform; made for CPU), "hopper" are Pallas kernels for H100 and H200: bfloat16, D and F
@@ -62,6 +67,11 @@ def expert_mlp(
     if x.shape[0] == 0 or routes.shape[1] == 0:
         return jnp.zeros_like(x)
     name = LADDER.choose(implementation, x, w1, w3, w2)
+    if axis_name is not None and not (name == "hopper" and worthwhile(len(x), jax.lax.axis_size(axis_name))):
+        first = jax.lax.axis_index(axis_name) * w1.shape[-3]
+        x, routes, weights = (jax.lax.all_gather(a, axis_name, tiled=True) for a in (x, routes, weights))
+        y = expert_mlp(x, w1, w3, w2, routes - first, weights, layer=layer, stacks=stacks, implementation=name)
+        return jax.lax.psum_scatter(y, axis_name, tiled=True)
     # Inside shard_map the gradient of an argument that all devices share is a sum over devices: marking it as varying
     # here lets JAX insert that sum.
     layer = None if layer is None else jnp.asarray(layer, jnp.int32)
@@ -69,22 +79,25 @@ def expert_mlp(
     x, w1, w3, w2, weights = (vary_over(a, axes) for a in (x, w1, w3, w2, weights))
     if stacks is not None and name == "hopper":
         lying = tuple(vary_over(jax.lax.stop_gradient(a), axes) for a in stacks)
-        return LADDER.module(name).forward(x, w1, w3, w2, routes, weights, stacks=lying, layer=layer)
+        return LADDER.module(name).forward(
+            x, w1, w3, w2, routes, weights, stacks=lying, layer=layer, axis_name=axis_name
+        )
     if layer is not None and stacks is None:
-        return _of_layer(name, x, w1, w3, w2, routes, weights, layer)
-    return LADDER.module(name).forward(x, w1, w3, w2, routes, weights)
+        return _of_layer(name, axis_name, x, w1, w3, w2, routes, weights, layer)
+    spread = {} if axis_name is None else {"axis_name": axis_name}
+    return LADDER.module(name).forward(x, w1, w3, w2, routes, weights, **spread)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _of_layer(name, x, w1, w3, w2, routes, weights, layer):
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _of_layer(name, axis_name, x, w1, w3, w2, routes, weights, layer):
     module = LADDER.module(name)
     if name == "hopper":
-        return module.forward_of_layer(x, w1, w3, w2, routes, weights, layer)
+        return module.forward_of_layer(x, w1, w3, w2, routes, weights, layer, axis_name=axis_name)
     return module.forward(x, w1[layer], w3[layer], w2[layer], routes, weights)
 
 
 @_of_layer.defjvp
-def _no_gradient(name, primals, tangents):
+def _no_gradient(name, axis_name, primals, tangents):
     raise ValueError("expert_mlp: with `layer` there are no gradients; give the layer's own weights, w1[layer], ...")
 
 

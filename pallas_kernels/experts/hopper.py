@@ -17,6 +17,7 @@ from jax.custom_batching import sequential_vmap
 from pallas_kernels import _hopper
 from pallas_kernels._compat import varying_axes
 from pallas_kernels.experts import hopper_few, hopper_matmul
+from pallas_kernels.experts.exchange import Exchange, exchange
 from pallas_kernels.experts.routing import Plan, plan
 from pallas_kernels.kept import KEPT
 
@@ -48,51 +49,60 @@ def forward(
     *,
     stacks: tuple[jax.Array, ...] | None = None,
     layer: jax.Array | int | None = None,
+    axis_name: str | None = None,
     interpret=False,
 ) -> jax.Array:
     """Shapes as in `api.expert_mlp`; y [N,D] bfloat16."""
+    how = _How(axis_name, interpret)
     if stacks is None:
-        return _mlp(interpret, x, w1, w3, w2, routes, weights, None, None)
-    return _mlp(interpret, x, w1, w3, w2, routes, weights, tuple(map(_flat, stacks)), layer)
+        return _mlp(how, x, w1, w3, w2, routes, weights, None, None)
+    return _mlp(how, x, w1, w3, w2, routes, weights, tuple(map(_flat, stacks)), layer)
 
 
-def forward_of_layer(x, w1, w3, w2, routes, weights, layer, interpret=False) -> jax.Array:
+def forward_of_layer(x, w1, w3, w2, routes, weights, layer, axis_name=None, interpret=False) -> jax.Array:
     """The same with stacks of weights, [L,E,F,D] and [L,E,D,F], which are read where they lie."""
     count = w1.shape[1]
     w1, w3, w2 = map(_flat, (w1, w3, w2))
-    return _products(interpret, False, x, w1, w3, w2, routes, weights, count=count, layer=layer)[0]
+    how = _How(axis_name, interpret)
+    return _products(how, False, x, w1, w3, w2, routes, weights, count=count, layer=layer)[0]
+
+
+class _How(NamedTuple):
+    axis: str | None
+    """over whose devices the experts are spread"""
+    interpret: bool
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _mlp(interpret, x, w1, w3, w2, routes, weights, stacks, layer):
+def _mlp(how, x, w1, w3, w2, routes, weights, stacks, layer):
     """`stacks` are those of `api.expert_mlp`, the experts of all layers on one axis."""
-    return _products(interpret, False, x, *(stacks or (w1, w3, w2)), routes, weights, count=len(w1), layer=layer)[0]
+    return _products(how, False, x, *(stacks or (w1, w3, w2)), routes, weights, count=len(w1), layer=layer)[0]
 
 
-def _forward(interpret, x, w1, w3, w2, routes, weights, stacks, layer):
+def _forward(how, x, w1, w3, w2, routes, weights, stacks, layer):
     matrices = stacks or (w1, w3, w2)
-    y, *inside = _products(interpret, True, x, *matrices, routes, weights, count=len(w1), layer=layer)
+    y, *inside = _products(how, True, x, *matrices, routes, weights, count=len(w1), layer=layer)
     kept = (checkpoint_name(a, KEPT) for a in inside)
     return y, (x, *matrices, routes, weights, _number(layer), *kept, _Experts(len(w1)))
 
 
-def _products(interpret, keep, *arrays, count, layer):
+def _products(how, keep, *arrays, count, layer):
     """y, and if to be kept the products with w1 and w3, [P,F]; weights may be many layers' of `count` experts."""
 
     @sequential_vmap
     def run(x, w1, w3, w2, routes, weights, layer):
-        if not keep and x.shape[0] <= hopper_few.TOKENS:
-            return (hopper_few.forward(x, w1, w3, w2, routes, weights, layer, count, interpret=interpret),)
-        rows, by_rows = _sorted(routes, count)
+        if not keep and how.axis is None and x.shape[0] <= hopper_few.TOKENS:
+            return (hopper_few.forward(x, w1, w3, w2, routes, weights, layer, count, interpret=how.interpret),)
+        rows, by_rows = _sorted(routes, count, how.axis)
         by_rows["experts"] += layer * count
-        multiply = functools.partial(hopper_matmul.rows_product, transpose_rhs=True, interpret=interpret, **by_rows)
+        multiply = functools.partial(hopper_matmul.rows_product, transpose_rhs=True, interpret=how.interpret, **by_rows)
 
         def gated(up, gate):
             hidden = up / (1 + jnp.exp(-up)) * gate
             return (hidden, up, gate) if keep else (hidden,)
 
         # What fills up an expert's rows may be any token: nobody asks for its output.
-        x_rows = x.at[rows.token].get(mode="clip")
+        x_rows = rows.some_rows(x)
         hidden, *kept = multiply([x_rows], [w1, w3], combine=gated, outputs=3 if keep else 1)
         (out,) = multiply([hidden], [w2])
         share = weights.astype(jnp.float32)[..., None]
@@ -102,16 +112,16 @@ def _products(interpret, keep, *arrays, count, layer):
     return run(*arrays, _number(layer))
 
 
-def _backward(interpret, saved, dy):
+def _backward(how, saved, dy):
     *saved, experts = saved
     count = experts.count
 
     @sequential_vmap
     def run(x, w1, w3, w2, routes, weights, layer, up, gate, dy):
-        rows, by_rows = _sorted(routes, count)
+        rows, by_rows = _sorted(routes, count, how.axis)
         by_rows["experts"] += layer * count
-        multiply = functools.partial(hopper_matmul.rows_product, transpose_rhs=False, interpret=interpret, **by_rows)
-        sums = functools.partial(hopper_matmul.weights_product, first=rows.start, count=rows.size, interpret=interpret)
+        multiply = functools.partial(hopper_matmul.rows_product, transpose_rhs=False, interpret=how.interpret, **by_rows)
+        sums = functools.partial(hopper_matmul.weights_product, first=rows.start, count=rows.size, interpret=how.interpret)
         share = rows.spread(weights.astype(jnp.float32))[:, None]
         dy_rows = rows.rows(dy)
         (d_hidden,) = multiply([dy_rows], [w2])
@@ -153,11 +163,14 @@ def _flat(stack: jax.Array) -> jax.Array:
     return stack.reshape(-1, *stack.shape[2:])
 
 
-def _sorted(routes: jax.Array, experts: int) -> tuple[Plan, dict[str, jax.Array]]:
+def _sorted(routes: jax.Array, experts: int, axis: str | None) -> tuple[Plan | Exchange, dict[str, jax.Array]]:
     """The plan, and what `hopper_matmul.rows_product` must know of it."""
-    rows = plan(routes, experts, hopper_matmul.TILE_ROWS)
+    if axis is None:
+        rows = plan(routes, experts, hopper_matmul.TILE_ROWS)
+    else:
+        rows = exchange(routes, experts, hopper_matmul.TILE_ROWS, axis)
     ends = (rows.start + rows.size) // hopper_matmul.TILE_ROWS
-    tiles = jnp.arange(rows.token.size // hopper_matmul.TILE_ROWS)
+    tiles = jnp.arange(rows.length // hopper_matmul.TILE_ROWS)
     # Not `searchsorted`, which becomes a loop of small programs.
     expert = jnp.sum(ends <= tiles[:, None], axis=1, dtype=jnp.int32)
     return rows, {"experts": jnp.minimum(expert, experts - 1), "used": ends[-1:]}

@@ -18,6 +18,15 @@ class Plan(NamedTuple):
     start: jax.Array  # [E]
     size: jax.Array  # [E] rows, a multiple of `block`
 
+    @property
+    def length(self) -> int:
+        """P"""
+        return self.token.size
+
+    def some_rows(self, x: jax.Array) -> jax.Array:
+        """[N,D] -> [P,D]: each row its token; any token where there is none."""
+        return x.at[self.token].get(mode="clip")
+
     def rows(self, x: jax.Array) -> jax.Array:
         """[N,D] -> [P,D]: each row its token; zeros where there is none."""
         return x.at[self.token].get(mode="fill", fill_value=0)
@@ -49,8 +58,12 @@ def plan(routes: jax.Array, experts: int, block: int = 1) -> Plan:
         count = so_far[-1]
     size = -(-count // block) * block
     start = jnp.cumsum(size) - size
-    # No more blocks than these are in use, however the assignments fall.
-    length = assignments if block == 1 else (assignments // block + min(experts, assignments)) * block
+    length = room(assignments, experts, block)
     row = jnp.where(chosen.any(1), jnp.sum(chosen * (start + so_far - 1), axis=1), length)
     token = jnp.full(length, tokens).at[row].set(jnp.arange(assignments) // k, mode="drop", unique_indices=True)
     return Plan(token, row.reshape(routes.shape), start, size)
+
+
+def room(assignments: int, experts: int, block: int) -> int:
+    """P: no more blocks are in use, however the assignments fall."""
+    return assignments if block == 1 else (assignments // block + min(experts, assignments)) * block
