@@ -2,8 +2,8 @@
 
 Assignments are sorted by expert and every expert's rows are filled up to whole tiles with rows of any token, so that no
 tile has two experts. Forward takes two kernels: silu(x w1^T) * (x w3^T), both products of a tile side by side, and
-that times w2^T. Backward takes five, of the same two kinds; it keeps the two products inside from forward: where a
-layer is rematerialised, its gradient then computes nothing a third time.
+that times w2^T. Backward takes five of the same two kinds, and one for what stands between the products; it keeps the
+two products inside from forward: where a layer is rematerialised, its gradient then computes nothing a third time.
 """
 
 import functools
@@ -18,6 +18,7 @@ from pallas_kernels import _hopper
 from pallas_kernels._compat import varying_axes
 from pallas_kernels.experts import hopper_few, hopper_matmul
 from pallas_kernels.experts.exchange import Exchange, exchange
+from pallas_kernels.experts.hopper_gate import gate_gradient
 from pallas_kernels.experts.routing import Plan, plan
 from pallas_kernels.kept import KEPT
 
@@ -120,24 +121,20 @@ def _backward(how, saved, dy):
     def run(x, w1, w3, w2, routes, weights, layer, up, gate, dy):
         rows, by_rows = _sorted(routes, count, how.axis)
         by_rows["experts"] += layer * count
-        multiply = functools.partial(hopper_matmul.rows_product, transpose_rhs=False, interpret=how.interpret, **by_rows)
-        sums = functools.partial(hopper_matmul.weights_product, first=rows.start, count=rows.size, interpret=how.interpret)
-        share = rows.spread(weights.astype(jnp.float32))[:, None]
+        call = {"interpret": how.interpret}
+        multiply = functools.partial(hopper_matmul.rows_product, transpose_rhs=False, **by_rows, **call)
+        sums = functools.partial(hopper_matmul.weights_product, first=rows.start, count=rows.size, **call)
+        share = rows.spread(weights.astype(jnp.float32))
         dy_rows = rows.rows(dy)
         (d_hidden,) = multiply([dy_rows], [w2])
-        d_hidden, up, gate = (a.astype(jnp.float32) for a in (d_hidden, up, gate))
-        sigmoid = jax.nn.sigmoid(up)
-        hidden = up * sigmoid * gate
-        d_share = jnp.sum(d_hidden * hidden, axis=1)
-        d_hidden = d_hidden * share
-        d_up = (d_hidden * gate * sigmoid * (1 + up * (1 - sigmoid))).astype(x.dtype)
-        d_gate = (d_hidden * up * sigmoid).astype(x.dtype)
+        used = by_rows["used"] * hopper_matmul.TILE_ROWS
+        d_up, d_gate, hidden, d_share = gate_gradient(d_hidden, up, gate, share, used, **call)
         (dx_rows,) = multiply([d_up, d_gate], [w1, w3])
         if varying_axes(x):  # It may come from other devices, and be on its way until here.
             x, dx_rows = jax.lax.optimization_barrier((x, dx_rows))
         x_rows = rows.rows(x)
         dx = jnp.sum(rows.gather(dx_rows).astype(jnp.float32), axis=1).astype(x.dtype)
-        dw2 = sums(dy_rows, (hidden * share).astype(x.dtype))
+        dw2 = sums(dy_rows, hidden)
         return dx, sums(d_up, x_rows), sums(d_gate, x_rows), dw2, rows.gather(d_share).astype(weights.dtype)
 
     dx, dw1, dw3, dw2, d_weights = run(*saved, dy)

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from pallas_kernels import _hopper, expert_mlp
-from pallas_kernels.experts import api, exchange, hopper_matmul, routing
+from pallas_kernels.experts import api, exchange, hopper, hopper_matmul, routing
 from tests.pallas_kernels.experts.test_api import assert_close, problem, run
 from tests.pallas_kernels.experts.test_hopper import low
 
@@ -104,6 +104,15 @@ def weights_product(lhs, rhs, *, first, count, interpret):
     return jnp.einsum("rme,rne->emn", a, b, preferred_element_type=jnp.float32).astype(jnp.bfloat16)
 
 
+def gate_gradient(d_hidden, up, gate, share, used, *, interpret):
+    arrays = (a.astype(jnp.float32) for a in (up, gate, share[:, None]))
+    hidden, pull = jax.vjp(lambda up, gate, share: share * jax.nn.silu(up) * gate, *arrays)
+    d_up, d_gate, d_share = pull(d_hidden.astype(jnp.float32))
+    inside = jnp.arange(len(up))[:, None] < used
+    found = [jnp.where(inside, a, jnp.nan).astype(jnp.bfloat16) for a in (d_up, d_gate, hidden)]
+    return *found, d_share[:, 0]
+
+
 @pytest.mark.parametrize("routes", ["anywhere", "all to one", "none"])
 def test_equals_oracle(monkeypatch, routes):
     """Everything but the kernels themselves: the output and all gradients."""
@@ -111,6 +120,7 @@ def test_equals_oracle(monkeypatch, routes):
     monkeypatch.setattr(_hopper, "missing", lambda: None)
     monkeypatch.setattr(hopper_matmul, "rows_product", rows_product)
     monkeypatch.setattr(hopper_matmul, "weights_product", weights_product)
+    monkeypatch.setattr(hopper, "gate_gradient", gate_gradient)
     monkeypatch.setattr(api, "worthwhile", lambda tokens, devices: True)
     chosen = {"anywhere": None, "all to one": np.full((20, 2), [3, 0]), "none": np.full((20, 2), -1)}[routes]
     arrays, routes = problem(20, devices * experts, 2, 128, 128, chosen)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import _hopper, expert_mlp
-from pallas_kernels.experts import hopper, hopper_few, hopper_matmul, reference
+from pallas_kernels.experts import hopper, hopper_few, hopper_gate, hopper_matmul, reference
 from tests.pallas_kernels.experts.test_api import assert_close, beside, problem, run, stacked
 
 needs_newer_interpreter = pytest.mark.skipif(
@@ -26,6 +26,10 @@ def on_hopper(monkeypatch):
 
 def low(arrays):
     return tuple(a.astype(jnp.bfloat16) for a in arrays)
+
+
+def exact(arrays):
+    return tuple(a.astype(jnp.float32) for a in arrays)
 
 
 def check(arrays, routes):
@@ -67,6 +71,23 @@ def test_unusual_routes(on_hopper, routes):
 def test_no_assignment_at_all(on_hopper):
     arrays, routes = problem(2, 3, hidden=128, inner=128, routes=np.array([[-1, 3], [2**31 - 1, -(2**31)]]))
     assert all(not np.asarray(a, np.float32).any() for a in run(low(arrays), routes, "hopper"))
+
+
+@pytest.mark.parametrize("channels", [128, 1280])
+def test_gate_gradient(channels):
+    """All that stands between the products, of the rows in use; the others' are not read."""
+    rows, used = 7, 5
+    rng = np.random.default_rng(channels)
+    d_hidden, up, gate = low(jnp.asarray(rng.normal(size=(rows, channels)), jnp.float32) for _ in range(3))
+    share = jnp.asarray(rng.uniform(size=rows), jnp.float32)
+    unread = jnp.arange(rows)[:, None] >= used
+    arrays = (jnp.where(unread, jnp.nan, a) for a in (d_hidden, up, gate))
+    d_up, d_gate, hidden, d_share = hopper_gate.gate_gradient(*arrays, share, jnp.array([used]), interpret=True)
+
+    inner, pull = jax.vjp(lambda *a: a[2][:, None] * jax.nn.silu(a[0]) * a[1], *exact((up, gate)), share)
+    want = *pull(*exact((d_hidden,))), inner
+    for got, exactly in zip((d_up, d_gate, d_share, hidden), want, strict=True):
+        np.testing.assert_allclose(np.float32(got)[:used], exactly[:used], rtol=4e-3, atol=1e-3)
 
 
 @pytest.mark.slow

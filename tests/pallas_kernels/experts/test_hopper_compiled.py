@@ -10,8 +10,8 @@ from jax.sharding import PartitionSpec
 from pallas_kernels import expert_mlp
 from tests.pallas_kernels.h200 import compile_for_h200, h200_mesh, require_toolchain
 
-KERNELS = (5, 6, 7)
-"""Forward and backward are seven. Two are the same program, which may be compiled once or twice, and one is of the
+KERNELS = (6, 7, 8)
+"""Forward and backward are eight. Two are the same program, which may be compiled once or twice, and one is of the
 forward pass alone too, for which this process may have compiled it already."""
 
 
