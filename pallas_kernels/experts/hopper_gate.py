@@ -18,6 +18,9 @@ _THREADS = 128
 _WIDTH = 1024
 """channels at a time: eight of each array for a thread, as many as it loads at once"""
 
+_BLOCKS = 6
+"""on a multiprocessor"""
+
 
 @functools.partial(jax.jit, static_argnames="interpret")
 def gate_gradient(d_hidden, up, gate, share, used, *, interpret=False):
@@ -34,7 +37,7 @@ def gate_gradient(d_hidden, up, gate, share, used, *, interpret=False):
     rows, channels = up.shape
     width = max(w for w in range(_THREADS, _WIDTH + 1, _THREADS) if channels % w == 0)
     layout = plgpu.Layout.WG_STRIDED((width,), vec_size=math.gcd(8, width // _THREADS))
-    blocks = 2 if interpret else 16 * _hopper.MULTIPROCESSORS  # so many as run at once
+    blocks = 2 if interpret else _BLOCKS * _hopper.MULTIPROCESSORS
 
     def body(d_hidden_ref, up_ref, gate_ref, share_ref, used_ref, d_up_ref, d_gate_ref, hidden_ref, d_share_ref):
         block = lax.axis_index("block")
