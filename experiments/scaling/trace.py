@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 Spans = list[tuple[float, float]]
+EXCHANGES = ("nccl", "RaggedAllToAll", "MultiGpuBarrier")
+"""kernels of NCCL, and XLA's own"""
 
 
 def read(directory: Path) -> tuple[dict[str, float], list[str]]:
     """(milliseconds, mean over the cards traced: "span" from the first kernel to the last, "kernels" in which any ran,
-    "collectives" in which one of NCCL's ran, "exposed" in which nothing else did; what ran, longest first)."""
+    "collectives" in which an exchange ran, "exposed" in which nothing else did; what ran, longest first)."""
     from jax.profiler import ProfileData
 
     (file,) = directory.rglob("*.xplane.pb")
@@ -34,7 +36,7 @@ def summary(cards: list[list[Any]]) -> tuple[dict[str, float], list[str]]:
         spans: dict[bool, Spans] = {True: [], False: []}
         for event in events:
             label, start, length = event.name, event.start_ns / 1e6, event.duration_ns / 1e6
-            spans["nccl" in label.lower()].append((start, start + length))
+            spans[any(name in label for name in EXCHANGES)].append((start, start + length))
             names[label] += length
             calls[label] += 1
         everything = spans[True] + spans[False]

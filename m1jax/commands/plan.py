@@ -199,7 +199,7 @@ def _summary(
         "memory_bytes": chip.memory,
         "fits": fits,
         "remedies": [] if fits else search.remedies(setup, chip),
-        "exchanges": [dataclasses.asdict(e) for e in exchanges(setup)],
+        "exchanges": [dataclasses.asdict(e) for e in exchanges(setup, chip.platform)],
         "compiled": compiled,
         **dataclasses.asdict(bound),
         "bound_by": bound.bound_by,

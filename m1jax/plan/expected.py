@@ -14,7 +14,7 @@ from m1jax.model.cache import key_value_bytes, state_bytes
 from m1jax.plan.hardware import Rates
 from m1jax.plan.memory import elements, expert_bytes, gathered_tokens, words
 from m1jax.plan.setup import Setup
-from m1jax.plan.speed import exchanges
+from m1jax.plan.speed import exchanges, expert_tokens
 
 Seconds = dict[str, float]
 
@@ -43,7 +43,7 @@ def expected(setup: Setup, rates: Rates) -> Seconds:
     """
     parts = _decoding(setup, rates) if setup.task == "generate" else _update(setup, rates)
     waited = behind = 0.0
-    for exchange in exchanges(setup):
+    for exchange in exchanges(setup, "gpu"):
         size = 1
         for axis in exchange.axes:
             size *= setup.mesh[axis]
@@ -61,7 +61,7 @@ def _update(setup: Setup, rates: Rates) -> Seconds:
     tensor, inner = mesh["tensor"], m.num_heads * m.head_dim
     tokens = setup.rows * setup.context / setup.devices  # whose products a device computes, however they are cut
     local = setup.rows_per_device * setup.time_per_device
-    routed = m.experts_per_token * gathered_tokens(setup)
+    routed = m.experts_per_token * expert_tokens(setup, "gpu")
     again = 1 / 3 if setup.remat == "layers" else 0.0
     # Matrix products of one token: experts, head, and the others.
     of_experts = 3 * m.experts_per_token * m.hidden_size * m.intermediate_size * m.num_layers

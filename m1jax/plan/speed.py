@@ -7,10 +7,11 @@ import math
 
 from m1jax.config import LIGHTNING
 from m1jax.flops import forward_flops
-from m1jax.plan.hardware import Chip
+from m1jax.plan.hardware import Chip, Platform
 from m1jax.plan.memory import attention_bytes, elements, expert_bytes, gathered_tokens, head_bytes, words
 from m1jax.plan.setup import Setup
 from m1jax.sharding import AXES, COLUMNS, CUT, vocabulary_is_cut
+from pallas_kernels.experts.exchange import FEW, MOST
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +54,18 @@ class Speed:
         return max(times, key=lambda name: times[name])
 
 
-def exchanges(setup: Setup) -> list[Exchange]:
+def sends_to_experts_alone(setup: Setup, platform: Platform) -> bool:
+    """Whether a token goes to its experts' devices alone (`pallas_kernels.experts.exchange`), not to all of them."""
+    alone = platform == "gpu" and setup.devices <= MOST and setup.rows_are_cut and setup.mesh["expert"] > 1
+    return alone and gathered_tokens(setup) // setup.mesh["expert"] > FEW
+
+
+def expert_tokens(setup: Setup, platform: Platform) -> float:
+    """Tokens with which a device does what is done token by token in the experts, the router being balanced."""
+    return gathered_tokens(setup) / (setup.mesh["expert"] if sends_to_experts_alone(setup, platform) else 1)
+
+
+def exchanges(setup: Setup, platform: Platform) -> list[Exchange]:
     """All that `m1jax.model.parallel` and `m1jax.sharding` make devices exchange in one step, largest first.
 
     Small ones are left out: routes, lightning states, norms.
@@ -67,19 +79,30 @@ def exchanges(setup: Setup) -> list[Exchange]:
     weights = layers * (2 + recomputed) if train else 0  # gathered for each pass; gradients back
     steps = setup.micro_batches if train else 1
     words_are_cut = vocabulary_is_cut(m.vocab_size, mesh)
-    group = tuple(a for a in ("expert", "tensor") if mesh[a] > 1)
+    alone = sends_to_experts_alone(setup, platform)
+    group = tuple(a for a in ("expert", "tensor") if mesh[a] > 1 and not (alone and a == "expert"))
     inner = 2 * m.num_heads * m.head_dim / mesh["tensor"]
     softmax = m.num_layers - m.layer_types.count(LIGHTNING)
     # Gathered and summed in the forward pass, gathered again for what is recomputed (with whole layers, attention's
     # output summed again too), and in the backward pass gradients likewise. The head and the embedding: their tokens'
     # gather and sum, and gradients. Heads: queries, keys, values one way, the result the other.
     experts = (4 + recomputed, 2 + layers_again) if train else (2, 2)
+    # Where tokens go to their experts alone, XLA lets nothing else go on meanwhile.
+    sent = 5 + layers_again if train else 2
     attention = (4 + recomputed + layers_again, 2 + 2 * layers_again) if train else (2, 2)
     ends = 4 if train else 2
     heads = 2 * (1 + m.num_kv_heads / m.num_heads)
+    together = expert_tokens(setup, platform)
     # (purpose, axes, bytes of one, how often, how often waited for).
     counted = [
-        ("tokens to the experts and back", group, gathered_tokens(setup) * hidden, *(layers * n for n in experts)),
+        ("tokens to all experts and back", group, together * hidden, *(layers * n for n in experts)),
+        (
+            "tokens to their experts and back",
+            ("expert",),
+            together * m.experts_per_token * hidden * alone,
+            layers * sent,
+            layers * sent,
+        ),
         ("tokens gathered for attention", ("tensor",), tokens * hidden, *(layers * n + ends for n in attention)),
         ("expert weights", ("fsdp",), expert_bytes(setup), weights, 0),
         ("other weights", CUT, attention_bytes(setup), weights, 0),
@@ -92,7 +115,7 @@ def exchanges(setup: Setup) -> list[Exchange]:
     found = [
         Exchange(purpose, axes, steps * times * size, steps * (waited if train else times) * size)
         for purpose, axes, size, times, waited in counted
-        if math.prod(mesh[a] for a in axes) > 1 and times
+        if math.prod(mesh[a] for a in axes) > 1 and times * size
     ]
     return sorted(found, key=lambda e: -e.bytes)
 
@@ -122,7 +145,7 @@ def speed(setup: Setup, chip: Chip, price: float) -> Speed:
         weights = m.num_layers * (expert_bytes(setup) + attention_bytes(setup))
         traffic = setup.micro_batches * ((2 + again) * weights + saved + 12 * count) + 24 * count
     compute = executed / setup.devices / chip.flops
-    links = sum(e.bytes / _rate(setup, chip, e.axes) for e in exchanges(setup))
+    links = sum(e.bytes / _rate(setup, chip, e.axes) for e in exchanges(setup, chip.platform))
     slowest = max(compute, traffic / chip.bandwidth, links)
     seconds = slowest / tokens * 1e6
     return Speed(

@@ -29,7 +29,12 @@ def event(name, start, length):
 
 
 def test_what_shows_of_collectives():
-    card = [event("gemm", 0, 4), event("ncclDevKernel", 3, 4), event("gemm", 5, 1), event("ncclDevKernel", 9, 1)]
+    card = [
+        event("gemm", 0, 4),
+        event("ncclDevKernel", 3, 4),
+        event("gemm", 5, 1),
+        event("RaggedAllToAllKernelImpl", 9, 1),
+    ]
     found, lines = trace.summary([card, card])
     # Alone they run from 4 to 5, from 6 to 7 and from 9 to 10; between 7 and 9 nothing does.
     assert found == pytest.approx({"span": 10, "kernels": 8, "collectives": 5, "exposed": 3})

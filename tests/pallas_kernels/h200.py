@@ -60,22 +60,28 @@ def require_toolchain():
         pytest.skip("compiling for H200 needs nvidia-cuda-nvcc-cu12 (make kernels-toolchain)")
 
 
+def h200_mesh(chips: int = 1) -> Mesh:
+    """So many of one host, their axis named "chip"."""
+    return _mesh(chips)
+
+
 @functools.cache
-def h200_mesh() -> Mesh:
-    """One H200, its axis named "chip"."""
+def _mesh(chips: int) -> Mesh:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
-        topology = topologies.get_topology_desc(platform="cuda", target_config=H200, topology="1x1x1")
-    return topologies.make_mesh(topology, (1,), ("chip",))
+        topology = topologies.get_topology_desc(platform="cuda", target_config=H200, topology=f"1x1x{chips}")
+    return topologies.make_mesh(topology, (chips,), ("chip",))
 
 
-def compile_for_h200(function, *arguments: tuple[tuple[int, ...], str], dump: pathlib.Path, **jit_options):
-    """The executable of `function` for one H200, and its Pallas kernels; arguments are (shape, dtype).
+def compile_for_h200(
+    function, *arguments: tuple[tuple[int, ...], str], dump: pathlib.Path, chips: int = 1, **jit_options
+):
+    """The executable of `function` for H200, and its Pallas kernels; arguments are (shape, dtype), whole on each.
 
     dump: an empty directory, for the compiler's reports.
     """
     require_toolchain()
-    mesh = h200_mesh()
+    mesh = h200_mesh(chips)
     structs = [jax.ShapeDtypeStruct(*x, sharding=NamedSharding(mesh, PartitionSpec())) for x in arguments]
     with pytest.MonkeyPatch.context() as patch, jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         patch.setenv("MOSAIC_GPU_DUMP_TO", str(dump))

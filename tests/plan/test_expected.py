@@ -88,15 +88,15 @@ def test_exchanges_show_where_work_waits_for_them():
 
 def test_what_a_forward_pass_waits_for():
     """Where tensor cuts, twice a layer for attention and for the experts; weights and gradients are on their way."""
-    waited = {e.purpose: e.waited / e.bytes for e in exchanges(setup(mesh="fsdp=2,tensor=2", rows=16))}
-    assert waited["tokens to the experts and back"] == pytest.approx(2 / 5)
+    waited = {e.purpose: e.waited / e.bytes for e in exchanges(setup(mesh="fsdp=2,tensor=2", rows=16), "gpu")}
+    assert waited["tokens to all experts and back"] == pytest.approx(2 / 5)
     assert waited["tokens gathered for attention"] == pytest.approx((2 * 8 + 4) / (5 * 8 + 4))
     assert waited["expert weights"] == waited["other weights"] == 0
 
 
 def test_gradients_are_summed_over_sequence_as_over_data():
     over_data, over_sequence = (
-        next(e.bytes for e in exchanges(setup(mesh=mesh, rows=2)) if e.purpose == "gradients")
+        next(e.bytes for e in exchanges(setup(mesh=mesh, rows=2), "gpu") if e.purpose == "gradients")
         for mesh in ("data=2", "sequence=2")
     )
     assert over_data == over_sequence

@@ -1,5 +1,6 @@
 """The Hopper kernels compiled for an H200 that is not here: they fit, and at real sizes spill no register."""
 
+import functools
 import re
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec
 
+from m1jax.collectives import collectives
 from pallas_kernels import expert_mlp
 from tests.pallas_kernels.h200 import compile_for_h200, h200_mesh, require_toolchain
 
@@ -90,3 +92,21 @@ def test_inside_shard_map(tmp_path):
     gradients = jax.value_and_grad(loss, argnums=(0, 1, 2, 3, 5))
     _, found = compile_for_h200(gradients, *arguments(40, 4, 512, 256), dump=tmp_path)
     assert len(found) in KERNELS
+
+
+def test_tokens_go_to_their_experts_alone(tmp_path):
+    """Two chips, each with half of the experts: nothing goes to both but how many tokens each expert has."""
+    require_toolchain()
+    spread = PartitionSpec("chip")
+    mlp = functools.partial(expert_mlp, implementation="hopper", axis_name="chip")
+
+    def both(x, w1, w3, w2, routes, weights):
+        y, pull = jax.vjp(lambda *a: mlp(*a[:4], routes, a[4]), x, w1, w3, w2, weights)
+        return y, *pull(y)
+
+    sharded = jax.shard_map(both, mesh=h200_mesh(2), in_specs=spread, out_specs=spread)
+    compiled, _ = compile_for_h200(sharded, *arguments(8192, 4, 512, 256), dump=tmp_path, chips=2)
+    found = {(c.kind, c.shape) for c in collectives(compiled)}
+    assert found == {("all-gather", "s32[2,4]")}
+    exchanges = re.findall(r" ragged-all-to-all(?:-start)?\(", compiled.as_text())
+    assert len(exchanges) == 7  # x and y; dy, weights and x again, dx and dweights
