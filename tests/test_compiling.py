@@ -4,17 +4,32 @@ import jax
 import jax.numpy as jnp
 
 from m1jax import compiling
+from m1jax.sharding import parse_mesh
 
 
 def test_xla_knows_the_options():
     """A name that a version of XLA has dropped is an error, on any platform."""
-    assert jax.jit(jnp.sin).lower(1.0).compile(compiler_options=compiling.GPU_OPTIONS)(0.0) == 0
+    options = compiling.GPU_OPTIONS | compiling.EXCHANGE_OPTIONS
+    assert jax.jit(jnp.sin).lower(1.0).compile(compiler_options=options)(0.0) == 0
 
 
 def test_only_on_a_gpu(monkeypatch):
     assert compiling.compiler_options() is None
     monkeypatch.setattr(compiling, "target_platform", lambda: "gpu")
     assert compiling.compiler_options() == compiling.GPU_OPTIONS
+
+
+def test_updates_whose_tokens_go_to_their_experts(monkeypatch):
+    monkeypatch.setattr(compiling, "target_platform", lambda: "gpu")
+    found = {}
+    for spec in ("expert=2", "expert=2,tensor=2", "fsdp=2", "fsdp=2,expert=2"):
+        sizes = parse_mesh(spec)
+        mesh = jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes))
+        with jax.sharding.use_abstract_mesh(mesh):
+            found[spec] = compiling.update_options()
+    alone, usual = compiling.GPU_OPTIONS | compiling.EXCHANGE_OPTIONS, compiling.GPU_OPTIONS
+    assert found == {"expert=2": alone, "expert=2,tensor=2": alone, "fsdp=2": usual, "fsdp=2,expert=2": usual}
+    assert compiling.update_options() == usual
 
 
 def test_jit():

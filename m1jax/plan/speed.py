@@ -87,22 +87,17 @@ def exchanges(setup: Setup, platform: Platform) -> list[Exchange]:
     # output summed again too), and in the backward pass gradients likewise. The head and the embedding: their tokens'
     # gather and sum, and gradients. Heads: queries, keys, values one way, the result the other.
     experts = (4 + recomputed, 2 + layers_again) if train else (2, 2)
-    # Where tokens go to their experts alone, XLA lets nothing else go on meanwhile.
-    sent = 5 + layers_again if train else 2
+    # To their experts alone: there and back, and in the backward pass their gradients likewise, and they once more.
+    sent = (5 + layers_again, 2 + layers_again) if train else (2, 2)
     attention = (4 + recomputed + layers_again, 2 + 2 * layers_again) if train else (2, 2)
     ends = 4 if train else 2
     heads = 2 * (1 + m.num_kv_heads / m.num_heads)
     together = expert_tokens(setup, platform)
+    chosen = together * m.experts_per_token if alone else 0.0
     # (purpose, axes, bytes of one, how often, how often waited for).
     counted = [
         ("tokens to all experts and back", group, together * hidden, *(layers * n for n in experts)),
-        (
-            "tokens to their experts and back",
-            ("expert",),
-            together * m.experts_per_token * hidden * alone,
-            layers * sent,
-            layers * sent,
-        ),
+        ("tokens to their experts and back", ("expert",), chosen * hidden, *(layers * n for n in sent)),
         ("tokens gathered for attention", ("tensor",), tokens * hidden, *(layers * n + ends for n in attention)),
         ("expert weights", ("fsdp",), expert_bytes(setup), weights, 0),
         ("other weights", CUT, attention_bytes(setup), weights, 0),

@@ -10,7 +10,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from m1jax.compiling import compiler_options
+from m1jax.compiling import compiler_options, update_options
 from m1jax.model.parallel import with_all_of_time
 from m1jax.train import statistics
 from m1jax.train.batch import Batch
@@ -118,7 +118,7 @@ def make_train_step(loss_fn: LossFn[B], optimizer: optax.GradientTransformation)
     """
     optimizer = optax.with_extra_args_support(optimizer)
 
-    @jax.jit(donate_argnums=0, compiler_options=compiler_options())
+    @jax.jit(donate_argnums=0, compiler_options=update_options())
     def step(
         state: TrainState, batches: B, *, planned: jax.Array | None = None, count: jax.Array | None = None
     ) -> tuple[TrainState, Report]:

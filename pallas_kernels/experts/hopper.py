@@ -130,7 +130,7 @@ def _backward(how, saved, dy):
         used = by_rows["used"] * hopper_matmul.TILE_ROWS
         d_up, d_gate, hidden, d_share = gate_gradient(d_hidden, up, gate, share, used, **call)
         (dx_rows,) = multiply([d_up, d_gate], [w1, w3])
-        if varying_axes(x):  # It may come from other devices, and be on its way until here.
+        if varying_axes(x) and how.axis is None:  # It may come from other devices, and be on its way until here.
             x, dx_rows = jax.lax.optimization_barrier((x, dx_rows))
         x_rows = rows.rows(x)
         dx = jnp.sum(rows.gather(dx_rows).astype(jnp.float32), axis=1).astype(x.dtype)
