@@ -12,11 +12,11 @@ ROOT = Path(__file__).parents[1]
 # One way only: a part may import those above its own line. A part is a package, or a file beside the packages.
 RANKS = [
     {"errors"},
-    {"disk", "processes", "peers", "collectives", "compiling", "chat", "sandbox"},
+    {"disk", "processes", "peers", "collectives", "chat", "sandbox"},
     {"config"},
     {"parameters", "flops"},
     {"sharding"},
-    {"model"},
+    {"model", "compiling"},
     {"weights", "inference"},
     {"checkpoint", "agent"},
     {"train", "serve", "convert", "local"},
