@@ -5,7 +5,7 @@ Without an ambient mesh each is the plain operation. With one:
     embed                 vocabulary over tensor (columns, where tensor does not divide it)
     lightning             heads over tensor, time over sequence: states are exchanged
     softmax               heads over tensor, time over sequence: exchanged for heads and back
-    experts               tokens gathered over expert and tensor, each device does its experts, sums scattered back
+    experts               tokens gathered over tensor and sent to their experts over expert, and the sums back
     log_probs             vocabulary over tensor, time over sequence (time over both, where tensor does not divide it)
     project, project_back, expert_routes
                           decoding's products of few tokens: outputs, or inputs, over tensor
@@ -395,8 +395,8 @@ def experts(
 ) -> Float[Array, "batch time hidden"]:
     """``pallas_kernels.expert_mlp`` on all tokens; weights are cast to x's dtype. Dropless on any mesh.
 
-    Every device sees the tokens of all devices that share its experts, computes those routed to its own experts (the
-    others cost nothing) on its part of their width, and gets the sum for its own tokens back.
+    Every device sees those tokens of all devices of the axis expert that are routed to its own experts (the others
+    cost nothing), computes them on its part of their width, and the devices get the sums for their own tokens back.
 
     Given ``layer``, the weights are those of all layers of a run, from which the kernel picks without a copy; or, where
     gradients are wanted, the layer's own beside the ``stacks`` of all (not where fsdp cuts them).
