@@ -423,7 +423,8 @@ def experts(
         w1, w3, w2 = gather_in(w1.astype(x.dtype)), gather_in(w3.astype(x.dtype)), gather_out(w2.astype(x.dtype))
         if _size(shared) > 1:
             x, w1, w3, w2 = _gradients_together(x, *(vary_over(w, varying_axes(x, w)) for w in (w1, w3, w2)))
-        spread, width = ("expert" if "expert" in shared else None), tuple(axis for axis in shared if axis == "tensor")
+        spread = "expert" if "expert" in shared and _size(("expert",)) > 1 else None
+        width = tuple(axis for axis in shared if axis == "tensor")
 
         def some(x: Any, routes: Any, weights: Any) -> Any:
             x, routes, weights = (_all_gather(a, width, 0) for a in (x, routes, weights))
