@@ -19,8 +19,6 @@ MOST = 8
 PARTS = 1024
 """that all a device sends is cut into: that kernel has one thread block copy each. 134 MB between two H200 take 6.4 ms
 in 16 parts, 0.6 in 1,024, as long as an all-gather."""
-
-
 FEW = 1024
 """tokens of a device up to which it is quicker to send them to all devices"""
 
