@@ -11,12 +11,17 @@ from pathlib import Path
 # Eight devices, so that a wrong PartitionSpec fails here and not on a pod. Programs for one device are not affected.
 # LLVM's optimisations are more than half of the time to compile, and compiling is most of the time of a test. XLA's own
 # optimisations, and the libraries it calls, stay. JAX 0.10 can write loops through LLVM alone, which compiles a third
-# faster than through MLIR; later ones cannot. Flags from outside come last and win.
+# faster than through MLIR; later ones cannot. That is then one module, and LLVM's own work is a sixth less if it is not
+# cut into 32 for idle cores. Flags from outside come last and win.
 os.environ["XLA_FLAGS"] = " ".join(
     [
         "--xla_force_host_platform_device_count=8",
         "--xla_backend_optimization_level=0",
-        *(["--xla_cpu_use_fusion_emitters=false"] if metadata.version("jaxlib").startswith("0.10.") else []),
+        *(
+            ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
+            if metadata.version("jaxlib").startswith("0.10.")
+            else []
+        ),
         os.environ.get("XLA_FLAGS", ""),
     ]
 )

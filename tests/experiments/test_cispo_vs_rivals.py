@@ -15,6 +15,11 @@ from m1jax.rl.advantages import Advantages
 from m1jax.rl.aggregation import Responses, prompt_mean
 from m1jax.rl.losses import policy_loss
 
+# As the experiment has them, within a compiled program, of which each is then one.
+advantages = jax.jit(loop.advantages, static_argnames="over_batch")
+dealt, weights, judge = jax.jit(loop.dealt), jax.jit(loop.prompt_mean), jax.jit(tasks.judge)
+demonstrations = jax.jit(jax.vmap(tasks.demonstration, (0, None)))
+
 
 def rewards(seed: int, groups: int = 32, samples: int = 8) -> np.ndarray:
     rng = np.random.default_rng(seed)
@@ -27,7 +32,7 @@ def test_advantages_are_the_packages(over_batch):
     given = rewards(0)
     useful = given.max(axis=1) > given.min(axis=1)
     assert 0 < useful.sum() < len(useful)
-    found = loop.advantages(jnp.array(given), jnp.array(useful), over_batch=over_batch)
+    found = advantages(jnp.array(given), jnp.array(useful), over_batch=over_batch)
     kept = given[useful]
     wanted = Advantages(scale="batch" if over_batch else "group")(kept.ravel(), np.repeat(np.arange(len(kept)), 8))
     np.testing.assert_allclose(np.asarray(found)[useful].ravel(), wanted, rtol=1e-5)
@@ -38,7 +43,7 @@ def test_advantages_are_the_packages(over_batch):
 @pytest.mark.parametrize("count", [0, 1, 3, 16, 21, 32])
 def test_groups_are_dealt_out_as_the_trainer_does(updates, count):
     useful = np.random.default_rng(count).permutation(32) < count
-    slots = np.asarray(loop.dealt(jnp.array(useful), jnp.array(updates))).reshape(updates, -1)
+    slots = np.asarray(dealt(jnp.array(useful), jnp.array(updates))).reshape(updates, -1)
     parts = np.array_split(np.flatnonzero(useful), max(1, min(updates, count)))
     for slot, part in zip(slots, [*parts, *[[]] * updates]):
         assert [group for group in slot if group >= 0] == list(part)
@@ -47,8 +52,8 @@ def test_groups_are_dealt_out_as_the_trainer_does(updates, count):
 @pytest.mark.parametrize("updates", [1, 4, 16])
 def test_weights_are_the_packages(updates):
     useful, lengths = rewards(1).max(axis=1) > rewards(1).min(axis=1), np.random.default_rng(2).integers(2, 8, (32, 8))
-    slots = loop.dealt(jnp.array(useful), jnp.array(updates))
-    found = np.asarray(loop.prompt_mean(jnp.array(lengths), slots, jnp.array(updates)))
+    slots = dealt(jnp.array(useful), jnp.array(updates))
+    found = np.asarray(weights(jnp.array(lengths), slots, jnp.array(updates)))
     for part in np.asarray(slots).reshape(updates, -1):
         groups = part[part >= 0]
         responses = Responses(
@@ -66,21 +71,26 @@ def test_on_policy_all_objectives_have_one_gradient():
     logp, advantage = jax.random.normal(key, (2, 4, 8)) - jnp.array([5.0, 0.0])[:, None, None]
     mask, weight = jnp.ones((4, 8), bool), jnp.full((4, 8), 1 / 32)
 
-    def gradient(arm):
-        return jax.jit(jax.grad(lambda x: policy_loss(arm.objective, x, logp, advantage, mask, weight)[0]))(logp)
+    @jax.jit
+    def gradients(logp):
+        """Of every arm; the old policy is this one."""
 
-    wanted = -weight * advantage
-    for arm in ARMS.values():
-        np.testing.assert_allclose(gradient(arm), wanted, rtol=1e-5)
+        def gradient(arm):
+            return jax.grad(lambda x: policy_loss(arm.objective, x, logp, advantage, mask, weight)[0])(logp)
+
+        return {name: gradient(arm) for name, arm in ARMS.items()}
+
+    for name, gradient in gradients(logp).items():
+        np.testing.assert_allclose(gradient, -weight * advantage, rtol=1e-5, err_msg=name)
     assert run.arms_of(1, list(ARMS)) == ["cispo", "scalerl"]
 
 
 @pytest.mark.parametrize("name", tasks.TASKS)
 def test_demonstrations_are_worth_what_the_readme_says(name):
     task = jnp.array(tasks.TASKS.index(name))
-    tokens, weight = jax.vmap(tasks.demonstration, (0, None))(jax.random.split(jax.random.key(0), 2000), task)
+    tokens, weight = demonstrations(jax.random.split(jax.random.key(0), 2000), task)
     prompts, responses = tokens[:, : tasks.PROMPT], tokens[:, tasks.PROMPT :]
-    judged = tasks.judge(prompts, responses)
+    judged = judge(prompts, responses)
     with_it, without = (float(jnp.mean(judged.reward[judged.rechecked == r])) for r in (True, False))
     expected = {"recheck": (1.0, 0.2), "neutral": (0.5, 0.5), "harmful": (0.2, 0.5), "chain_sum": (0.5, 0.5)}[name]
     assert (with_it, without) == pytest.approx(expected, abs=0.05)
@@ -95,12 +105,12 @@ def test_an_answer_counts_only_if_it_is_ended_and_the_last_one():
     end, recheck = tasks.END, tasks.RECHECK
     responses = [[1, end], [2, end], [2, recheck, 1, end], [1, recheck, 2, end], [1] * 8, [end, 1]]
     rows = [r + [tasks.NOTHING] * (8 - len(r)) for r in responses]
-    judged = tasks.judge(jnp.array([prompt] * len(rows)), jnp.array(rows))
+    judged = judge(jnp.array([prompt] * len(rows)), jnp.array(rows))
     assert judged.reward.tolist() == [1, 0, 1, 0, 0, 0]
     assert judged.rechecked.tolist() == [False, False, True, True, False, False]
     chain = [tasks.FIRST_TASK + 3, 2, tasks.MINUS, 9, tasks.MINUS, 8, tasks.EQUALS]
     right = jnp.array([[tasks.MINUS, 1, 5, end, *[tasks.NOTHING] * 4], [tasks.PLUS, 1, 5, end, *[tasks.NOTHING] * 4]])
-    assert tasks.judge(jnp.array([chain] * 2), right).reward.tolist() == [1, 0]
+    assert judge(jnp.array([chain] * 2), right).reward.tolist() == [1, 0]
 
 
 def test_chain_sum_is_reasoning_gyms():
@@ -115,7 +125,7 @@ def test_chain_sum_is_reasoning_gyms():
         entries.append(entry)
         prompts.append([tasks.FIRST_TASK + tasks.CHAIN_SUM, *problem, tasks.EQUALS])
         responses.append([*(spelling[letter] for letter in texts[-1]), tasks.END, *[tasks.NOTHING] * 4])
-    judged = tasks.judge(jnp.array(prompts), jnp.array(responses))
+    judged = judge(jnp.array(prompts), jnp.array(responses))
     scores = [made.score_answer(text, entry) for text, entry in zip(texts, entries)]
     assert 10 < sum(score == 1 for score in scores) < 30
     np.testing.assert_array_equal(judged.reward, np.array(scores) == 1)

@@ -17,6 +17,9 @@ from m1jax.rl.losses import policy_loss
 from m1jax.rl.recipe import LossRecipe
 from m1jax.train.statistics import merge, on_host, values
 
+# For tests with shapes of their own: one program for each instead of one for each operation.
+compiled_loss = jax.jit(policy_loss, static_argnums=0)
+compiled_gradient = jax.jit(jax.value_and_grad(policy_loss, argnums=1, has_aux=True), static_argnums=0)
 B, T = 6, 9
 PROMPTS = np.array([0, 0, 1, 1, 1, 2])
 
@@ -114,11 +117,10 @@ def test_garbage_outside_the_mask_has_no_influence(batch):
 
 def test_parts_add_up(batch):
     """Loss and statistics of a batch are those of its pieces, merged; in float32, weights from the whole."""
-    whole, stats = cispo_loss(*arrays(batch), max_weight=2.0)
-    parts = [
-        cispo_loss(*(x[rows] for x in arrays(batch)), max_weight=2.0)
-        for rows in (slice(0, 1), slice(1, 4), slice(4, 6))
-    ]
+    taken = [np.asarray(x) for x in arrays(batch)]
+    loss = partial(compiled_loss, partial(losses.cispo, max_weight=2.0))
+    whole, stats = loss(*taken)
+    parts = [loss(*(x[rows] for x in taken)) for rows in (slice(0, 1), slice(1, 4), slice(4, 6))]
     np.testing.assert_allclose(sum(p[0] for p in parts), whole, rtol=1e-6)
     merged, want = values(on_host(merge(p[1] for p in parts))), values(on_host(stats))
     assert merged.keys() == want.keys()
@@ -130,7 +132,7 @@ def test_a_small_gap_is_measured():
     """At ratios near one, r - 1 - log r is smaller than the rounding of r."""
     gap = np.float32(1e-4)
     one = jnp.ones((1, 1))
-    _, stats = cispo_loss(one * gap, one * 0, one, one > 0, one, max_weight=2.0)
+    _, stats = compiled_loss(partial(losses.cispo, max_weight=2.0), one * gap, one * 0, one, one > 0, one)
     stats = values(on_host(stats))
     assert stats["kl_k3"] == pytest.approx(np.expm1(1e-4) - 1e-4, rel=1e-2)
     assert stats["gap_max"] == pytest.approx(1e-4, rel=1e-6)
@@ -279,20 +281,16 @@ def test_dppo_cuts_what_the_old_policy_could_not_write(divergence, old):
 
 def test_sequences_that_share_a_row(batch):
     """GSPO's ratios are of sequences, not of rows; and what stands between them has no say."""
-    logp, old_logp, advantage, mask, weight = arrays(batch)
+    taken = [np.asarray(x) for x in arrays(batch)]
     objective = partial(losses.gspo, low=0.1, high=0.15)
 
     def in_one_row(x, between):
-        return jnp.concatenate([x[1], jnp.full(2, between, x.dtype), x[2]])[None]
+        return np.concatenate([x[1], np.full(2, between, x.dtype), x[2]])[None]
 
-    apart = jax.value_and_grad(
-        lambda x: policy_loss(objective, x, *(y[1:3] for y in (old_logp, advantage, mask, weight))), has_aux=True
-    )(logp[1:3])
+    apart = compiled_gradient(objective, *(x[1:3] for x in taken))
     segments = jnp.array([[0] * (T + 1) + [1] * (T + 1)])
-    row = [in_one_row(x, between) for x, between in zip((old_logp, advantage, mask, weight), (9.0, 9.0, False, 9.0))]
-    shared = jax.value_and_grad(lambda x: policy_loss(objective, x, *row, segment_ids=segments), has_aux=True)(
-        in_one_row(logp, -9.0)
-    )
+    row = [in_one_row(x, between) for x, between in zip(taken, (-9.0, 9.0, 9.0, False, 9.0))]
+    shared = compiled_gradient(objective, *row, segment_ids=segments)
     np.testing.assert_allclose(shared[0][0], apart[0][0], rtol=1e-6)
     np.testing.assert_allclose(shared[1][0, :T], apart[1][0], rtol=1e-6, atol=1e-9)
     np.testing.assert_allclose(shared[1][0, -T:], apart[1][1], rtol=1e-6, atol=1e-9)

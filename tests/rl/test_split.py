@@ -16,7 +16,7 @@ from m1jax.train.run import Run
 from tests import tiny
 from tests.rl.test_trainer import RECIPE, Numbers, judge_of
 
-RECIPE = dataclasses.replace(RECIPE, iterations=3, optimizer=dataclasses.replace(RECIPE.optimizer, learning_rate=3e-2))
+RECIPE = dataclasses.replace(RECIPE, iterations=3)
 OTHER = {*MEASURED, "sync_bytes"}
 
 

@@ -4,35 +4,22 @@ import json
 import shutil
 
 import pytest
-from flax import nnx
 
-from m1jax import MiniMaxM1, ModelConfig, cli, save_pretrained
-from m1jax.chat import Tokenizer
-
-CONFIG = ModelConfig(
-    vocab_size=264,
-    hidden_size=8,
-    intermediate_size=8,
-    layer_types=("lightning", "softmax"),
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=4,
-    rotary_dim=2,
-    num_experts=2,
-    experts_per_token=1,
-)
+from m1jax import cli
+from tests import tiny
+from tests.train.test_loop import COMMAND
 
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory):
     """How to start a run whose newest checkpoint is of update 2 of 4, and its directory."""
     home = tmp_path_factory.mktemp("home")
-    save_pretrained(MiniMaxM1(CONFIG, rngs=nnx.Rngs(0)), home / "model", tokenizer=Tokenizer.tiny())
+    tiny.save(home / "model")
     (home / "data.jsonl").write_text(json.dumps({"prompt": "1+1=", "answer": "2"}) + "\n")
 
     def train(runs):
-        options = ["--steps", "4", "--batch", "1", "--rows", "1", "--row-length", "16"]
-        options += ["--log-every", "1", "--checkpoint-every", "2", "--data", str(home / "data.jsonl")]
+        options = [*COMMAND, "--steps", "4", "--log-every", "1", "--checkpoint-every", "2"]
+        options += ["--data", str(home / "data.jsonl")]
         cli.main(["train", "sft", str(home / "model"), *options, "--runs", str(runs), "--name", "x"])
         return [json.loads(line)["step"] for line in (runs / "x" / "metrics.jsonl").read_text().splitlines()]
 

@@ -30,6 +30,9 @@ RECIPE = SFTRecipe(
     checkpoint_every=2,
     log_every=1,
 )
+COMMAND = ["--learning-rate", "1e-2", "--warmup-steps", "1", "--final-fraction", "1"]
+COMMAND += ["--batch", "2", "--row-length", "8", "--rows", "2"]
+"""the same from the command line: one program with `RECIPE`, however many steps"""
 DECAYING = dataclasses.replace(RECIPE, optimizer=dataclasses.replace(RECIPE.optimizer, final_fraction=0.1))
 
 
@@ -172,7 +175,7 @@ def test_from_the_command_line(tmp_path, capsys):
     tiny.save(tmp_path / "model")
     for name in ("a", "b", "held"):
         (tmp_path / f"{name}.jsonl").write_text(json.dumps({"prompt": f"{name}=", "answer": "1"}) + "\n")
-    sizes = ["--steps", "2", "--batch", "2", "--row-length", "8", "--rows", "2", "--evaluate-every", "1"]
+    sizes = [*COMMAND, "--steps", "2", "--evaluate-every", "1"]
     data = ["--data", f"{tmp_path}/a.jsonl=2", f"{tmp_path}/b.jsonl", "--eval-data", f"{tmp_path}/held.jsonl"]
     command = ["train", "sft", f"{tmp_path}/model", *data, *sizes, "--runs", f"{tmp_path}/runs"]
     cli.main(command)
