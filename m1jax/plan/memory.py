@@ -21,9 +21,9 @@ from m1jax.model.parallel import pieces
 from m1jax.plan.hardware import Platform
 from m1jax.plan.setup import Setup
 from m1jax.sharding import parameter_specs, vocabulary_is_cut
+from pallas_kernels.vocabulary.chunks import Chunks
 
 Bytes = dict[str, float]
-ATTENTION_ARRAYS = 8  # [rows, time, hidden] alive in the backward pass of one attention layer
 
 
 def memory(setup: Setup, platform: Platform) -> Bytes:
@@ -118,40 +118,82 @@ def _in_stacks(setup: Setup) -> Bytes:
 
 
 def _scheduled(setup: Setup) -> Bytes:
-    """As XLA's schedules for TPUs hold it."""
-    m = setup.model
+    """As XLA's schedules for TPUs hold it, at the larger of two peaks: in the head, or in a layer's backward pass."""
     layers, other = elements(setup)
     count = layers + other
     tokens = setup.rows_per_device * setup.time_per_device
-    hidden = 2 * m.hidden_size  # bytes of one token between layers
-    routed = m.experts_per_token * gathered_tokens(setup) / expert_pieces(setup)
-    inner = m.intermediate_size / setup.mesh["tensor"]
-    saved = m.num_layers * setup.rows_per_device * setup.residual_time * hidden
-    if setup.remat == "none":
-        saved = m.num_layers * (
-            expert_bytes(setup) + attention_bytes(setup)  # gathered weights are kept as well
-            + tokens * (13 * hidden + 13 * m.num_heads * m.head_dim / setup.mesh["tensor"])
-        )  # fmt: skip
-        if expert_pieces(setup) == 1:  # else its pieces are recomputed in any case
-            saved += m.num_layers * routed * (10 * m.hidden_size + 19 * inner)
-    layer = (
-        ATTENTION_ARRAYS * tokens * hidden
-        + routed * (14 * m.hidden_size + 10 * inner)  # float32: three of hidden, two of inner; bfloat16: one of each
-        + 4 / 3 * expert_bytes(setup)
-        + 4 * head_bytes(setup)
-        + 4 * count
-    )
-    chunk = 4 * min(CHUNK_ELEMENTS, tokens * m.vocab_size / setup.mesh["tensor"])  # of its words or of its tokens
-    head = 5 * head_bytes(setup) + 2 * chunk
-    peak = max(layer, head)  # the gradients of this micro-batch are there in the layers' backward pass only
+    chunks = Chunks(tokens, int(words(setup)))
+    summed = 4 * count if setup.micro_batches > 1 else 0.0
+    # Summed over chunks, the head's gradient stays float32 and whole until the layers are through.
+    gradients = 2 * layers + (head_bytes(setup) if chunks.count > 1 else 0.0)
+    layer = _layer(setup)
+    if chunks.count > 1:  # the head as gathered, its three bfloat16 parts and these side by side; a chunk's scores
+        head = 4 * head_bytes(setup) + 4 * chunks.size * words(setup)
+    else:  # two parts, and all scores or the head as gathered
+        head = head_bytes(setup) + max(4 * tokens * words(setup), head_bytes(setup))
+    in_layer = gradients + layer > head
     return {
         "parameters": 4 * count,
         "optimizer": 8 * count,
-        "gradients": 4 * count + (4 * count if peak == layer else 0),
-        "weights cast": 2 * layers,
-        "activations": saved,
-        "temporaries": peak - (4 * count if peak == layer else 0),
+        "gradients": summed + (gradients if in_layer else 0.0),
+        "weights cast": 2 * layers if setup.remat == "layers" else 0.0,  # else they are kept gathered
+        "activations": _saved(setup),
+        "temporaries": layer if in_layer else head,
     }
+
+
+def _saved(setup: Setup) -> float:
+    """What all layers keep for their backward passes on TPUs."""
+    m = setup.model
+    if setup.remat == "layers":
+        return m.num_layers * _stream(setup)
+    tokens = setup.rows_per_device * setup.time_per_device
+    # bfloat16: the residual twice and what its norms made of it; float32: what the router reads. Of the heads' width 25
+    # of both kinds of attention together.
+    saved = expert_bytes(setup) + attention_bytes(setup)
+    saved += tokens * (10 * m.hidden_size + 25 * m.num_heads * m.head_dim / setup.mesh["tensor"])
+    if expert_pieces(setup) == 1:  # else its pieces are recomputed in any case
+        # Of each routed token the input (bfloat16), the output and whether it is one; of the inner width five arrays of
+        # float32, one of bfloat16, two of truth values.
+        saved += _routed(setup) * (7 * m.hidden_size + 24 * m.intermediate_size / setup.mesh["tensor"])
+    return m.num_layers * saved
+
+
+def _layer(setup: Setup) -> float:
+    """What one layer's backward pass holds on TPUs beside that when it is in the experts."""
+    m = setup.model
+    pieces = expert_pieces(setup)
+    rows, inner = (_routed(setup) * width for width in (m.hidden_size, m.intermediate_size / setup.mesh["tensor"]))
+    weights = expert_bytes(setup) / 3  # w1, w3 or w2, gathered, or its gradient
+    # All beside the gradient of what the experts add, float32. Which of these moments come is the scheduler's choice.
+    experts = 4 * gathered_tokens(setup) / pieces * m.hidden_size + max(
+        # float32 gradients of the output and, by w1 and by w3, of the input; of the inner width float32 and bfloat16
+        12 * rows + 6 * inner + 4 * weights,
+        # float32 output, sorted and as routed, and its gradient; bfloat16 input; of the inner width float32 twice
+        14 * rows + 10 * inner + 2 * weights,
+        # float32 gradient of the output; bfloat16 input; of the inner width float32 three times
+        6 * rows + 14 * inner + 3 * weights,
+    )
+    if pieces > 1:  # what is summed over them: the weights' gradients; and where the tokens' are put
+        experts += expert_bytes(setup) + _stream(setup)
+    if setup.remat == "none":
+        return experts
+    # Of a lightning layer, which holds more than a softmax layer: its input, q, k and v before and after their
+    # activation, gate and mix; its weights; and between the blocks the residual, its norm and its gradient.
+    heads = m.num_heads * m.head_dim / setup.mesh["tensor"]
+    tokens = setup.rows_per_device * setup.time_per_device
+    attention = 2 * tokens * (m.hidden_size + 8 * heads) + 10 * m.hidden_size * heads
+    return experts + attention + 3 * _stream(setup)
+
+
+def _stream(setup: Setup) -> float:
+    """A residual in bfloat16 on one device."""
+    return 2 * setup.rows_per_device * setup.residual_time * setup.model.hidden_size
+
+
+def _routed(setup: Setup) -> float:
+    """Tokens of all experts on one device, in one piece."""
+    return setup.model.experts_per_token * gathered_tokens(setup) / expert_pieces(setup)
 
 
 def _generation(setup: Setup) -> Bytes:

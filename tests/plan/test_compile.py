@@ -1,8 +1,10 @@
 """The planner's bytes beside those of the compiler for TPUs; all cases are in experiments/plan_memory."""
 
+import json
+
 import pytest
 
-from experiments.plan_memory.compare import CASES, case
+from experiments.plan_memory.compare import CASES, HERE, case
 from m1jax.collectives import collectives, totals
 from m1jax.plan.memory import memory
 from m1jax.plan.setup import Setup
@@ -16,6 +18,12 @@ def check(name):
     setup, topology = case(name)
     program = compile_step(setup, tpu_mesh(topology, CASES[name][1]))
     assert sum(memory(setup, "tpu").values()) == pytest.approx(required_bytes(program), rel=0.1)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_the_compiler_once_said(name):
+    recorded = json.loads((HERE / "result.json").read_text())[name]["bytes"]
+    assert sum(memory(case(name)[0], "tpu").values()) == pytest.approx(recorded, rel=0.1)
 
 
 def test_decoding():

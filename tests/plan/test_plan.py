@@ -101,6 +101,13 @@ def test_without_recomputation_more_is_kept():
     assert kept > 10 * recomputed
 
 
+def test_several_micro_batches_have_a_sum():
+    """One has none; the gradients of a layer's weights are bfloat16 in any case."""
+    one, two = (memory(setup(micro_batches=n), "tpu") for n in (1, 2))
+    assert two["gradients"] - one["gradients"] == one["parameters"]
+    assert {**two, "gradients": 0} == {**one, "gradients": 0}
+
+
 def test_exchanges_of_the_compiled_update():
     """The large ones as counted in the compiled program (experiments/compile_456b): 773 + 515 GB, 126 + 52 + 33."""
     found = {e.purpose: e.bytes / 1e9 for e in exchanges(setup(), "tpu")}
@@ -155,7 +162,7 @@ def test_meshes_multiply_to_the_devices():
     [
         ("fsdp=16,expert=8,tensor=4", dict(remat="none"), "--remat"),
         ("fsdp=16,expert=8,tensor=4", dict(rows=1024), "--rows 512"),
-        ("expert=8,tensor=8", dict(context=2**18, rows=8), "512 devices with --mesh"),
+        ("expert=8,tensor=8", dict(context=2**18, rows=8), "256 devices with --mesh"),
     ],
 )
 def test_remedies(mesh, changes, first):
