@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from m1jax.sharding import ambient_mesh
+from m1jax.sharding import AXES, ambient_mesh
 from pallas_kernels import target_platform
 
 GPU_OPTIONS: dict[str, str | int | bool] = {
@@ -26,6 +26,12 @@ EXCHANGE_OPTIONS: dict[str, str | int | bool] = {
     "xla_gpu_enable_latency_hiding_scheduler": True,
 }
 
+TPU_OPTIONS: dict[str, str | int | bool] = {
+    # Sums over devices go behind the loop over micro-batches. Where all that there is to sum is small, since gradients
+    # are cut as parameters are, XLA ends with a failed check (libtpu 0.0.42 and 0.0.50, `user->opcode() == kAdd`).
+    "xla_disable_hlo_passes": "while-loop-all-reduce-code-motion",
+}
+
 
 def compiler_options() -> dict[str, str | int | bool] | None:
     """``compiler_options`` for a ``jax.jit`` of updates or of decoding, on the platform the program is meant for."""
@@ -34,10 +40,13 @@ def compiler_options() -> dict[str, str | int | bool] | None:
 
 def update_options() -> dict[str, str | int | bool] | None:
     """``compiler_options`` of an update of training on the ambient mesh."""
-    options, mesh = compiler_options(), ambient_mesh()
-    if options is None or mesh is None or mesh.shape["expert"] == 1 or mesh.shape["fsdp"] > 1:
+    options, mesh, platform = compiler_options(), ambient_mesh(), target_platform()
+    if mesh is None:
         return options
-    return options | EXCHANGE_OPTIONS
+    data, fsdp, expert, _, sequence = (mesh.shape[axis] for axis in AXES)
+    if platform == "tpu" and data * sequence == 1 < fsdp * expert:
+        return TPU_OPTIONS
+    return GPU_OPTIONS | EXCHANGE_OPTIONS if platform == "gpu" and fsdp == 1 < expert else options
 
 
 class jit:

@@ -19,17 +19,21 @@ def test_only_on_a_gpu(monkeypatch):
     assert compiling.compiler_options() == compiling.GPU_OPTIONS
 
 
-def test_updates_whose_tokens_go_to_their_experts(monkeypatch):
-    monkeypatch.setattr(compiling, "target_platform", lambda: "gpu")
-    found = {}
-    for spec in ("expert=2", "expert=2,tensor=2", "fsdp=2", "fsdp=2,expert=2"):
+def test_what_an_update_asks_for(monkeypatch):
+    def options(platform, spec):
         sizes = parse_mesh(spec)
-        mesh = jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes))
-        with jax.sharding.use_abstract_mesh(mesh):
-            found[spec] = compiling.update_options()
+        monkeypatch.setattr(compiling, "target_platform", lambda: platform)
+        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes))):
+            return compiling.update_options()
+
     alone, usual = compiling.GPU_OPTIONS | compiling.EXCHANGE_OPTIONS, compiling.GPU_OPTIONS
-    assert found == {"expert=2": alone, "expert=2,tensor=2": alone, "fsdp=2": usual, "fsdp=2,expert=2": usual}
+    meshes = ("expert=2", "expert=2,tensor=2", "fsdp=2", "fsdp=2,expert=2")
+    assert [options("gpu", spec) for spec in meshes] == [alone, alone, usual, usual]
     assert compiling.update_options() == usual
+    meshes = ("fsdp=8", "expert=4,tensor=2", "data=2,fsdp=4", "fsdp=4,sequence=2", "tensor=8")
+    kept = compiling.TPU_OPTIONS
+    assert [options("tpu", spec) for spec in meshes] == [kept, kept, None, None, None]
+    assert options("cpu", "fsdp=8") is None
 
 
 def test_jit():

@@ -36,15 +36,11 @@ def test_other_tasks(name):
     check(name)
 
 
-@pytest.mark.slow
-def test_the_rl_update_has_all_its_parts():
-    """A small relative of the 456 B update."""
+def small():
+    """A relative of the 456 B model."""
     from m1jax.config import ModelConfig
-    from m1jax.plan.compile import compile_step, required_bytes, tpu_mesh
-    from m1jax.sharding import parse_mesh
 
-    require_libtpu()
-    config = ModelConfig(
+    return ModelConfig(
         vocab_size=1024,
         hidden_size=256,
         intermediate_size=512,
@@ -56,8 +52,28 @@ def test_the_rl_update_has_all_its_parts():
         num_experts=4,
         experts_per_token=2,
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["fsdp=8", "fsdp=2,expert=4", "data=2,fsdp=4"])
+def test_several_micro_batches(mesh):
+    """XLA would move sums over devices out of their loop, and cannot where parameters are cut over all."""
+    from m1jax.plan.compile import compile_step, tpu_mesh
+    from m1jax.sharding import parse_mesh
+
+    require_libtpu()
+    setup = Setup(model=small(), task="sft", mesh=parse_mesh(mesh), context=512, rows=8, micro_batches=2)
+    assert "while" in compile_step(setup, tpu_mesh("v5p:2x2x2", mesh)).as_text()
+
+
+@pytest.mark.slow
+def test_the_rl_update_has_all_its_parts():
+    from m1jax.plan.compile import compile_step, required_bytes, tpu_mesh
+    from m1jax.sharding import parse_mesh
+
+    require_libtpu()
     mesh = "fsdp=2,expert=2,tensor=2"
-    setup = Setup(model=config, task="rl", mesh=parse_mesh(mesh), context=512, rows=4)
+    setup = Setup(model=small(), task="rl", mesh=parse_mesh(mesh), context=512, rows=4)
     program = compile_step(setup, tpu_mesh("v5p:2x2x2", mesh))
     found = totals(collectives(program))
     assert found["all-gather"][0] > 0
