@@ -3,7 +3,7 @@
 Imports JAX alone and knows nothing of M1: it takes mathematics (log decays, states), not model facts.
 """
 
-from pallas_kernels.experts import expert_mlp, expert_routes
+from pallas_kernels.experts import exchanges_tokens, expert_mlp, expert_routes
 from pallas_kernels.lightning import (
     PADDING,
     lightning_attention,
@@ -18,6 +18,7 @@ from pallas_kernels.vocabulary import vocabulary_scores, vocabulary_statistics
 __all__ = [
     "PADDING",
     "Projection",
+    "exchanges_tokens",
     "expert_mlp",
     "expert_routes",
     "lightning_attention",

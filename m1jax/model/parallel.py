@@ -5,7 +5,8 @@ Without an ambient mesh each is the plain operation. With one:
     embed                 vocabulary over tensor (columns, where tensor does not divide it)
     lightning             heads over tensor, time over sequence: states are exchanged
     softmax               heads over tensor, time over sequence: exchanged for heads and back
-    experts               tokens gathered over tensor and sent to their experts over expert, and the sums back
+    experts               tokens gathered over expert and tensor, each device does its experts, sums scattered back; or
+                          tokens sent over expert to their experts alone
     log_probs             vocabulary over tensor, time over sequence (time over both, where tensor does not divide it)
     project, project_back, expert_routes
                           decoding's products of few tokens: outputs, or inputs, over tensor
@@ -395,8 +396,9 @@ def experts(
 ) -> Float[Array, "batch time hidden"]:
     """``pallas_kernels.expert_mlp`` on all tokens; weights are cast to x's dtype. Dropless on any mesh.
 
-    Every device sees those tokens of all devices of the axis expert that are routed to its own experts (the others
-    cost nothing), computes them on its part of their width, and the devices get the sums for their own tokens back.
+    Every device sees the tokens of all devices that share its experts, computes those routed to its own experts (the
+    others cost nothing) on its part of their width, and gets the sum for its own tokens back. On some GPUs it sees
+    those that are routed to its own experts alone (``pallas_kernels.exchanges_tokens``).
 
     Given ``layer``, the weights are those of all layers of a run, from which the kernel picks without a copy; or, where
     gradients are wanted, the layer's own beside the ``stacks`` of all (not where fsdp cuts them).
@@ -423,15 +425,17 @@ def experts(
         w1, w3, w2 = gather_in(w1.astype(x.dtype)), gather_in(w3.astype(x.dtype)), gather_out(w2.astype(x.dtype))
         if _size(shared) > 1:
             x, w1, w3, w2 = _gradients_together(x, *(vary_over(w, varying_axes(x, w)) for w in (w1, w3, w2)))
-        spread = "expert" if "expert" in shared and _size(("expert",)) > 1 else None
-        width = tuple(axis for axis in shared if axis == "tensor")
+        first_expert = jax.lax.axis_index("expert") * w1.shape[-3]
 
         def some(x: Any, routes: Any, weights: Any) -> Any:
-            x, routes, weights = (_all_gather(a, width, 0) for a in (x, routes, weights))
-            if spread is None:
-                routes = routes - jax.lax.axis_index("expert") * w1.shape[-3]
-            out = _expert_mlp(x, routes, weights, w1, w3, w2, layer, stacks, spread)
-            return _sum(_sum(out, width, scatter=0), repeated)
+            alone = "expert" in shared and pallas_kernels.exchanges_tokens(x, w1, w3, w2, mesh.shape["expert"])
+            together = tuple(axis for axis in shared if not (alone and axis == "expert"))
+            x, routes, weights = (_all_gather(a, together, 0) for a in (x, routes, weights))
+            if alone:
+                out = _expert_mlp(x, routes, weights, w1, w3, w2, layer, stacks, "expert")
+            else:
+                out = _expert_mlp(x, routes - first_expert, weights, w1, w3, w2, layer, stacks)
+            return _sum(_sum(out, together, scatter=0), repeated)
 
         count = pieces(math.prod(shape[:2]), _size(shared), shape[-1])
         return _in_pieces(some, count, x, routes, weights).reshape(shape)

@@ -57,7 +57,7 @@ class Speed:
 def sends_to_experts_alone(setup: Setup, platform: Platform) -> bool:
     """Whether a token goes to its experts' devices alone (`pallas_kernels.experts.exchange`), not to all of them."""
     alone = platform == "gpu" and setup.devices <= MOST and setup.rows_are_cut and setup.mesh["expert"] > 1
-    return alone and gathered_tokens(setup) // setup.mesh["expert"] > FEW
+    return alone and setup.rows_per_device * setup.residual_time > FEW
 
 
 def expert_tokens(setup: Setup, platform: Platform) -> float:

@@ -48,8 +48,8 @@ def expert_mlp(
         stacks: (w1, w3, w2) of all layers are given beside this layer's own, w1 == stacks[0][layer] and so on. Kernels
             read the former, so that the latter, if they are slices, need never be made; gradients are the latter's.
         axis_name: an axis of the enclosing `shard_map` over whose devices the experts are spread: each has the next E
-            of them, routes number them all, and every device gives its own tokens and gets their y. "hopper" sends
-            many tokens to their experts alone (`exchange`); otherwise all go to all devices, and sums come back.
+            of them, routes number them all, and every device gives its own tokens and gets their y. Tokens go to their
+            experts alone, where `exchanges_tokens` says so.
         implementation: "auto" takes "grouped" on CPU, "hopper" where it can run, and "ragged" elsewhere. "reference" is
             the oracle of the tests, "ragged" sorts and uses `jax.lax.ragged_dot`, "grouped" loops over the experts in
             use (any platform; made for CPU), "hopper" are Pallas kernels for H100 and H200: bfloat16, D and F
@@ -61,17 +61,14 @@ def expert_mlp(
 
     Raises:
         ValueError: shapes or dtypes that do not fit (the argument is named), or an implementation that is unknown or
-            cannot run here; or a gradient is wanted with `layer`.
+            cannot run here, or not with `axis_name`; or a gradient is wanted with `layer`.
     """
     _check(x, w1, w3, w2, routes, weights, layer, stacks)
     if x.shape[0] == 0 or routes.shape[1] == 0:
         return jnp.zeros_like(x)
     name = LADDER.choose(implementation, x, w1, w3, w2)
-    if axis_name is not None and not (name == "hopper" and worthwhile(len(x), jax.lax.axis_size(axis_name))):
-        first = jax.lax.axis_index(axis_name) * w1.shape[-3]
-        x, routes, weights = (jax.lax.all_gather(a, axis_name, tiled=True) for a in (x, routes, weights))
-        y = expert_mlp(x, w1, w3, w2, routes - first, weights, layer=layer, stacks=stacks, implementation=name)
-        return jax.lax.psum_scatter(y, axis_name, tiled=True)
+    if axis_name is not None and name != "hopper":
+        raise ValueError(f"expert_mlp: implementation {name!r} exchanges no tokens, so axis_name must be None")
     # Inside shard_map the gradient of an argument that all devices share is a sum over devices: marking it as varying
     # here lets JAX insert that sum.
     layer = None if layer is None else jnp.asarray(layer, jnp.int32)
@@ -86,6 +83,15 @@ def expert_mlp(
         return _of_layer(name, axis_name, x, w1, w3, w2, routes, weights, layer)
     spread = {} if axis_name is None else {"axis_name": axis_name}
     return LADDER.module(name).forward(x, w1, w3, w2, routes, weights, **spread)
+
+
+def exchanges_tokens(x: jax.Array, w1: jax.Array, w3: jax.Array, w2: jax.Array, devices: int) -> bool:
+    """Whether `expert_mlp` can take an `axis_name` of so many devices for these arguments, and better should: otherwise
+    all tokens go to all devices, and sums come back.
+
+    On Hopper GPUs of one process, up to eight, for more than 1,024 tokens of a device.
+    """
+    return LADDER.choose("auto", x, w1, w3, w2) == "hopper" and worthwhile(len(x), devices)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from pallas_kernels import _hopper, expert_mlp
-from pallas_kernels.experts import api, exchange, hopper, hopper_matmul, routing
+from pallas_kernels import _hopper, exchanges_tokens, expert_mlp
+from pallas_kernels.experts import exchange, hopper, hopper_matmul, routing
 from tests.pallas_kernels.experts.test_api import assert_close, problem, run
 from tests.pallas_kernels.experts.test_hopper import low
 
@@ -121,7 +121,6 @@ def test_equals_oracle(monkeypatch, routes):
     monkeypatch.setattr(hopper_matmul, "rows_product", rows_product)
     monkeypatch.setattr(hopper_matmul, "weights_product", weights_product)
     monkeypatch.setattr(hopper, "gate_gradient", gate_gradient)
-    monkeypatch.setattr(api, "worthwhile", lambda tokens, devices: True)
     chosen = {"anywhere": None, "all to one": np.full((20, 2), [3, 0]), "none": np.full((20, 2), -1)}[routes]
     arrays, routes = problem(20, devices * experts, 2, 128, 128, chosen)
     mlp = functools.partial(expert_mlp, implementation="hopper", axis_name="expert")
@@ -135,3 +134,11 @@ def test_equals_oracle(monkeypatch, routes):
     got = [a.astype(jnp.float32) for a in all_of_it(*low(arrays))]
     want = run(tuple(a.astype(jnp.float32) for a in low(arrays)), routes, "reference")
     assert_close(got, want, tolerance=5e-3)
+
+
+def test_only_where_it_runs():
+    arrays, routes = problem(20, 4, 2, 128, 128)
+    assert not exchanges_tokens(*arrays[:4], devices=2)  # a CPU
+    x, w1, w3, w2, weights = arrays
+    with pytest.raises(ValueError, match="'ragged' exchanges no tokens, so axis_name must be None"):
+        expert_mlp(x, w1, w3, w2, routes, weights, axis_name="expert", implementation="ragged")
