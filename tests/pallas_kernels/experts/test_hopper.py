@@ -87,7 +87,7 @@ def test_gate_gradient(channels):
     inner, pull = jax.vjp(lambda *a: a[2][:, None] * jax.nn.silu(a[0]) * a[1], *exact((up, gate)), share)
     want = *pull(*exact((d_hidden,))), inner
     for got, exactly in zip((d_up, d_gate, d_share, hidden), want, strict=True):
-        np.testing.assert_allclose(np.float32(got)[:used], exactly[:used], rtol=4e-3, atol=1e-3)
+        np.testing.assert_allclose(np.asarray(got, np.float32)[:used], exactly[:used], rtol=4e-3, atol=1e-3)
 
 
 @pytest.mark.slow
