@@ -27,8 +27,9 @@ from m1jax.rl.sequences import sequence_mean
 from m1jax.train.statistics import Effective, Histogram, Max, Mean, Stats
 
 LIMIT = 20.0
-RANGE, BINS = 2.0, 800
-"""of the histogram of log-ratios: quantiles to 1/200; e^2 is above any cap"""
+RANGE, BINS = 2.0, 801
+"""of the histogram of log-ratios: quantiles to 1/200; e^2 is above any cap. Zero lies within a bin: between two,
+rounding would deal out the tokens that the policy itself has written"""
 sg = jax.lax.stop_gradient
 
 

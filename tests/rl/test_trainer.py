@@ -163,9 +163,7 @@ def test_a_longer_run_with_other_rows_goes_on(tmp_path):
     assert [r["step"] for r in others] == [0, 1, 2]
     for a, b in zip(others, records):
         for name in b.keys() - {"phase"}:
-            # Quantiles come from a histogram: what rounding moves into the next bin moves them by a part of its 5e-3.
-            atol = 1e-3 if name.startswith("log_ratio_p") else 1e-5
-            np.testing.assert_allclose(a[name], b[name], rtol=1e-3, atol=atol, err_msg=name)
+            np.testing.assert_allclose(a[name], b[name], rtol=1e-3, atol=1e-5, err_msg=name)
 
 
 @pytest.mark.parametrize(
